@@ -1,0 +1,55 @@
+"""LLaVA-1.5 from pixels and token ids to logits, both stages included."""
+
+import torch
+import torch.nn.functional as F
+
+from . import tower
+from .decoder import Cache, Decoder, Result, entry
+from .merge import Merged, merge
+from .recipe import Merge, Prune
+from .order import Margins
+
+
+class Llava:
+    """A LlavaForConditionalGeneration with the two stages of a recipe (None: that stage is absent)."""
+
+    def __init__(self, net, merging: Merge | None = None, pruning: Prune | None = None):
+        self.net, self.merging = net, merging
+        self.decoder = Decoder(net, pruning)
+        self.pruning = pruning
+        self.margins = Margins()
+
+    def image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[Merged]]:
+        """[images, 3, H, W] -> features [images, tokens, D] and how each image was merged."""
+        out = tower.run(self.net, pixel_values)
+        if self.merging is None:
+            return tower.project(self.net, out.hidden[:, 1:]), []
+        merged = [merge(h, p, m, self.merging, self.margins) for h, p, m in zip(out.hidden, out.probs, out.metric)]
+        return tower.project(self.net, torch.stack([m.hidden for m in merged])), merged
+
+    def call(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        features: torch.Tensor | None = None,
+        past: list[Cache] | None = None,
+        salient: torch.Tensor | None = None,
+    ) -> Result:
+        """One call of the decoder: a prompt, a further question on the cache, or one new token.
+
+        `input_ids` [B, S] holds one placeholder for each feature, row after row; `attention_mask`
+        [B, past + S] may mark padding; `features` [images, tokens, D].
+        """
+        visual = input_ids == self.net.config.image_token_index
+        embeds = F.embedding(input_ids, self.net.get_input_embeddings().weight)
+        if features is not None:
+            flat = features.flatten(0, 1)
+            if int(visual.sum()) != flat.shape[0]:
+                raise ValueError(f"expected {flat.shape[0]} image placeholders; found {int(visual.sum())}")
+            embeds[visual] = flat
+        elif bool(visual.any()):
+            raise ValueError("expected no image placeholders without features")
+        real = attention_mask[:, -input_ids.shape[1] :].bool()
+        tokens = entry(embeds, real, visual, position_ids, self.pruning, salient)
+        return self.decoder.run(tokens, past, self.margins)

@@ -1,0 +1,81 @@
+"""Stage 1: the token merge after the vision encoder, one image at a time."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .recipe import Merge
+from .order import Margins, descending, top
+
+
+@dataclass
+class Merged:
+    """One image after the merge. Positions count patches from 0; CLS has none."""
+
+    hidden: torch.Tensor  # [tokens, C]: CLS if kept, dominant ascending, contextual in anchor order
+    dominant: list[int]
+    anchors: list[int]
+    members: list[list[int]] = field(default_factory=list)  # of each anchor, ascending, without it
+
+
+def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Cosine similarity of every row of `a` [n, d] with every row of `b` [m, d]."""
+    unit = [x / x.norm(dim=-1, keepdim=True) for x in (a, b)]
+    return unit[0] @ unit[1].T
+
+
+def merge(hidden: torch.Tensor, probs: torch.Tensor, metric: torch.Tensor, to: Merge, margins: Margins) -> Merged:
+    """`hidden` [1+N, C], `probs` [heads, 1+N, 1+N] and `metric` [1+N, head_dim] of one image."""
+    cls, patches, keys = hidden[:1], hidden[1:], metric[1:]
+    score = probs[:, 0, 1:].sum(dim=0)
+    received = probs[:, :, 1:].sum(dim=(0, 1))
+    count, k2 = to.counts(patches.shape[0])
+
+    dominant = top(score, count)
+    margins.cut(score, count)
+    left = torch.ones(patches.shape[0], dtype=torch.bool)
+    left[dominant] = False
+    rest = left.nonzero().flatten()  # residuals, ascending
+
+    anchors, members, tokens = [], [], patches[:0]
+    if k2:
+        if to.selector == "local":
+            anchors, members = _local(rest, received, keys, k2, to.cluster_width, margins)
+            tokens = torch.stack([patches[[a, *m]].mean(dim=0) for a, m in zip(anchors, members)])
+        else:
+            pool = rest
+            if to.selector == "attention":
+                size = min(max(1, to.cluster_width * k2), rest.numel())
+                margins.order(score[rest], size)
+                pool = rest[descending(score[rest])[:size]]
+            anchors, members = _assign(pool, keys, k2, margins)
+            tokens = torch.stack([patches[a] + (patches[m].mean(dim=0) if m else 0) for a, m in zip(anchors, members)])
+    kept = [cls] if to.cls == "keep" else []
+    return Merged(torch.cat([*kept, patches[dominant], tokens]), dominant.tolist(), anchors, members)
+
+
+def _assign(pool: torch.Tensor, keys: torch.Tensor, k2: int, margins: Margins) -> tuple[list, list]:
+    """Every `step`-th of `pool` is an anchor; each of the others joins the anchor it resembles most."""
+    step = max(1, pool.numel() // k2)
+    anchors = pool[::step][:k2]
+    others = torch.tensor([p for p in pool.tolist() if p not in set(anchors.tolist())], dtype=torch.long)
+    similarity = cosines(keys[others], keys[anchors])
+    margins.best(similarity, scale=1.0)
+    members = [[] for _ in range(k2)]
+    for position, row in sorted(zip(others.tolist(), similarity)):
+        members[int(descending(row)[0])].append(position)
+    return anchors.tolist(), members
+
+
+def _local(rest, received, keys, k2: int, width: int, margins: Margins) -> tuple[list, list]:
+    """The most attended residuals, each with its nearest neighbours among all other residuals."""
+    margins.order(received[rest], k2)
+    anchors = rest[descending(received[rest])[:k2]].tolist()
+    members = []
+    for anchor in anchors:
+        others = rest[rest != anchor]
+        similarity = cosines(keys[[anchor]], keys[others])[0]
+        size = min(width, others.numel())
+        margins.cut(similarity, size, scale=1.0)
+        members.append(others[top(similarity, size)].tolist())
+    return anchors, members

@@ -1,0 +1,76 @@
+"""The part of a recipe that this implementation reads, checked while it is read."""
+
+import math
+from dataclasses import dataclass
+
+SELECTORS = ("attention", "uniform", "local")
+TEXTS = ("all", "last", "salient")
+
+
+def _pick(value: str, allowed: tuple[str, ...], where: str) -> str:
+    if value not in allowed:
+        raise ValueError(f"{where}: expected one of {', '.join(allowed)}; found {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Parameters of `token_merge`. Budgets are counts (int) or ratios of the patch count (float)."""
+
+    dominant: int | float
+    contextual: int | float
+    cluster_width: int = 4
+    selector: str = "attention"
+    cls: str = "keep"
+
+    def __post_init__(self):
+        _pick(self.selector, SELECTORS, "token_merge.selector")
+        _pick(self.cls, ("keep", "drop"), "token_merge.cls")
+        if self.cluster_width < 1:
+            raise ValueError(f"token_merge.cluster_width: expected at least 1; found {self.cluster_width}")
+        if self.dominant < 0 or self.contextual < 0:
+            raise ValueError("token_merge: expected budgets of at least 0")
+
+    def counts(self, patches: int) -> tuple[int, int]:
+        """(dominant patches, contextual tokens) for a tower with CLS and `patches` patch tokens."""
+        k1, k2 = (math.floor(b * patches) if isinstance(b, float) else b for b in (self.dominant, self.contextual))
+        if self.cls == "keep":
+            if k1 == 0:
+                raise ValueError("token_merge.dominant: it counts CLS, which is kept; expected at least 1")
+            k1 -= 1
+        k1 = min(k1, patches)
+        return k1, min(k2, patches - k1)
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Parameters of `visual_prune`; `drops` holds (layers that have run, fraction kept)."""
+
+    drops: tuple[tuple[int, float], ...]
+    text: str = "all"
+    positions: str = "renumber"
+
+    def __post_init__(self):
+        _pick(self.text, TEXTS, "visual_prune.text")
+        _pick(self.positions, ("renumber", "keep"), "visual_prune.positions")
+        for (layer, keep), (later, less) in zip(self.drops, self.drops[1:]):
+            if later <= layer or less > keep:
+                raise ValueError(f"visual_prune.drops: expected rising layers and falling ratios; found {self.drops}")
+        if any(not 0 <= keep <= 1 or layer < 1 for layer, keep in self.drops):
+            raise ValueError(f"visual_prune.drops: expected layers from 1 and ratios in 0..1; found {self.drops}")
+
+
+def parse(recipe: dict) -> tuple[Merge | None, Prune | None]:
+    """Reads the structure of a recipe file; `marker` and `kv` do not change what is computed."""
+    merge = prune = None
+    for entry in recipe["passes"]:
+        ((name, options),) = entry.items()
+        if name == "token_merge":
+            merge = Merge(**options)
+        elif name == "visual_prune":
+            options = dict(options)
+            drops = tuple((d["after_layer"], d["keep"]) for d in options.pop("drops"))
+            prune = Prune(drops, **options)
+        else:
+            raise ValueError(f"passes: expected token_merge or visual_prune; found {name!r}")
+    return merge, prune

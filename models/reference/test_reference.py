@@ -1,0 +1,220 @@
+"""Tests of the reference itself: python -m unittest discover -s models/reference -t models"""
+
+import sys
+import unittest
+from pathlib import Path
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from .llava import Llava
+from .merge import merge
+from .order import Margins, top
+from .recipe import Merge, Prune, parse
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "llava"))
+import build  # noqa: E402
+
+IMAGE = 4
+
+
+def setUpModule():
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(2)
+
+
+def prompt(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids, mask and positions of `rows` padded on the left."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[3] * (length - len(r)) + r for r in rows])
+    mask = torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows])
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def words(count: int, seed: int) -> list[int]:
+    return torch.randint(5, 400, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def pixels(count: int) -> torch.Tensor:
+    return torch.randn(count, 3, 126, 126, generator=torch.Generator().manual_seed(5))
+
+
+class AgainstTransformers(unittest.TestCase):
+    """Without a pass, the reference is the model that Transformers computes."""
+
+    def test_features_and_logits_over_two_calls(self):
+        for name in ("mha", "gqa"):
+            net = build.model(name)
+            llava = Llava(net)
+            features, _ = llava.image_features(pixels(2))
+            want = torch.stack(list(net.get_image_features(pixels(2)).pooler_output))
+            torch.testing.assert_close(features, want, atol=1e-5, rtol=0)
+
+            ids, mask, positions = prompt(
+                [words(3, 1) + [IMAGE] * 81 + words(9, 2), words(2, 3) + [IMAGE] * 81 + words(4, 4)]
+            )
+            embeds = net.get_input_embeddings()(ids).clone()
+            embeds[ids == IMAGE] = features.flatten(0, 1)
+            cache = DynamicCache()
+            result = llava.call(ids, mask, positions, features)
+            for step in range(2):
+                out = net.model.language_model(
+                    inputs_embeds=embeds,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                torch.testing.assert_close(result.logits, net.lm_head(out.last_hidden_state[:, -1]), atol=2e-5, rtol=0)
+                for mine, theirs in zip(result.cache, cache.layers):
+                    real = mine.real[:, None, :, None]
+                    torch.testing.assert_close(mine.keys * real, theirs.keys * real, atol=2e-5, rtol=0)
+                if step == 0:
+                    ids = torch.tensor([words(3, 6), words(3, 7)])
+                    mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+                    positions = (mask.cumsum(1) - 1)[:, -3:]
+                    embeds = net.get_input_embeddings()(ids)
+                    result = llava.call(ids, mask, positions, past=result.cache)
+
+
+class Stages(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.net = build.model("gqa")
+
+    def test_keeping_everything_changes_nothing(self):
+        plain = Llava(self.net)
+        kept = Llava(self.net, Merge(81, 0, cls="drop"), Prune(((2, 1.0), (5, 1.0))))
+        a, _ = plain.image_features(pixels(1))
+        b, _ = kept.image_features(pixels(1))
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+        inputs = prompt([words(3, 1) + [IMAGE] * 81 + words(9, 2)])
+        torch.testing.assert_close(plain.call(*inputs, a).logits, kept.call(*inputs, b).logits, atol=1e-6, rtol=0)
+
+    def test_rows_are_ranked_as_if_alone(self):
+        llava = Llava(self.net, None, Prune(((2, 0.5), (5, 0.1))))
+        features, _ = llava.image_features(pixels(2))
+        rows = [words(3, 1) + [IMAGE] * 81 + words(9, 2), words(2, 3) + [IMAGE] * 81 + words(4, 4)]
+        both = llava.call(*prompt(rows), features)
+        for index, row in enumerate(rows):
+            alone = llava.call(*prompt([row]), features[index : index + 1])
+            torch.testing.assert_close(both.logits[index], alone.logits[0], atol=2e-5, rtol=0)
+            pad = max(map(len, rows)) - len(row)
+            for one, many in zip(alone.drops, both.drops):
+                self.assertEqual((one.origin[0] + pad).tolist(), many.origin[index][pad:].tolist())
+
+    def test_rows_lose_what_the_poorest_row_loses(self):
+        llava = Llava(self.net, None, Prune(((2, 0.5), (5, 0.0))))
+        features, _ = llava.image_features(pixels(3))
+        rows = [words(2, 1) + [IMAGE] * 81 + words(4, 2), words(2, 3) + [IMAGE] * 162 + words(4, 4)]
+        result = llava.call(*prompt(rows), features)
+        # 81 - 40 = 41 first; then 81 in all, although the second row could lose all of its 162.
+        self.assertEqual([d.visual.tolist() for d in result.drops], [[40, 121], [0, 81]])
+        self.assertEqual([c.real.shape[1] for c in result.cache], [168] * 2 + [127] * 3 + [87] * 3)
+        self.assertEqual(result.cache[7].real[0].sum(), 6)
+
+    def test_a_row_without_an_image_keeps_all(self):
+        llava = Llava(self.net, None, Prune(((2, 0.0),)))
+        features, _ = llava.image_features(pixels(1))
+        result = llava.call(*prompt([words(2, 1) + [IMAGE] * 81 + words(4, 2), words(9, 3)]), features)
+        self.assertEqual([c.real.shape[1] for c in result.cache], [87] * 8)
+
+    def test_positions(self):
+        """Renumbering is what calling with the kept tokens alone would number; keeping is not."""
+        for positions, same in (("renumber", True), ("keep", False)):
+            llava = Llava(self.net, None, Prune(((2, 0.5),), positions=positions))
+            features, _ = llava.image_features(pixels(1))
+            ids, mask, numbers = prompt([words(2, 1) + [IMAGE] * 81 + words(4, 2)])
+            seen = []
+            inner = llava.decoder._layer
+
+            def spy(layer, tokens, past, inner=inner, seen=seen):
+                seen.append(tokens.positions[0].tolist())
+                return inner(layer, tokens, past)
+
+            llava.decoder._layer = spy
+            result = llava.call(ids, mask, numbers, features)
+            self.assertEqual(seen[1], list(range(87)))
+            self.assertEqual(seen[2], list(range(46)) if same else result.drops[0].kept[0].tolist())
+            seen.clear()
+            one = torch.tensor([[9]])
+            llava.call(one, torch.ones(1, 88), torch.tensor([[87]]), past=result.cache)
+            self.assertEqual([seen[0], seen[7]], [[87], [46 if same else 87]])
+
+    def test_the_marked_tokens_ask(self):
+        llava = Llava(self.net, None, Prune(((2, 0.3),), text="salient"))
+        features, _ = llava.image_features(pixels(1))
+        inputs = prompt([words(2, 1) + [IMAGE] * 81 + words(6, 2)])
+        none, some = torch.zeros(1, 89, dtype=torch.bool), torch.zeros(1, 89, dtype=torch.bool)
+        some[0, 84:86] = True
+        last = Llava(self.net, None, Prune(((2, 0.3),), text="last")).call(*inputs, features)
+        kept = [llava.call(*inputs, features, salient=s).drops[0].kept.tolist() for s in (none, some)]
+        self.assertEqual(kept[0], last.drops[0].kept.tolist())
+        self.assertNotEqual(kept[0], kept[1])
+
+
+class MergeByHand(unittest.TestCase):
+    """Six patches whose features are powers of ten, so that a sum tells what went into it."""
+
+    def setUp(self):
+        self.hidden = torch.tensor([[7.0], [1], [10], [100], [1000], [10000], [100000]])
+        # CLS attends most to patch 2, then 5, 0, 4, 1, 3; the other queries to patch 3, then 1.
+        cls = torch.tensor([0.0, 0.15, 0.1, 0.4, 0.05, 0.12, 0.18])
+        others = torch.tensor([0.0, 0.1, 0.2, 0.05, 0.5, 0.05, 0.1])
+        self.probs = torch.stack([cls, *[others] * 6])[None]
+        # Patches 0, 1, 3 point one way, 4 and 5 another.
+        self.metric = torch.tensor([[1.0, 1], [1, 0], [1, 0.1], [0, 1], [1, 0.05], [0.1, 1], [0, 1]])
+
+    def run_merge(self, **options):
+        return merge(self.hidden, self.probs, self.metric, Merge(**options), Margins())
+
+    def test_attention(self):
+        # Residuals by score: 5, 0, 4, 1, 3; pool of 4; anchors 5 and 4; 0 and 1 go to 4 (nearer to x).
+        got = self.run_merge(dominant=2, contextual=2, cluster_width=2)
+        self.assertEqual((got.dominant, got.anchors, got.members), ([2], [5, 4], [[], [0, 1]]))
+        self.assertEqual(got.hidden.flatten().tolist(), [7, 100, 100000, 10000 + (1 + 10) / 2])
+
+    def test_uniform(self):
+        # Residuals in order: 0, 1, 3, 4, 5; step 2; anchors 0 and 3. Metric of 0 is (1, 0), of 3 (1, 0.05):
+        # all others have more in the second direction, so they are nearer to 3.
+        got = self.run_merge(dominant=1, contextual=2, selector="uniform", cls="drop")
+        self.assertEqual((got.dominant, got.anchors, got.members), ([2], [0, 3], [[], [1, 4, 5]]))
+        want = torch.tensor([100, 1, 1000 + (10 + 10000 + 100000) / 3])
+        torch.testing.assert_close(got.hidden.flatten(), want)
+
+    def test_local(self):
+        # Most received among the residuals: 3, then 1; one neighbour each: 1's and 3's nearest is the other.
+        got = self.run_merge(dominant=2, contextual=2, selector="local", cluster_width=1)
+        self.assertEqual((got.anchors, got.members), ([3, 1], [[1], [3]]))
+        self.assertEqual(got.hidden.flatten().tolist(), [7, 100, 505, 505])
+
+    def test_clamps(self):
+        got = self.run_merge(dominant=5, contextual=9)
+        self.assertEqual((got.dominant, got.anchors), ([0, 2, 4, 5], [1, 3]))
+        self.assertEqual(len(self.run_merge(dominant=99, contextual=3).hidden), 7)
+        self.assertEqual(len(self.run_merge(dominant=3, contextual=0).hidden), 3)
+        self.assertEqual(Merge(0.5, 0.2).counts(81), (39, 16))
+
+    def test_ties_go_to_the_lower_index(self):
+        self.assertEqual(top(torch.tensor([1.0, 2, 2, 1, 2]), 2).tolist(), [1, 2])
+        self.probs[:] = 0.1
+        got = self.run_merge(dominant=3, contextual=1, cluster_width=2)
+        self.assertEqual((got.dominant, got.anchors, got.members), ([0, 1], [2], [[3]]))
+
+
+class Recipes(unittest.TestCase):
+    def test_refusals(self):
+        for wrong in (
+            {"token_merge": {"dominant": 0, "contextual": 1}},
+            {"token_merge": {"dominant": 4, "contextual": 1, "selector": "best"}},
+            {"visual_prune": {"drops": [{"after_layer": 2, "keep": 0.2}, {"after_layer": 4, "keep": 0.5}]}},
+            {"visual_prune": {"drops": [{"after_layer": 8, "keep": 0.5}]}},
+            {"prune": {}},
+        ):
+            with self.subTest(wrong), self.assertRaises(ValueError):
+                net = build.model("mha")
+                Llava(net, *parse({"passes": [wrong]})).image_features(pixels(1))
+
+
+if __name__ == "__main__":
+    unittest.main()

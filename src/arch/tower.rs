@@ -1,0 +1,315 @@
+//! A ViT-like vision tower with its projector (CLIP, SigLIP and relatives).
+//!
+//! What an exporter did not keep is not there: with LLaVA's
+//! `vision_feature_layer = -2` the unused last block has already been dropped,
+//! so the last attention in the file is the selected one.
+
+use std::collections::HashSet;
+
+use super::attention::{Site, sites};
+use super::residual::articulations;
+use super::{MIN_OPSET, NoMatch, hidden_network};
+use crate::ir::cone::{ancestors, descendants};
+use crate::ir::{DataType, Dim, Model, ValueId, consts};
+
+/// A recognised vision tower and projector.
+#[derive(Clone, Debug)]
+pub struct VisionTower {
+    /// `[images, channels, height, width]` pixels.
+    pub pixels: ValueId,
+    /// Features for the language model, `[images, N, width]` or `[images·N, width]`.
+    pub features: ValueId,
+    /// Position among the graph outputs.
+    pub features_index: usize,
+    /// Output of the last live block: `[images, T, width]`, T = N or 1 + N.
+    pub hidden: ValueId,
+    /// What the projector reads: `hidden`, or `hidden` without the CLS token.
+    pub entry: ValueId,
+    /// Whether token 0 of `hidden` is a CLS token.
+    pub cls: bool,
+    /// Attention of the last live block.
+    pub site: Site,
+    /// Number of live blocks (attentions that the features depend on).
+    pub layers: usize,
+    /// Attention heads.
+    pub heads: i64,
+    /// Width of a head.
+    pub head_dim: i64,
+    /// T, where the file fixes it.
+    pub tokens: Option<i64>,
+    /// Element type of `hidden`.
+    pub dtype: DataType,
+    /// Width of the features, where the file states it.
+    pub feature_width: Option<i64>,
+}
+
+impl VisionTower {
+    /// N: patch tokens, where the file fixes their number.
+    pub fn patches(&self) -> Option<i64> {
+        self.tokens.map(|t| t - i64::from(self.cls))
+    }
+
+    /// Features that come out per image, where the file fixes their number.
+    pub fn features_per_image(&self) -> Option<i64> {
+        let dropped = self.cls && self.entry != self.hidden;
+        self.tokens.map(|t| t - i64::from(dropped))
+    }
+
+    /// Recognises a tower.
+    ///
+    /// # Errors
+    /// The first thing that did not fit, and where.
+    pub fn recognise(model: &Model) -> Result<Self, NoMatch> {
+        let want = "a vision tower";
+        let fail = |found: String| Err(NoMatch::new(want, found));
+        let graph = model.graph();
+        let rank = |v: ValueId| {
+            let ty = model.value(v).ty.as_ref()?;
+            Some((ty.dtype()?, ty.shape()?.len()))
+        };
+        let is_image = |&v: &ValueId| {
+            let constant = model.value(v).initializer.is_some();
+            let fits = |(dtype, rank): (DataType, usize)| {
+                (dtype.is_float() || dtype == DataType::Uint8) && (4..=5).contains(&rank)
+            };
+            !constant && rank(v).is_some_and(fits)
+        };
+        let Some(pixels) = graph.inputs.iter().copied().find(is_image) else {
+            return fail("no floating-point input of rank 4 or 5 (pixel_values)".into());
+        };
+        if model.opset("").unwrap_or(0) < MIN_OPSET {
+            let found = model.opset("").unwrap_or(0);
+            return fail(format!(
+                "operator set {found}; at least {MIN_OPSET} is needed: export again with a higher opset, or \
+                 convert with onnx.version_converter"
+            ));
+        }
+        let reached = descendants(model, &[pixels], true);
+        let is_features = |v: &ValueId| {
+            let ty = model.value(*v).ty.as_ref().and_then(|t| t.dtype());
+            ty.is_some_and(DataType::is_float) && reached.contains(v)
+        };
+        let Some(features_index) = graph.outputs.iter().position(is_features) else {
+            return fail(match hidden_network(model) {
+                Some(why) => why,
+                None => "no floating-point output depends on the pixels".into(),
+            });
+        };
+        let features = graph.outputs[features_index];
+        let line = articulations(model, pixels, features);
+        let needed = ancestors(model, &[features], true);
+        let live: Vec<Site> = sites(model)
+            .into_iter()
+            .filter(|s| model.node(s.node).output(0).is_some_and(|o| needed.contains(&o)))
+            .collect();
+        let Some(site) = live.last().cloned() else {
+            return fail(match hidden_network(model) {
+                Some(why) => why,
+                None => format!(
+                    "no attention (Softmax of a scaled product, or an Attention operator) that '{}' depends on",
+                    model.name(features)
+                ),
+            });
+        };
+        let Some(at) = tower_end(model, &line, &reached, &site) else {
+            return fail(format!(
+                "no residual addition after the last attention ({})",
+                model.describe(site.node)
+            ));
+        };
+        let hidden = line[at];
+        let (entry, dropped) = after_cls(model, &line[at..]);
+        let cls = dropped || prepends_token(model, &line, &reached);
+        if !site.scale().is_finite() {
+            return fail(format!(
+                "the attention scale of {} is not a constant",
+                model.describe(site.node)
+            ));
+        }
+        let Some((heads, head_dim)) = head_shape(model, &site) else {
+            return fail(format!(
+                "number and width of the attention heads of {} cannot be read off its reshapes",
+                model.describe(site.node)
+            ));
+        };
+        let stated = model.value(features).ty.as_ref().and_then(|t| t.shape());
+        let rows = stated.filter(|s| s.len() == 3).and_then(|s| s[1].known());
+        let tokens = rows
+            .map(|n| n + i64::from(dropped))
+            .or_else(|| position_rows(model, &line, &reached));
+        let dtype = element_type(model, hidden).unwrap_or(DataType::Float);
+        Ok(Self {
+            pixels,
+            features,
+            features_index,
+            hidden,
+            entry,
+            cls,
+            site,
+            layers: live.len(),
+            heads,
+            head_dim,
+            tokens,
+            dtype,
+            feature_width: stated.and_then(<[Dim]>::last).and_then(Dim::known),
+        })
+    }
+}
+
+/// Position on the residual line of the last sum of two data paths behind the
+/// last attention: the end of the last block.
+fn tower_end(
+    model: &Model,
+    line: &[ValueId],
+    reached: &HashSet<ValueId>,
+    site: &Site,
+) -> Option<usize> {
+    let output = model.node(site.node).output(0)?;
+    let after = descendants(model, &[output], true);
+    line.iter().rposition(|&v| {
+        let joins = model.producer_node(v).is_some_and(|n| {
+            n.is("Add") && n.inputs.iter().flatten().all(|i| reached.contains(i))
+        });
+        joins && after.contains(&v)
+    })
+}
+
+/// Follows the line from the tower's end to what the projector reads: past a
+/// `Slice` or `Gather` that leaves out token 0, if there is one.
+fn after_cls(model: &Model, line: &[ValueId]) -> (ValueId, bool) {
+    for &value in &line[1..] {
+        let Some(node) = model.producer_node(value) else {
+            break;
+        };
+        let constant = |slot: usize| node.input(slot).and_then(|v| consts::ints(model, v));
+        match node.op_type.as_str() {
+            "Cast" | "Identity" => {}
+            "Slice" => {
+                let (starts, axes) = (constant(1), constant(3));
+                if starts.as_deref() == Some(&[1]) && axes.as_deref() == Some(&[1]) {
+                    return (value, true);
+                }
+                break;
+            }
+            "Gather" if node.attr_int("axis") == Some(1) => {
+                let indices = constant(1).unwrap_or_default();
+                let skips = !indices.is_empty() && indices.iter().zip(1..).all(|(i, want)| *i == want);
+                if skips {
+                    return (value, true);
+                }
+                break;
+            }
+            _ => break,
+        }
+    }
+    (line[0], false)
+}
+
+/// Whether a constant row is put before the patch tokens at the tower's start.
+fn prepends_token(model: &Model, line: &[ValueId], reached: &HashSet<ValueId>) -> bool {
+    line.iter().any(|&v| {
+        model.producer_node(v).is_some_and(|n| {
+            n.is("Concat")
+                && n.attr_int("axis") == Some(1)
+                && n.inputs.len() == 2
+                && n.input(0).is_some_and(|a| !reached.contains(&a))
+                && n.input(1).is_some_and(|b| reached.contains(&b))
+        })
+    })
+}
+
+/// Rows of the position table that is added to the tokens.
+fn position_rows(model: &Model, line: &[ValueId], reached: &HashSet<ValueId>) -> Option<i64> {
+    line.iter().find_map(|&v| {
+        let node = model.producer_node(v).filter(|n| n.is("Add"))?;
+        let (a, b) = (node.input(0)?, node.input(1)?);
+        let table = match (reached.contains(&a), reached.contains(&b)) {
+            (true, false) => b,
+            (false, true) => a,
+            _ => return None,
+        };
+        rows(model, table)
+    })
+}
+
+fn rows(model: &Model, table: ValueId) -> Option<i64> {
+    if let Some(dims) = consts::dims(model, table) {
+        return (dims.len() >= 2).then(|| dims[dims.len() - 2]);
+    }
+    let node = model.producer_node(table)?;
+    match node.op_type.as_str() {
+        "Gather" => consts::dims(model, node.input(1)?)?.last().copied(),
+        "Cast" | "Identity" | "Unsqueeze" => rows(model, node.input(0)?),
+        _ => None,
+    }
+}
+
+/// (heads, head width) of an attention, completed from the projection's width.
+fn head_shape(model: &Model, site: &Site) -> Option<(i64, i64)> {
+    let (heads, width) = site.query.heads.or(site.key.heads)?;
+    if heads > 0 && width > 0 {
+        return Some((heads, width));
+    }
+    let total = projection_width(model, site.query.root)?;
+    match (heads, width) {
+        (h, _) if h > 0 && total % h == 0 => Some((h, total / h)),
+        (_, w) if w > 0 && total % w == 0 => Some((total / w, w)),
+        _ => None,
+    }
+}
+
+/// Output width of a linear layer, from its bias or weight.
+pub(super) fn projection_width(model: &Model, value: ValueId) -> Option<i64> {
+    let node = model.producer_node(value)?;
+    let dims = |slot: usize| node.input(slot).and_then(|v| consts::dims(model, v));
+    match node.op_type.as_str() {
+        "Add" => {
+            let bias = dims(0).or_else(|| dims(1)).filter(|d| d.len() == 1)?;
+            Some(bias[0])
+        }
+        "MatMul" => dims(1)?.last().copied(),
+        "Gemm" => {
+            let weight = dims(1)?;
+            let transposed = node.attr_int("transB") == Some(1);
+            weight.get(usize::from(!transposed)).copied()
+        }
+        "MatMulNBits" => node.attr_int("N"),
+        _ => None,
+    }
+}
+
+/// Element type of a value: as stated, or as its producers pass it on.
+pub(super) fn element_type(model: &Model, value: ValueId) -> Option<DataType> {
+    let mut at = value;
+    for _ in 0..256 {
+        let v = model.value(at);
+        if let Some(dtype) = v.ty.as_ref().and_then(|t| t.dtype()) {
+            return Some(dtype);
+        }
+        if let Some(tensor) = &v.initializer {
+            return Some(tensor.dtype);
+        }
+        let node = model.producer_node(at)?;
+        if node.is("Cast") {
+            let code = node.attr_int("to").and_then(|c| i32::try_from(c).ok())?;
+            return Some(DataType::from_code(code));
+        }
+        if let Some(tensor) = consts::constant(model, at) {
+            return Some(tensor.dtype);
+        }
+        // Operators of these graphs give out the type of their first data
+        // input; a constant operand (bias, weight) has it too.
+        let stated = node.inputs.iter().flatten().find_map(|&i| {
+            let float = |t: &DataType| t.is_float();
+            consts::constant(model, i).map(|t| t.dtype).filter(float)
+        });
+        if stated.is_some() && !matches!(node.op_type.as_str(), "Where" | "DequantizeLinear") {
+            return stated;
+        }
+        at = match node.op_type.as_str() {
+            "Where" => node.input(1)?,
+            _ => node.input(0)?,
+        };
+    }
+    None
+}

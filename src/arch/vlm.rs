@@ -1,0 +1,127 @@
+//! The parts of a vision-language model: its files, and what is in each.
+
+use std::path::PathBuf;
+
+use super::{ArchError, Decoder, Embedding, NoMatch, VisionTower};
+use crate::ir::Model;
+
+/// What a model file is.
+#[derive(Clone, Debug)]
+pub enum Role {
+    /// Vision tower and projector.
+    Vision(Box<VisionTower>),
+    /// Token embedding.
+    Embedding(Box<Embedding>),
+    /// Decoder.
+    Decoder(Box<Decoder>),
+    /// None of these; why not, for each.
+    Unknown(Vec<NoMatch>),
+}
+
+impl Role {
+    /// A word for messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Vision(_) => "vision encoder",
+            Self::Embedding(_) => "token embedding",
+            Self::Decoder(_) => "decoder",
+            Self::Unknown(_) => "not recognised",
+        }
+    }
+
+    /// Recognises what a model is.
+    pub fn of(model: &Model) -> Self {
+        let vision = match VisionTower::recognise(model) {
+            Ok(tower) => return Self::Vision(Box::new(tower)),
+            Err(why) => why,
+        };
+        let decoder = match Decoder::recognise(model) {
+            Ok(decoder) => return Self::Decoder(Box::new(decoder)),
+            Err(why) => why,
+        };
+        let embedding = match Embedding::recognise(model) {
+            Ok(embedding) => return Self::Embedding(Box::new(embedding)),
+            Err(why) => why,
+        };
+        Self::Unknown(vec![vision, decoder, embedding])
+    }
+}
+
+/// One file of a vision-language model.
+#[derive(Clone, Debug)]
+pub struct Part {
+    /// Path relative to the model's root, for messages and output.
+    pub file: PathBuf,
+    /// Precision suffix; empty for the plain file.
+    pub variant: String,
+    /// The graph.
+    pub model: Model,
+    /// What it is.
+    pub role: Role,
+}
+
+/// A vision-language model as its files.
+#[derive(Clone, Debug, Default)]
+pub struct Vlm {
+    /// Files in order.
+    pub parts: Vec<Part>,
+}
+
+impl Vlm {
+    /// Recognises each of the given models.
+    pub fn new(models: Vec<(PathBuf, String, Model)>) -> Self {
+        let parts = models
+            .into_iter()
+            .map(|(file, variant, model)| Part {
+                role: Role::of(&model),
+                file,
+                variant,
+                model,
+            })
+            .collect();
+        Self { parts }
+    }
+
+    /// Vision towers with their files' positions.
+    pub fn towers(&self) -> impl Iterator<Item = (usize, &VisionTower)> {
+        self.parts.iter().enumerate().filter_map(|(i, p)| match &p.role {
+            Role::Vision(t) => Some((i, t.as_ref())),
+            _ => None,
+        })
+    }
+
+    /// Decoders with their files' positions.
+    pub fn decoders(&self) -> impl Iterator<Item = (usize, &Decoder)> {
+        self.parts.iter().enumerate().filter_map(|(i, p)| match &p.role {
+            Role::Decoder(d) => Some((i, d.as_ref())),
+            _ => None,
+        })
+    }
+
+    /// Token embeddings with their files' positions.
+    pub fn embeddings(&self) -> impl Iterator<Item = (usize, &Embedding)> {
+        self.parts.iter().enumerate().filter_map(|(i, p)| match &p.role {
+            Role::Embedding(e) => Some((i, e.as_ref())),
+            _ => None,
+        })
+    }
+
+    /// A file that holds none of the parts a pass was asked for is an error
+    /// that says why, file by file.
+    pub fn missing(&self, what: &str, pick: fn(&NoMatch) -> bool) -> ArchError {
+        let mut problems = Vec::new();
+        for part in &self.parts {
+            if let Role::Unknown(reasons) = &part.role {
+                for reason in reasons.iter().filter(|r| pick(r)) {
+                    problems.push(format!("{}: {reason}", part.file.display()));
+                }
+            } else {
+                problems.push(format!("{}: it is the {}", part.file.display(), part.role.name()));
+            }
+        }
+        ArchError::Unsupported {
+            file: what.to_owned(),
+            problem: format!("none was recognised\n  {}", problems.join("\n  ")),
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! Carrying a patch out: the one function that mutates a model.
+
+use std::collections::{HashMap, HashSet};
+
+use super::model::{Def, MetadataEntry, Model, Use};
+use super::patch::{Edit, PatchPlan};
+use super::{GraphId, IrError, NodeId, ValueId};
+
+impl Model {
+    /// Applies a patch and returns the changed model.
+    ///
+    /// What the patch leaves without a reader is removed: nodes that were live
+    /// before and are dead now, and the initializers only they read. Nodes are
+    /// then ordered topologically, keeping the file's order wherever it is one.
+    ///
+    /// # Errors
+    /// A patch planned on another model, a rewire that names a slot the node
+    /// does not have, a name that exists already, or a cycle. The model is
+    /// consumed: after an error there is nothing half-changed to go on with.
+    pub fn apply(mut self, plan: PatchPlan) -> Result<Model, IrError> {
+        let at = |what: String| IrError::Patch {
+            pass: plan.pass.clone(),
+            reason: what,
+        };
+        if plan.base != (self.values.len(), self.nodes.len(), self.generation) {
+            return Err(at("it was planned on another state of the model".into()));
+        }
+        if plan.is_empty() {
+            return Ok(self);
+        }
+        self.generation += 1;
+        let graph = plan.graph;
+        let structural = !plan.nodes.is_empty()
+            || plan.edits.iter().any(|e| !matches!(e, Edit::Metadata { .. }));
+        let dead_before = self.dead_nodes(graph);
+
+        let mut names: HashSet<String> = self
+            .values
+            .iter()
+            .filter(|v| v.graph == graph)
+            .map(|v| v.name.clone())
+            .collect();
+        for value in plan.values {
+            if !names.insert(value.name.clone()) {
+                return Err(at(format!("the name '{}' exists already", value.name)));
+            }
+            let id = ValueId::new(self.values.len());
+            if value.initializer.is_some() && value.def == Def::Initializer {
+                self.graphs[graph.index()].initializers.push(id);
+            }
+            self.values.push(value);
+        }
+        for node in plan.nodes {
+            let id = NodeId::new(self.nodes.len());
+            for (slot, input) in node.inputs.iter().enumerate() {
+                if let Some(value) = input {
+                    self.values[value.index()].uses.push(Use { node: id, slot });
+                }
+            }
+            self.graphs[graph.index()].nodes.push(id);
+            self.nodes.push(Some(node));
+        }
+        for edit in plan.edits {
+            self.edit(graph, edit).map_err(at)?;
+        }
+        if structural {
+            self.touch(graph);
+            self.remove_newly_dead(graph, &dead_before);
+            self.sort(graph)?;
+        } else {
+            self.source = None;
+        }
+        Ok(self)
+    }
+
+    fn edit(&mut self, graph: GraphId, edit: Edit) -> Result<(), String> {
+        match edit {
+            Edit::Rewire { node, slot, to } => {
+                let Some(old) = self.try_node(node).map(|n| n.input(slot)) else {
+                    return Err(format!("rewire of {node}, which does not exist"));
+                };
+                let Some(old) = old else {
+                    return Err(format!(
+                        "rewire of input {slot} of {}, which it does not have",
+                        self.describe(node)
+                    ));
+                };
+                let here = Use { node, slot };
+                self.values[old.index()].uses.retain(|u| *u != here);
+                self.values[to.index()].uses.push(here);
+                let owner = self.node(node).graph;
+                let target = self.node_mut(node);
+                target.inputs[slot] = Some(to);
+                target.edited = true;
+                self.touch(owner);
+            }
+            Edit::ReplaceOutput { index, to } => {
+                let Some(&old) = self.graphs[graph.index()].outputs.get(index) else {
+                    return Err(format!("there is no graph output {index}"));
+                };
+                let inner = format!("{}:inner", self.values[to.index()].name);
+                let outer = std::mem::replace(&mut self.values[old.index()].name, inner);
+                self.values[to.index()].name = outer;
+                self.values[old.index()].ty = None;
+                self.values[old.index()].info_origin = None;
+                self.graphs[graph.index()].outputs[index] = to;
+                // Every node that writes or reads a renamed value changes.
+                for value in [old, to] {
+                    let users = self.values[value.index()].uses.clone();
+                    for u in users {
+                        self.node_mut(u.node).edited = true;
+                        let owner = self.node(u.node).graph;
+                        self.touch(owner);
+                    }
+                    if let Some(producer) = self.producer_of(value) {
+                        self.node_mut(producer).edited = true;
+                    }
+                    let renamed = &mut self.values[value.index()];
+                    if let Some(tensor) = &mut renamed.initializer {
+                        tensor.origin = None;
+                        tensor.name.clone_from(&renamed.name);
+                    }
+                }
+            }
+            Edit::SetType { value, ty } => {
+                let v = &mut self.values[value.index()];
+                v.ty = ty;
+                v.info_origin = None;
+            }
+            Edit::AddInput { value } => self.graphs[graph.index()].inputs.push(value),
+            Edit::AddOutput { value } => self.graphs[graph.index()].outputs.push(value),
+            Edit::Metadata { key, value } => {
+                let origin = None;
+                let entry = MetadataEntry { key, value, origin };
+                match self.metadata.iter_mut().find(|m| m.key == entry.key) {
+                    Some(old) => *old = entry,
+                    None => self.metadata.push(entry),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Nodes of a graph that no graph output depends on.
+    fn dead_nodes(&self, graph: GraphId) -> HashSet<NodeId> {
+        let mut live: HashSet<NodeId> = HashSet::new();
+        let mut stack: Vec<ValueId> = self.subgraph(graph).outputs.clone();
+        while let Some(value) = stack.pop() {
+            let Some(id) = self.producer_of(value) else {
+                continue;
+            };
+            if live.insert(id) {
+                self.push_reads(id, &mut stack);
+            }
+        }
+        let all = &self.subgraph(graph).nodes;
+        all.iter().copied().filter(|n| !live.contains(n)).collect()
+    }
+
+    /// Everything a node reads, captured values of its bodies included.
+    pub(in crate::ir) fn push_reads(&self, id: NodeId, into: &mut Vec<ValueId>) {
+        let node = self.node(id);
+        into.extend(node.inputs.iter().flatten());
+        for body in node.subgraphs() {
+            let g = self.subgraph(body);
+            into.extend(g.outputs.iter());
+            for &inner in &g.nodes {
+                self.push_reads(inner, into);
+            }
+        }
+    }
+
+    fn remove_newly_dead(&mut self, graph: GraphId, dead_before: &HashSet<NodeId>) {
+        let newly: HashSet<NodeId> = self
+            .dead_nodes(graph)
+            .difference(dead_before)
+            .copied()
+            .collect();
+        if newly.is_empty() {
+            return;
+        }
+        let mut orphans: Vec<ValueId> = Vec::new();
+        for &id in &newly {
+            let mut reads = Vec::new();
+            self.push_reads(id, &mut reads);
+            orphans.extend(reads);
+            self.remove_node(id);
+        }
+        self.graphs[graph.index()].nodes.retain(|n| !newly.contains(n));
+        orphans.retain(|&v| {
+            let value = self.value(v);
+            value.def == Def::Initializer && value.uses.is_empty() && !self.is_output(v)
+        });
+        let gone: HashSet<ValueId> = orphans.into_iter().collect();
+        for g in &mut self.graphs {
+            g.initializers.retain(|v| !gone.contains(v));
+        }
+    }
+
+    fn remove_node(&mut self, id: NodeId) {
+        let Some(node) = self.nodes[id.index()].take() else {
+            return;
+        };
+        for (slot, input) in node.inputs.iter().enumerate() {
+            if let Some(value) = input {
+                let here = Use { node: id, slot };
+                self.values[value.index()].uses.retain(|u| *u != here);
+            }
+        }
+        let bodies: Vec<GraphId> = node.subgraphs().collect();
+        for body in bodies {
+            for inner in std::mem::take(&mut self.graphs[body.index()].nodes) {
+                self.remove_node(inner);
+            }
+        }
+    }
+
+    /// Orders a graph's nodes topologically: each in its present place, unless
+    /// something it reads has to come first.
+    fn sort(&mut self, graph: GraphId) -> Result<(), IrError> {
+        #[derive(Clone, Copy, PartialEq)]
+        enum Mark {
+            Open,
+            Done,
+        }
+        let order = self.subgraph(graph).nodes.clone();
+        let inside: HashSet<NodeId> = order.iter().copied().collect();
+        let mut marks: HashMap<NodeId, Mark> = HashMap::with_capacity(order.len());
+        let mut sorted = Vec::with_capacity(order.len());
+        let mut reads = Vec::new();
+        for &root in &order {
+            let mut stack = vec![(root, false)];
+            while let Some((id, leaving)) = stack.pop() {
+                if leaving {
+                    marks.insert(id, Mark::Done);
+                    sorted.push(id);
+                    continue;
+                }
+                match marks.get(&id) {
+                    Some(Mark::Done) => continue,
+                    Some(Mark::Open) => {
+                        return Err(IrError::Cycle {
+                            node: self.describe(id),
+                        });
+                    }
+                    None => {}
+                }
+                marks.insert(id, Mark::Open);
+                stack.push((id, true));
+                reads.clear();
+                self.push_reads(id, &mut reads);
+                // A producer found open again lies on the path that led here.
+                for value in reads.iter().rev() {
+                    if let Some(producer) = self.producer_of(*value)
+                        && inside.contains(&producer)
+                        && marks.get(&producer) != Some(&Mark::Done)
+                    {
+                        stack.push((producer, false));
+                    }
+                }
+            }
+        }
+        self.graphs[graph.index()].nodes = sorted;
+        Ok(())
+    }
+}

@@ -1,0 +1,40 @@
+//! The graph core: an ONNX model as typed arenas with def–use links.
+//!
+//! It knows no protobuf and no file system. A reader builds a [`Model`], passes
+//! look at it and plan [`Patch`]es, [`Model::apply`] is the only mutation, and
+//! [`verify`] proves that what comes out is well-formed before it is written.
+
+pub mod cone;
+pub mod consts;
+
+mod apply;
+mod dtype;
+mod error;
+mod extract;
+mod ids;
+mod load;
+mod model;
+mod ops;
+mod patch;
+mod tensor;
+mod text;
+mod types;
+mod verify;
+
+pub use cone::Substitution;
+pub use dtype::DataType;
+pub use error::IrError;
+pub use extract::extract;
+pub use ids::{GraphId, NodeId, ValueId};
+pub use model::{
+    AttrValue, Attribute, Def, Function, Graph, GraphKind, MetadataEntry, Model, Node, Provenance,
+    Use, Value,
+};
+pub use ops::Size;
+pub use patch::{Patch, PatchPlan, float, int, ints};
+pub use tensor::{ExternalRef, ExternalSource, NoExternal, Tensor, TensorData};
+pub use text::text;
+pub use types::{Dim, ValueType};
+pub use verify::{Verified, Violation, verify};
+
+pub(crate) use load::{Loader, NodeDraft};

@@ -1,0 +1,306 @@
+//! The verifier. It runs after every pass, also in release builds, and writing
+//! a model takes its proof.
+//!
+//! Invariants:
+//!
+//! 1. every value that a node or a graph output reads is defined;
+//! 2. a node reads only values of its own graph or of a graph around it;
+//! 3. names are not empty and unique within a graph, node names included
+//!    (where a node has a name);
+//! 4. every node comes after the nodes whose outputs it reads;
+//! 5. definitions and uses agree in both directions;
+//! 6. the operator set of every node's domain is imported, or the node calls a
+//!    model-local function;
+//! 7. an inline initializer has as many bytes as its type and dimensions say;
+//! 8. an external initializer states a length (if any) that fits likewise;
+//! 9. every sub-graph belongs to one node of the graph it names as parent;
+//! 10. inputs and outputs of the main graph have a type;
+//! 11. what a pass inserted lies under the name scope `duet/`.
+//!
+//! All violations are reported, each with its place.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+
+use super::model::{Def, Graph, GraphKind, Model, Node, Use, Value};
+use super::{GraphId, IrError, NodeId, Tensor, TensorData, ValueId};
+
+/// One broken invariant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// Number in the module documentation.
+    pub invariant: u8,
+    /// Node, value or graph.
+    pub place: String,
+    /// What was expected and what was found.
+    pub problem: String,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "[{}] {}: {}", self.invariant, self.place, self.problem)
+    }
+}
+
+/// Proof that a model was verified.
+#[derive(Clone, Copy, Debug)]
+pub struct Verified<'m>(&'m Model);
+
+impl<'m> Verified<'m> {
+    /// The verified model.
+    pub fn model(self) -> &'m Model {
+        self.0
+    }
+}
+
+/// Checks every invariant.
+///
+/// # Errors
+/// [`IrError::Invalid`] with all violations.
+pub fn verify(model: &Model) -> Result<Verified<'_>, IrError> {
+    let mut check = Check { model, found: Vec::new() };
+    for (id, graph) in model.graphs() {
+        check.graph(id, graph);
+    }
+    check.uses();
+    check.bodies();
+    if check.found.is_empty() {
+        Ok(Verified(model))
+    } else {
+        Err(IrError::Invalid { violations: check.found })
+    }
+}
+
+struct Check<'m> {
+    model: &'m Model,
+    found: Vec<Violation>,
+}
+
+impl Check<'_> {
+    fn report(&mut self, invariant: u8, place: impl Into<String>, problem: impl Into<String>) {
+        self.found.push(Violation {
+            invariant,
+            place: place.into(),
+            problem: problem.into(),
+        });
+    }
+
+    fn graph(&mut self, id: GraphId, graph: &Graph) {
+        // In full, so that a new field has to be thought about here.
+        let Graph {
+            name,
+            kind,
+            inputs,
+            outputs,
+            nodes,
+            initializers,
+            typed: _,
+            provenance: _,
+            touched: _,
+        } = graph;
+        let place = format!("graph '{name}' ({id})");
+        let mut names: HashMap<&str, ValueId> = HashMap::new();
+        let mut defined: Vec<ValueId> = inputs.clone();
+        defined.extend(initializers.iter().filter(|v| !inputs.contains(v)));
+        for &node in nodes {
+            match self.model.try_node(node) {
+                Some(n) => defined.extend(n.outputs.iter().flatten()),
+                None => self.report(5, &place, format!("lists {node}, which was removed")),
+            }
+        }
+        for value in defined {
+            let name = self.model.name(value);
+            if name.is_empty() {
+                self.report(3, format!("{place}, value {value}"), "has no name");
+            } else if let Some(other) = names.insert(name, value)
+                && other != value
+            {
+                self.report(3, format!("{place}, value '{name}'"), "is defined twice");
+            }
+        }
+        let mut node_names = HashSet::new();
+        for &node in nodes {
+            if let Some(n) = self.model.try_node(node)
+                && !n.name.is_empty()
+                && n.pass.is_some()
+                && !node_names.insert(n.name.as_str())
+            {
+                self.report(3, self.model.describe(node), "has the name of another node");
+            }
+        }
+        for &output in outputs {
+            let value = self.model.value(output);
+            if value.def == Def::Missing {
+                let at = format!("{place}, output '{}'", value.name);
+                self.report(1, at, "nothing defines it");
+            }
+        }
+        if *kind == GraphKind::Main {
+            for &value in inputs.iter().chain(outputs) {
+                let v = self.model.value(value);
+                if v.ty.is_none() {
+                    self.report(10, format!("{place}, '{}'", v.name), "has no type");
+                }
+            }
+        }
+        for &value in initializers {
+            self.initializer(&place, value);
+        }
+        self.order(&place, nodes);
+        for &node in nodes {
+            if self.model.try_node(node).is_some() {
+                self.node(id, node);
+            }
+        }
+    }
+
+    fn initializer(&mut self, place: &str, value: ValueId) {
+        let Some(tensor) = &self.model.value(value).initializer else {
+            let at = format!("{place}, initializer '{}'", self.model.name(value));
+            self.report(5, at, "has no tensor");
+            return;
+        };
+        let Tensor { name, dtype, dims, data, origin: _ } = tensor;
+        let at = format!("{place}, initializer '{name}'");
+        let expected = tensor.element_count().and_then(|n| dtype.byte_len(n));
+        match data {
+            TensorData::Raw(bytes) => {
+                if expected != Some(bytes.len() as u64) {
+                    let want = expected.map_or("an impossible number of".into(), |n| n.to_string());
+                    let found = bytes.len();
+                    self.report(7, at, format!("{dtype}{dims:?} takes {want} bytes, found {found}"));
+                }
+            }
+            TensorData::External(reference) => {
+                if let (Some(length), Some(expected)) = (reference.length, expected)
+                    && length != expected
+                {
+                    let problem = format!("{dtype}{dims:?} takes {expected} bytes, length says {length}");
+                    self.report(8, at, problem);
+                }
+            }
+            TensorData::Strings(_) => {}
+        }
+    }
+
+    fn order(&mut self, place: &str, nodes: &[NodeId]) {
+        let position: HashMap<NodeId, usize> =
+            nodes.iter().enumerate().map(|(i, &n)| (n, i)).collect();
+        if position.len() != nodes.len() {
+            self.report(5, place, "lists a node twice");
+        }
+        let mut reads = Vec::new();
+        for (i, &node) in nodes.iter().enumerate() {
+            if self.model.try_node(node).is_none() {
+                continue;
+            }
+            reads.clear();
+            self.model.push_reads(node, &mut reads);
+            for &value in &reads {
+                if let Some(producer) = self.model.producer_of(value)
+                    && let Some(&at) = position.get(&producer)
+                    && at >= i
+                {
+                    let name = self.model.name(value).to_owned();
+                    let problem = format!("reads '{name}' before it is computed");
+                    self.report(4, self.model.describe(node), problem);
+                }
+            }
+        }
+    }
+
+    fn node(&mut self, graph: GraphId, id: NodeId) {
+        let node = self.model.node(id);
+        let Node {
+            name,
+            op_type,
+            domain,
+            inputs,
+            outputs,
+            attributes: _,
+            graph: owner,
+            pass,
+            origin: _,
+            edited: _,
+        } = node;
+        let place = self.model.describe(id);
+        if *owner != graph {
+            self.report(5, &place, format!("says it is in {owner}, but {graph} lists it"));
+        }
+        if self.model.opset(domain).is_none() && !self.model.is_function(node) {
+            let shown = if domain.is_empty() { "the standard domain" } else { domain };
+            self.report(6, &place, format!("no operator set is imported for {shown} ({op_type})"));
+        }
+        for (slot, input) in inputs.iter().enumerate() {
+            let Some(value) = *input else { continue };
+            let v = self.model.value(value);
+            if v.def == Def::Missing {
+                self.report(1, &place, format!("reads '{}', which nothing defines", v.name));
+            } else if !self.encloses(v.graph, graph) {
+                self.report(2, &place, format!("reads '{}' of another graph", v.name));
+            }
+            if !v.uses.contains(&Use { node: id, slot }) {
+                self.report(5, &place, format!("input {slot} ('{}') is no recorded use", v.name));
+            }
+        }
+        for (slot, output) in outputs.iter().enumerate() {
+            let Some(value) = *output else { continue };
+            let v = self.model.value(value);
+            if v.def != (Def::Node { node: id, slot }) {
+                self.report(5, &place, format!("output {slot} ('{}') is defined elsewhere", v.name));
+            }
+        }
+        if pass.is_some() && !name.starts_with("duet/") {
+            self.report(11, &place, format!("was inserted by a pass, but is named '{name}'"));
+        }
+    }
+
+    fn encloses(&self, outer: GraphId, inner: GraphId) -> bool {
+        let mut at = inner;
+        loop {
+            if at == outer {
+                return true;
+            }
+            match self.model.subgraph(at).kind {
+                GraphKind::Body { parent } => at = parent,
+                GraphKind::Main | GraphKind::Function => return false,
+            }
+        }
+    }
+
+    fn uses(&mut self) {
+        for index in 0..self.model.value_count() {
+            let id = ValueId::new(index);
+            let Value { name, graph: _, def: _, initializer: _, ty: _, uses, info_origin: _ } =
+                self.model.value(id);
+            for u in uses {
+                let read = self.model.try_node(u.node).and_then(|n| n.input(u.slot));
+                if read != Some(id) {
+                    let problem = format!("records a use by {} that does not exist", u.node);
+                    self.report(5, format!("value '{name}'"), problem);
+                }
+            }
+        }
+    }
+
+    fn bodies(&mut self) {
+        let mut holders: HashMap<GraphId, usize> = HashMap::new();
+        for (id, graph) in self.model.graphs() {
+            for &node in &graph.nodes {
+                let Some(n) = self.model.try_node(node) else { continue };
+                for body in n.subgraphs() {
+                    *holders.entry(body).or_default() += 1;
+                    if self.model.subgraph(body).kind != (GraphKind::Body { parent: id }) {
+                        let place = self.model.describe(node);
+                        self.report(9, place, format!("holds {body}, whose parent is another graph"));
+                    }
+                }
+            }
+        }
+        for (body, count) in holders {
+            if count != 1 {
+                self.report(9, format!("{body}"), format!("{count} nodes hold it"));
+            }
+        }
+    }
+}

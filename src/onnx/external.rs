@@ -1,0 +1,152 @@
+//! External data files: where a location may lead, and mapping what it names.
+//!
+//! A model file is untrusted input. A location is a relative path below the
+//! model's directory; anything that would read elsewhere (`..`, an absolute
+//! path, a link that leaves the directory) is refused, as ONNX and ONNX Runtime
+//! refuse it.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Mutex;
+
+use bytes::Bytes;
+
+use crate::ir::{ExternalRef, ExternalSource, IrError};
+
+/// External data below one directory. Files are mapped when first asked for.
+#[derive(Debug)]
+pub struct DataDirectory {
+    root: PathBuf,
+    mapped: Mutex<HashMap<String, Bytes>>,
+}
+
+impl DataDirectory {
+    /// Data of a model file in `root`.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self {
+            root: root.into(),
+            mapped: Mutex::new(HashMap::new()),
+        }
+    }
+
+    /// The file that a location names.
+    ///
+    /// # Errors
+    /// A location that is empty, absolute, contains `..`, or is a link that
+    /// leaves the directory; or a file that does not exist.
+    pub fn resolve(&self, location: &str) -> Result<PathBuf, IrError> {
+        let refuse = |reason: String| IrError::External {
+            location: location.to_owned(),
+            reason,
+        };
+        let relative = Path::new(location);
+        if location.is_empty() || location.contains('\0') {
+            return Err(refuse("expected a file name".into()));
+        }
+        for part in relative.components() {
+            match part {
+                Component::Normal(_) | Component::CurDir => {}
+                Component::ParentDir => {
+                    let why = "'..' is not allowed: data files lie in or below the model's directory";
+                    return Err(refuse(why.into()));
+                }
+                Component::RootDir | Component::Prefix(_) => {
+                    return Err(refuse(
+                        "an absolute path is not allowed: data files lie in or below the model's directory".into(),
+                    ));
+                }
+            }
+        }
+        let path = self.root.join(relative);
+        let real = path.canonicalize().map_err(|e| {
+            refuse(format!("{}: {e}; is the data file beside the model?", path.display()))
+        })?;
+        let root = self.root.canonicalize().map_err(|e| refuse(e.to_string()))?;
+        if !real.starts_with(&root) {
+            return Err(refuse(format!(
+                "is a link that leaves the directory (to {}), which ONNX Runtime refuses too; copy the \
+                 model with its data first (cp -rL)",
+                real.display()
+            )));
+        }
+        if !real.is_file() {
+            return Err(refuse(format!("{} is no file", path.display())));
+        }
+        Ok(path)
+    }
+
+    /// Byte range of a reference, checked against the file's size.
+    ///
+    /// # Errors
+    /// As [`Self::resolve`], or a range that overflows or ends outside.
+    pub fn range(&self, reference: &ExternalRef) -> Result<(PathBuf, u64, u64), IrError> {
+        let path = self.resolve(&reference.location)?;
+        let refuse = |reason: String| IrError::External {
+            location: reference.location.clone(),
+            reason,
+        };
+        let size = path.metadata().map_err(|e| refuse(e.to_string()))?.len();
+        let start = reference.offset.unwrap_or(0);
+        let length = match reference.length {
+            Some(length) => length,
+            None => size.checked_sub(start).ok_or_else(|| {
+                refuse(format!("starts at byte {start}, but the file has {size} bytes"))
+            })?,
+        };
+        let end = start.checked_add(length).ok_or_else(|| {
+            refuse(format!("offset {start} + length {length} overflows"))
+        })?;
+        if end > size {
+            return Err(refuse(format!(
+                "expected bytes {start}..{end}, but the file has {size} (truncated?)"
+            )));
+        }
+        Ok((path, start, length))
+    }
+}
+
+/// Maps a file; an empty file is an empty slice.
+pub(crate) fn map_file(path: &Path) -> std::io::Result<Bytes> {
+    let file = File::open(path)?;
+    if file.metadata()?.len() == 0 {
+        return Ok(Bytes::new());
+    }
+    // SAFETY: the mapping is read-only and private. Another process truncating
+    // the file while it is mapped would be an error for any reader of it.
+    #[allow(unsafe_code, reason = "memory-mapping has no safe form")]
+    let map = unsafe { memmap2::Mmap::map(&file)? };
+    Ok(Bytes::from_owner(map))
+}
+
+impl ExternalSource for DataDirectory {
+    fn load(&self, reference: &ExternalRef) -> Result<Bytes, IrError> {
+        let (path, start, length) = self.range(reference)?;
+        let refuse = |reason: String| IrError::External {
+            location: reference.location.clone(),
+            reason,
+        };
+        let mut mapped = match self.mapped.lock() {
+            Ok(guard) => guard,
+            Err(poisoned) => poisoned.into_inner(),
+        };
+        let bytes = match mapped.get(&reference.location) {
+            Some(bytes) => bytes.clone(),
+            None => {
+                let bytes = map_file(&path).map_err(|e| refuse(e.to_string()))?;
+                mapped.insert(reference.location.clone(), bytes.clone());
+                bytes
+            }
+        };
+        let to_index = |n: u64| usize::try_from(n).map_err(|_| refuse("too large".into()));
+        let (start, end) = (to_index(start)?, to_index(start + length)?);
+        if end > bytes.len() {
+            return Err(refuse("the file shrank while it was read".into()));
+        }
+        Ok(bytes.slice(start..end))
+    }
+
+    fn directory(&self) -> Option<PathBuf> {
+        Some(self.root.clone())
+    }
+}

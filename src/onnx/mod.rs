@@ -1,0 +1,19 @@
+//! Model files: protobuf → IR → protobuf, external data, and directories.
+//!
+//! See [`read`](fn@read) and [`serialize`]; what no pass touched is not moved.
+
+mod convert;
+mod directory;
+mod error;
+mod external;
+mod output;
+mod read;
+mod wire;
+mod write;
+
+pub use directory::{Layout, ModelDir, ModelFile};
+pub use error::OnnxError;
+pub use external::DataDirectory;
+pub use output::{DataMode, Outputs, write_beside, write_out};
+pub use read::{read, read_bytes};
+pub use write::{Serialized, serialize};
