@@ -4,4 +4,5 @@
 pub mod arch;
 pub mod ir;
 pub mod onnx;
+pub mod passes;
 pub mod proto;

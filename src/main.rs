@@ -1,12 +1,13 @@
+use std::path::{Path, PathBuf};
 fn main() {
-    for path in std::env::args().skip(1) {
-        let m = duet_onnx::onnx::read(std::path::Path::new(&path)).unwrap();
-        duet_onnx::ir::verify(&m).unwrap();
-        match duet_onnx::arch::Role::of(&m) {
-            duet_onnx::arch::Role::Vision(t) => println!("{path}: vision layers {} heads {} hd {} tokens {:?} cls {} scale {} hidden {} entry {}", t.layers, t.heads, t.head_dim, t.tokens, t.cls, t.site.scale(), m.name(t.hidden), m.name(t.entry)),
-            duet_onnx::arch::Role::Decoder(d) => println!("{path}: decoder {} heads {:?} kv {} hd {} scale {} b1 {} newk {} q {}", d.depth(), d.heads, d.kv_heads, d.head_dim, d.layers[1].scale, m.name(d.layers[1].boundary), m.name(d.layers[1].new_key), m.name(d.layers[1].query)),
-            duet_onnx::arch::Role::Embedding(e) => println!("{path}: embed {:?}", e.width),
-            duet_onnx::arch::Role::Unknown(w) => println!("{path}: ??? {w:#?}"),
-        }
-    }
+    let a: Vec<String> = std::env::args().collect();
+    let dir = duet_onnx::onnx::ModelDir::open(Path::new(&a[1])).unwrap();
+    let recipe = duet_onnx::passes::Recipe::parse(&std::fs::read_to_string(&a[2]).unwrap()).unwrap();
+    let models: Vec<(PathBuf, String, duet_onnx::ir::Model)> = dir.files.iter().map(|f| (f.relative.clone(), f.variant.clone(), duet_onnx::onnx::read(&dir.path(f)).unwrap())).collect();
+    let vlm = duet_onnx::arch::Vlm::new(models);
+    let r = match duet_onnx::passes::rewrite(vlm, &recipe) { Ok(r) => r, Err(e) => { eprintln!("{e}"); std::process::exit(2) } };
+    for c in &r.changes { println!("{} {} {}", c.pass, r.vlm.parts[c.part].file.display(), c.inserted); }
+    let mut out = duet_onnx::onnx::Outputs::default();
+    for p in &r.vlm.parts { out.models.push((p.file.clone(), duet_onnx::onnx::serialize(duet_onnx::ir::verify(&p.model).unwrap()))); }
+    duet_onnx::onnx::write_out(&dir, &out, Path::new(&a[3]), Default::default()).unwrap();
 }

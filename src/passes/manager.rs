@@ -1,0 +1,103 @@
+//! Running a recipe: requires → plan → apply → verify → ensures, pass by pass,
+//! then the stamp.
+
+use super::{PassError, Recipe};
+use crate::arch::{Part, Vlm};
+use crate::ir::{Model, Patch, verify};
+
+/// What a pass did to a file.
+#[derive(Clone, Debug)]
+pub struct Change {
+    /// Pass.
+    pub pass: &'static str,
+    /// Position of the file in [`Vlm::parts`].
+    pub part: usize,
+    /// Nodes it inserted.
+    pub inserted: usize,
+}
+
+/// A rewritten model.
+#[derive(Debug)]
+pub struct Rewritten {
+    /// The files; those that no pass changed are as they were.
+    pub vlm: Vlm,
+    /// What each pass did.
+    pub changes: Vec<Change>,
+    /// One line a pass, for people.
+    pub summaries: Vec<(&'static str, String)>,
+}
+
+/// Recipe and tool version that a model was rewritten with, if it was.
+pub fn earlier_recipe(model: &Model) -> Option<(&str, &str)> {
+    let version = model.metadata("duet.version")?;
+    Some((version, model.metadata("duet.recipe").unwrap_or("(not recorded)")))
+}
+
+/// Rewrites a model.
+///
+/// # Errors
+/// A model that was rewritten before, a pass that does not fit the model, or a
+/// broken invariant after a pass.
+pub fn rewrite(mut vlm: Vlm, recipe: &Recipe) -> Result<Rewritten, PassError> {
+    for part in &vlm.parts {
+        if let Some((version, earlier)) = earlier_recipe(&part.model) {
+            return Err(PassError::Rewritten {
+                file: part.file.display().to_string(),
+                version: version.to_owned(),
+                recipe: earlier.to_owned(),
+            });
+        }
+    }
+    let mut changes: Vec<Change> = Vec::new();
+    let mut summaries = Vec::new();
+    // Everything is checked before anything is changed.
+    for pass in &recipe.passes {
+        pass.requires(&vlm, &recipe.context)?;
+        summaries.push((pass.name(), pass.summary(&vlm)));
+    }
+    for pass in &recipe.passes {
+        let name = pass.name();
+        for (index, plan) in pass.plan(&vlm, &recipe.context)? {
+            changes.push(Change {
+                pass: name,
+                part: index,
+                inserted: plan.inserted(),
+            });
+            change(&mut vlm.parts[index], name, |model| model.apply(plan))?;
+        }
+        pass.ensures(&vlm, &recipe.context)?;
+    }
+    let mut stamped: Vec<usize> = changes.iter().map(|c| c.part).collect();
+    stamped.sort_unstable();
+    stamped.dedup();
+    for index in stamped {
+        change(&mut vlm.parts[index], "stamp", |model| {
+            let mut patch = Patch::new(&model, "stamp");
+            patch.metadata("duet.version", env!("CARGO_PKG_VERSION"));
+            patch.metadata("duet.recipe", &recipe.text);
+            let plan = patch.finish();
+            model.apply(plan)
+        })?;
+    }
+    Ok(Rewritten {
+        vlm,
+        changes,
+        summaries,
+    })
+}
+
+fn change(
+    part: &mut Part,
+    pass: &'static str,
+    apply: impl FnOnce(Model) -> Result<Model, crate::ir::IrError>,
+) -> Result<(), PassError> {
+    let graph = |source| PassError::Graph {
+        pass,
+        file: part.file.display().to_string(),
+        source,
+    };
+    let model = apply(part.model.clone()).map_err(graph)?;
+    verify(&model).map_err(graph)?;
+    part.model = model;
+    Ok(())
+}

@@ -1,0 +1,82 @@
+//! Passes: what is inserted into a model, planned on immutable graphs.
+//!
+//! A pass looks at the recognised parts ([`crate::arch`]), plans a patch for each
+//! file it changes, and states what holds before and after. The manager applies
+//! the patches, verifies every graph after every pass, and stamps the result.
+//! Adding a pass takes one file here, its `mod` line and its line in
+//! [`REGISTRY`].
+
+mod error;
+mod manager;
+mod marker;
+mod recipe;
+mod token_merge;
+mod visual_prune;
+
+pub use error::PassError;
+pub use manager::{Change, Rewritten, earlier_recipe, rewrite};
+pub use marker::{Marker, VISUAL_MASK_INPUT};
+pub use recipe::{Count, KvLayout, Positions, Recipe, StaticSpan};
+pub use token_merge::{Cls, MergeBudget, Placement, Selector, TokenMerge, merge_budget};
+pub use visual_prune::{Drop, SALIENT_MASK_INPUT, TextQueries, VisualPrune};
+
+use crate::arch::Vlm;
+use crate::ir::PatchPlan;
+
+/// Settings of a recipe that concern several passes.
+#[derive(Clone, Debug, Default)]
+pub struct Context {
+    /// How a decoder knows its visual tokens.
+    pub marker: Marker,
+    /// Where they lie, for [`Marker::Static`].
+    pub span: Option<StaticSpan>,
+    /// How caches of later layers are laid out.
+    pub kv: KvLayout,
+}
+
+/// A graph pass.
+pub trait Pass: std::fmt::Debug {
+    /// Name in recipes and in the names of inserted nodes.
+    fn name(&self) -> &'static str;
+
+    /// Checks what the pass needs of the model.
+    ///
+    /// # Errors
+    /// What was looked for and what was found.
+    fn requires(&self, vlm: &Vlm, context: &Context) -> Result<(), PassError>;
+
+    /// Plans the change of each file: (position of the file, patch).
+    ///
+    /// # Errors
+    /// A construct that the pass cannot work on, with its place.
+    fn plan(&self, vlm: &Vlm, context: &Context) -> Result<Vec<(usize, PatchPlan)>, PassError>;
+
+    /// Checks what holds after the patches were applied.
+    ///
+    /// # Errors
+    /// What was expected and what was found (a bug in the pass).
+    fn ensures(&self, vlm: &Vlm, context: &Context) -> Result<(), PassError>;
+
+    /// One line for people: what it does to this model.
+    fn summary(&self, vlm: &Vlm) -> String;
+
+    /// Access to the concrete pass, for code that needs its parameters.
+    fn as_any(&self) -> &dyn std::any::Any;
+}
+
+/// A registered pass.
+pub struct Entry {
+    /// Name in recipes.
+    pub name: &'static str,
+    /// What it does, for `--help` and documentation.
+    pub about: &'static str,
+    /// Parameter names.
+    pub keys: &'static [&'static str],
+    /// Reads its parameters.
+    pub parse: fn(serde_yaml::Value) -> Result<Box<dyn Pass>, serde_yaml::Error>,
+    /// Parameters under which it keeps everything (for the conformance test).
+    pub keep_everything: &'static str,
+}
+
+/// All passes.
+pub const REGISTRY: &[Entry] = &[token_merge::ENTRY, visual_prune::ENTRY];

@@ -1,0 +1,244 @@
+//! T2V: dropping visual tokens inside the decoder, chosen by the text.
+//!
+//! ```text
+//!  … layer ℓ ─ H [b, L, D] ────────────────────────────┐
+//!              └─ q, k of layer ℓ+1 (cloned, current     │
+//!                 positions) ─▶ score of visual tokens   ▼
+//!                 ─▶ TopK ─▶ ascending indices ─▶ GatherND ─ H' [b, L', D] ─ layer ℓ+1 …
+//!                                            └─▶ mask', positions', visual', text'
+//!  everything else that later layers read (causal mask, rotary tables, reshape
+//!  targets) is cloned with these as its roots
+//! ```
+//!
+//! A schedule is a list of (layer ℓ, ratio r): after ℓ layers have run, ⌊r·n⌋ of
+//! the n visual tokens that entered the decoder stay. All rows of a batch lose
+//! the same number, the smallest of theirs. In a decode step nothing is visual,
+//! so nothing is dropped; how much earlier steps dropped is read off the lengths
+//! of the caches.
+//!
+//! Source: DUET-VLM (arXiv 2602.18846), section on text-to-vision pruning; the
+//! drop schedule is PyramidDrop's.
+
+mod rank;
+mod stage;
+
+use serde::Deserialize;
+
+use super::recipe::Positions;
+use super::{Context, Entry, Pass, PassError, marker};
+use crate::arch::{Decoder, NoMatch, Vlm};
+use crate::ir::PatchPlan;
+
+/// Name of the extra decoder input with `text: salient`.
+pub const SALIENT_MASK_INPUT: &str = "salient_token_mask";
+
+pub(super) const ENTRY: Entry = Entry {
+    name: "visual_prune",
+    about: "drops visual tokens at chosen decoder layers, ranked by the text's attention (T2V)",
+    keys: &["drops", "text", "positions"],
+    parse: |value| Ok(Box::new(serde_yaml::from_value::<VisualPrune>(value)?)),
+    keep_everything: "{drops: [{after_layer: 2, keep: 1.0}]}",
+};
+
+/// Which tokens ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TextQueries {
+    /// Every token after the last visual token that entered the decoder.
+    #[default]
+    All,
+    /// The last token of the prompt (PyramidDrop).
+    Last,
+    /// A given subset of the text tokens, and the last one.
+    Salient,
+}
+
+/// One drop point.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drop {
+    /// Number of layers that have run, from 1.
+    pub after_layer: usize,
+    /// Share of the visual tokens that entered the decoder, 0 to 1.
+    pub keep: f64,
+}
+
+/// Parameters of the pass.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VisualPrune {
+    /// Drop points: layers rise, ratios fall.
+    pub drops: Vec<Drop>,
+    /// Which tokens ask.
+    #[serde(default)]
+    pub text: TextQueries,
+    /// What happens to the positions of tokens that stay.
+    #[serde(default)]
+    pub positions: Positions,
+}
+
+impl VisualPrune {
+    /// Visual tokens that each of `layers` layers sees when `entered` enter.
+    pub fn tokens_per_layer(&self, entered: i64, layers: usize) -> Vec<i64> {
+        (0..layers)
+            .map(|layer| {
+                let last = self.drops.iter().rev().find(|d| d.after_layer <= layer);
+                #[allow(clippy::cast_possible_truncation, reason = "token counts fit")]
+                last.map_or(entered, |d| (entered as f64 * d.keep) as i64)
+            })
+            .collect()
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.drops.is_empty() {
+            return Err("'drops' is empty; list at least one {after_layer, keep}".into());
+        }
+        for drop in &self.drops {
+            if !(0.0..=1.0).contains(&drop.keep) {
+                return Err(format!(
+                    "keep is {} after layer {}; expected a fraction of the visual tokens, 0.0 to 1.0",
+                    drop.keep, drop.after_layer
+                ));
+            }
+            if drop.after_layer == 0 {
+                return Err("after_layer is 0; layers count from 1".into());
+            }
+        }
+        for pair in self.drops.windows(2) {
+            let (a, b) = (pair[0], pair[1]);
+            if b.after_layer <= a.after_layer {
+                return Err(format!(
+                    "after_layer {} follows {}; list the drops by rising layer, each once",
+                    b.after_layer, a.after_layer
+                ));
+            }
+            if b.keep > a.keep {
+                return Err(format!(
+                    "keep rises from {} (after layer {}) to {} (after layer {}); tokens that were dropped do \
+                     not come back, so ratios must fall",
+                    a.keep, a.after_layer, b.keep, b.after_layer
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_decoder(&self, decoder: &Decoder) -> Result<(), String> {
+        let depth = decoder.depth();
+        if let Some(drop) = self.drops.iter().find(|d| d.after_layer >= depth) {
+            return Err(format!(
+                "a drop after layer {} was asked for, but the decoder has {depth} layers; the last drop \
+                 point is after layer {}",
+                drop.after_layer,
+                depth.saturating_sub(1)
+            ));
+        }
+        if self.positions == Positions::Keep && decoder.position_ids.is_none() {
+            return Err(
+                "positions: keep needs the input position_ids, and this decoder computes positions itself; \
+                 use positions: renumber"
+                    .into(),
+            );
+        }
+        Ok(())
+    }
+}
+
+impl Pass for VisualPrune {
+    fn name(&self) -> &'static str {
+        ENTRY.name
+    }
+
+    fn as_any(&self) -> &dyn std::any::Any {
+        self
+    }
+
+    fn requires(&self, vlm: &Vlm, context: &Context) -> Result<(), PassError> {
+        let fail = |problem: String| {
+            Err(PassError::Requires {
+                pass: ENTRY.name,
+                problem,
+            })
+        };
+        if let Err(problem) = self.check() {
+            return fail(problem);
+        }
+        if vlm.decoders().next().is_none() {
+            let decoder = |m: &NoMatch| m.looked_for.contains("decoder");
+            return fail(vlm.missing("decoder", decoder).to_string());
+        }
+        for (index, decoder) in vlm.decoders() {
+            if let Err(problem) = self.check_decoder(decoder) {
+                return fail(format!("{}: {problem}", vlm.parts[index].file.display()));
+            }
+        }
+        marker::requires(ENTRY.name, vlm, context)
+    }
+
+    fn plan(&self, vlm: &Vlm, context: &Context) -> Result<Vec<(usize, PatchPlan)>, PassError> {
+        let mut plans = Vec::new();
+        if context.marker == marker::Marker::Channel {
+            for (index, tower) in vlm.towers() {
+                let mut patch = crate::ir::Patch::new(&vlm.parts[index].model, ENTRY.name);
+                patch.scope("marker");
+                marker::append_channel(&mut patch, tower.features_index, 1.0);
+                plans.push((index, patch.finish()));
+            }
+            for (index, _) in vlm.embeddings() {
+                let mut patch = crate::ir::Patch::new(&vlm.parts[index].model, ENTRY.name);
+                patch.scope("marker");
+                marker::append_channel(&mut patch, 0, 0.0);
+                plans.push((index, patch.finish()));
+            }
+        }
+        for (index, decoder) in vlm.decoders() {
+            let part = &vlm.parts[index];
+            let plan = stage::plan(self, &part.model, decoder, context);
+            let plan = plan.map_err(|problem| PassError::Unsupported {
+                pass: ENTRY.name,
+                file: part.file.display().to_string(),
+                problem,
+            })?;
+            plans.push((index, plan));
+        }
+        Ok(plans)
+    }
+
+    fn ensures(&self, vlm: &Vlm, _: &Context) -> Result<(), PassError> {
+        for (index, decoder) in vlm.decoders() {
+            let model = &vlm.parts[index].model;
+            let broken = |problem: String| {
+                Err(PassError::Ensures {
+                    pass: ENTRY.name,
+                    file: vlm.parts[index].file.display().to_string(),
+                    problem,
+                })
+            };
+            // Clients read the past length off the first cache.
+            let first = &decoder.layers[0];
+            let behind = self.drops[0].after_layer;
+            for layer in &decoder.layers[behind..] {
+                let (a, b) = (layer.present.0, first.present.0);
+                let shape = |v| model.value(v).ty.as_ref().and_then(|t| t.shape());
+                if shape(a).is_some() && shape(a) == shape(b) {
+                    return broken(format!(
+                        "'{}' states the shape of '{}', whose length it no longer has",
+                        model.name(a),
+                        model.name(b)
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn summary(&self, vlm: &Vlm) -> String {
+        let drops: Vec<String> = self
+            .drops
+            .iter()
+            .map(|d| format!("after layer {} keep {}", d.after_layer, d.keep))
+            .collect();
+        let depth = vlm.decoders().next().map_or(0, |(_, d)| d.depth());
+        format!("{} of {depth} layers", drops.join(", "))
+    }
+}

@@ -1,0 +1,134 @@
+//! Scoring visual tokens: what attention the text would pay them in the next
+//! layer.
+//!
+//! The next layer's way from the residual tensor to its rotated queries and keys
+//! is cloned at the current length and positions. Scores are fp32 whatever the
+//! model's type; masks are built here, so no exporter's mask is relied on, and
+//! the cache is not consulted.
+
+use super::stage::{Stage, last_real};
+use crate::arch::{Decoder, DecoderLayer};
+use crate::ir::{DataType, Model, Patch, Size, ValueId};
+
+/// Scores of masked keys: far below any product, still finite in fp32.
+const MASKED: f32 = -1e30;
+
+pub(super) struct Ranking<'a, 'm> {
+    pub(super) model: &'m Model,
+    pub(super) patch: &'a mut Patch<'m>,
+    pub(super) layer: &'a DecoderLayer,
+    pub(super) decoder: &'a Decoder,
+    pub(super) stage: &'a Stage,
+}
+
+impl Ranking<'_, '_> {
+    /// Score of every token, `[b, L]` fp32 (meaningful for visual ones): the
+    /// attention probability, averaged over heads and over the tokens that ask.
+    pub(super) fn scores(mut self, boundary: ValueId) -> Result<ValueId, String> {
+        let (query, key) = self.projections(boundary)?;
+        let heads = self.decoder.kv_heads;
+        let width = self.decoder.head_dim;
+        let length = self.stage.length;
+        let rows = self.rows();
+        let p = &mut *self.patch;
+        // Only rows from the first token that asks on: [b, H, T, d].
+        let start = first_row(p, rows);
+        let query = p.slice(query, start, Size::Known(i64::MAX), 2);
+        let asks = p.slice(rows, start, Size::Known(i64::MAX), 1);
+        let query = to_f32(p, self.decoder.dtype, query);
+        let key = to_f32(p, self.decoder.dtype, key);
+        #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
+        let scale = p.f32(self.layer.scale as f32);
+        let query = p.op("Mul", &[query, scale]);
+        // Each key head serves its group of query heads: [b, Hkv, G·T, d].
+        let query = p.reshape(query, &[0, heads, -1, width]);
+        let key = p.transpose(key, &[0, 1, 3, 2]);
+        let product = p.op("MatMul", &[query, key]);
+        let asked = p.size_sub(length, start);
+        let shape = {
+            let lead = p.i64s(&[0, -1]);
+            let (asked, length) = (p.size_value(asked), p.size_value(length));
+            p.concat(&[lead, asked, length], 0)
+        };
+        let product = p.op("Reshape", &[product, shape]);
+        // Token t sees key j if j ≤ t and j is no padding: [b, 1, T, L].
+        let places = p.iota(length);
+        let queries = p.slice(places, start, Size::Known(i64::MAX), 0);
+        let queries = p.unsqueeze(queries, &[1]);
+        let causal = p.op("GreaterOrEqual", &[queries, places]);
+        let real = p.unsqueeze(self.stage.real, &[1, 2]);
+        let sees = p.op("And", &[causal, real]);
+        let masked = p.f32(MASKED);
+        let product = p.op("Where", &[sees, product, masked]);
+        let probability = p.softmax(product);
+        let probability = p.reduce("ReduceMean", probability, &[1], false);
+        // Mean over the tokens that ask; Where, since a padding row may hold
+        // anything.
+        let asks_column = p.unsqueeze(asks, &[2]);
+        let zero = p.f32(0.0);
+        let probability = p.op("Where", &[asks_column, probability, zero]);
+        let sum = p.reduce_sum(probability, &[1], false);
+        let count = p.cast(asks, DataType::Float);
+        let count = p.reduce_sum(count, &[1], true);
+        let one = p.f32(1.0);
+        let count = p.op("Max", &[count, one]);
+        Ok(p.op("Div", &[sum, count]))
+    }
+
+    /// The tokens that ask here: those carried from the entry; if a row has none
+    /// (nothing follows its image), its last token.
+    fn rows(&mut self) -> ValueId {
+        let p = &mut *self.patch;
+        let last = last_real(p, self.stage.real);
+        let count = p.cast(self.stage.text, DataType::Int64);
+        let count = p.reduce_sum(count, &[1], true);
+        let zero = p.i64(0);
+        let none = p.op("Equal", &[count, zero]);
+        let fallback = p.op("And", &[none, last]);
+        p.op("Or", &[self.stage.text, fallback])
+    }
+
+    /// Rotated queries `[b, H, L, d]` and keys `[b, Hkv, L, d]` of the next layer.
+    fn projections(&mut self, boundary: ValueId) -> Result<(ValueId, ValueId), String> {
+        let mut subst = self.stage.subst.clone();
+        // The residual tensor itself is this stage's own, but what reads it will
+        // be reconnected: a new value makes its readers be cloned.
+        let hidden = self.patch.op("Identity", &[boundary]);
+        subst.insert(boundary, hidden);
+        let mut clone = |patch: &mut Patch<'_>, value: ValueId| {
+            patch.clone_cone(value, &mut subst).map_err(|at| {
+                format!("{at} holds a sub-graph between the residual stream and the keys of the next layer")
+            })
+        };
+        let query = clone(self.patch, self.layer.query)?;
+        let key = clone(self.patch, self.layer.new_key)?;
+        for (what, old, new) in [
+            ("query", self.layer.query, query),
+            ("key", self.layer.new_key, key),
+        ] {
+            if old == new {
+                return Err(format!(
+                    "the {what} '{}' does not depend on '{}'",
+                    self.model.name(old),
+                    self.model.name(boundary)
+                ));
+            }
+        }
+        Ok((query, key))
+    }
+}
+
+/// First token of any row that asks, `[1]`.
+fn first_row(p: &mut Patch<'_>, rows: ValueId) -> Size {
+    let asks = p.cast(rows, DataType::Int64);
+    let attributes = vec![crate::ir::int("axis", 1), crate::ir::int("keepdims", 0)];
+    let first = p.op_with("ArgMax", &[asks], attributes);
+    Size::Value(p.reduce("ReduceMin", first, &[0], true))
+}
+
+fn to_f32(p: &mut Patch<'_>, dtype: DataType, x: ValueId) -> ValueId {
+    if dtype == DataType::Float {
+        return x;
+    }
+    p.cast(x, DataType::Float)
+}
