@@ -328,7 +328,9 @@ impl Build<'_, '_> {
             parts.push(contextual);
         }
         self.patch.scope("gather");
-        self.patch.concat(&parts, 1)
+        let merged = self.patch.concat(&parts, 1);
+        self.patch.name_value(merged, "merged_tokens");
+        merged
     }
 
     /// softmax(q · kᵀ · scale): all rows or the CLS row.

@@ -19,6 +19,8 @@ pub(super) struct Ranking<'a, 'm> {
     pub(super) layer: &'a DecoderLayer,
     pub(super) decoder: &'a Decoder,
     pub(super) stage: &'a Stage,
+    /// Number of the drop point, from 1.
+    pub(super) number: usize,
 }
 
 impl Ranking<'_, '_> {
@@ -26,6 +28,9 @@ impl Ranking<'_, '_> {
     /// attention probability, averaged over heads and over the tokens that ask.
     pub(super) fn scores(mut self, boundary: ValueId) -> Result<ValueId, String> {
         let (query, key) = self.projections(boundary)?;
+        let number = self.number;
+        self.patch.name_value(query, &format!("drop{number}/query"));
+        self.patch.name_value(key, &format!("drop{number}/key"));
         let heads = self.decoder.kv_heads;
         let width = self.decoder.head_dim;
         let length = self.stage.length;
@@ -72,7 +77,9 @@ impl Ranking<'_, '_> {
         let count = p.reduce_sum(count, &[1], true);
         let one = p.f32(1.0);
         let count = p.op("Max", &[count, one]);
-        Ok(p.op("Div", &[sum, count]))
+        let scores = p.op("Div", &[sum, count]);
+        p.name_value(scores, &format!("drop{number}/scores"));
+        Ok(scores)
     }
 
     /// The tokens that ask here: those carried from the entry; if a row has none

@@ -167,6 +167,9 @@ impl Plan<'_, '_> {
         let visual = self.patch.op("And", &[entry.visual, real]);
         let past = self.patch.size_of(decoder.layers[0].past.0, 2);
         let text = self.text(visual, real);
+        for (value, name) in [(visual, "visual"), (real, "real"), (text, "text")] {
+            self.patch.name_value(value, &format!("entry/{name}_mask"));
+        }
         let mut stage = Stage {
             first: 0,
             hidden: entry.embeds,
@@ -254,6 +257,7 @@ impl Plan<'_, '_> {
             layer: &self.decoder.layers[first],
             decoder: self.decoder,
             stage: before,
+            number,
         }
         .scores(boundary)?;
         // Text and padding always stay: a probability never reaches 2.
