@@ -6,3 +6,5 @@ pub mod ir;
 pub mod onnx;
 pub mod passes;
 pub mod proto;
+pub mod runtime;
+pub mod validate;

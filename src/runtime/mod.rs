@@ -1,0 +1,54 @@
+//! Running models: ONNX Runtime and tract, and everything between a question about an image and its answer.
+//!
+//! ```text
+//! image ─▶ image ─▶ vision ─┐
+//! text  ─▶ text  ─▶ embed ──┴▶ scatter ─▶ decoder ─▶ sampling ─▶ text
+//!                                          ▲    │
+//!                                          └────┘ cache
+//! ```
+//!
+//! - [`library`] finds and loads ONNX Runtime's shared library, [`install`] fetches it with pip when asked to;
+//! - [`session`] opens and runs models with named tensors ([`value`], [`tensor`]), [`providers`] knows execution
+//!   providers by name;
+//! - [`image`], [`text`] and [`template`] do what a model's configuration files say;
+//! - [`vision`] and [`decoder`] run the parts of a VLM at the level of tensors, batches and caches;
+//! - [`generate`] puts them together; [`sampling`] picks tokens, [`salient`] marks the words that matter;
+//! - [`mod@tract`] runs small graphs with a second engine.
+//!
+//! The engines' own types stay inside: what goes in and comes out is plain Rust and [`tensor::Tensor`]. Nothing
+//! here prints, exits, or downloads unasked.
+
+pub mod decoder;
+pub mod error;
+pub mod generate;
+pub mod image;
+pub mod install;
+pub mod library;
+pub mod providers;
+pub mod salient;
+pub mod sampling;
+pub mod session;
+pub mod template;
+pub mod tensor;
+pub mod text;
+pub mod tract;
+pub mod value;
+pub mod vision;
+
+#[cfg(test)]
+mod test_models;
+
+pub use decoder::{Cache, Decoder, StepInput, StepOutput};
+pub use error::RuntimeError;
+pub use generate::{
+    GenerateOptions, Generation, Prepared, Stop, Timing, Token, VlmFiles, VlmPipeline,
+};
+pub use image::{ImageProcessor, Pixels};
+pub use library::{Library, Runtime, ensure};
+pub use sampling::{Sampler, Sampling};
+pub use session::{Dim, Optimization, Outputs, Port, Session, SessionOptions};
+pub use template::{ChatTemplate, Content, Message, Part};
+pub use tensor::{DType, Tensor, TensorData};
+pub use text::TextProcessor;
+pub use value::Value;
+pub use vision::{Embedder, VisionEncoder, scatter};

@@ -1,0 +1,82 @@
+//! Execution providers by name.
+
+use ort::ep::{self, ExecutionProvider};
+use ort::session::builder::SessionBuilder;
+
+use super::error::{Result, RuntimeError};
+use super::library::Runtime;
+
+/// What [`register`] does for one provider.
+struct Known {
+    /// Name as given by users.
+    short: &'static str,
+    /// ONNX Runtime's own name for it.
+    canonical: &'static str,
+    available: fn() -> ort::Result<bool>,
+    register: fn(&mut SessionBuilder) -> ort::Result<()>,
+}
+
+macro_rules! known {
+    ($($short:literal => $ty:ty;)*) => {
+        const KNOWN: &[Known] = &[$(Known {
+            short: $short,
+            canonical: <$ty as ExecutionProvider>::NAME,
+            available: <$ty>::is_available,
+            register: |builder| <$ty>::default().register(builder),
+        },)*];
+    };
+}
+
+known! {
+    "cpu" => ep::CPU;
+    "cuda" => ep::CUDA;
+    "tensorrt" => ep::TensorRT;
+    "rocm" => ep::ROCm;
+    "migraphx" => ep::MIGraphX;
+    "coreml" => ep::CoreML;
+    "directml" => ep::DirectML;
+    "openvino" => ep::OpenVINO;
+    "xnnpack" => ep::XNNPACK;
+    "qnn" => ep::QNN;
+}
+
+/// Short names of the execution providers that the loaded library was built with.
+///
+/// # Errors
+/// ONNX Runtime is not there.
+pub fn available() -> Result<Vec<&'static str>> {
+    Runtime::get()?;
+    Ok(KNOWN
+        .iter()
+        .filter(|k| (k.available)().unwrap_or(false))
+        .map(|k| k.short)
+        .collect())
+}
+
+/// Adds the provider of this name to a session that is being built.
+pub(super) fn register(name: &str, builder: &mut SessionBuilder) -> Result<()> {
+    let failed = |reason: String| RuntimeError::Provider {
+        name: name.into(),
+        reason,
+    };
+    let known = KNOWN
+        .iter()
+        .find(|k| k.short.eq_ignore_ascii_case(name) || k.canonical.eq_ignore_ascii_case(name))
+        .ok_or_else(|| {
+            let all: Vec<&str> = KNOWN.iter().map(|k| k.short).collect();
+            failed(format!(
+                "it is not known; the known ones are {}",
+                all.join(", ")
+            ))
+        })?;
+    if !(known.available)().unwrap_or(false) {
+        let library = &Runtime::get()?.library().path;
+        return Err(failed(format!(
+            "the library {} was built without it (it has {}); install a build that has it, for \
+             example `pip install onnxruntime-gpu` for CUDA, or point ORT_DYLIB_PATH at one",
+            library.display(),
+            available()?.join(", ")
+        )));
+    }
+    (known.register)(builder).map_err(|e| failed(e.to_string()))
+}

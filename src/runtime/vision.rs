@@ -1,0 +1,354 @@
+//! The two models before the decoder: pixels to features, ids to embeddings, and features into embeddings.
+
+use ndarray::{Array2, Array3, Axis};
+
+use super::error::{Result, RuntimeError};
+use super::session::{Port, Session};
+use super::tensor::{DType, Element, Tensor, TensorData};
+use super::value::Value;
+
+/// An open vision encoder (tower and projector).
+#[derive(Debug)]
+pub struct VisionEncoder {
+    session: Session,
+    pixels: Port,
+}
+
+impl VisionEncoder {
+    /// Takes a session over after looking at its interface.
+    ///
+    /// # Errors
+    /// The model needs something else than one input of pixels.
+    pub fn new(session: Session) -> Result<Self> {
+        match session.inputs() {
+            [pixels] if pixels.dtype.is_some_and(DType::is_float) => Ok(Self {
+                pixels: pixels.clone(),
+                session,
+            }),
+            inputs => Err(RuntimeError::Interface {
+                model: session.model().to_string(),
+                expected:
+                    "a vision encoder with one input, pixel_values [images, 3, height, width]"
+                        .into(),
+                found: describe(inputs),
+            }),
+        }
+    }
+
+    /// The session.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// The session, to end its profiling.
+    pub fn session_mut(&mut self) -> &mut Session {
+        &mut self.session
+    }
+
+    /// Features of images that are prepared one by one, `[3, height, width]` each. One run if their sizes are
+    /// the same and the model takes several at once, else one run each.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn encode(&mut self, images: &[Array3<f32>]) -> Result<Vec<Tensor>> {
+        let fits = self
+            .pixels
+            .dims
+            .first()
+            .is_none_or(|dim| dim.fixed().is_none_or(|fixed| fixed == images.len()));
+        let same = images.windows(2).all(|pair| pair[0].dim() == pair[1].dim());
+        let mut features = Vec::with_capacity(images.len());
+        for group in images.chunks(if fits && same { images.len().max(1) } else { 1 }) {
+            let views: Vec<_> = group.iter().map(|image| image.view()).collect();
+            let pixels =
+                ndarray::stack(Axis(0), &views).map_err(|e| RuntimeError::Tensor(e.to_string()))?;
+            features.extend(self.run(pixels.into())?);
+        }
+        Ok(features)
+    }
+
+    /// Features of `pixel_values` `[images, 3, height, width]`: for each image `[features, width]`. How many
+    /// there are is read from the output, so a rewritten encoder needs nothing special.
+    ///
+    /// # Errors
+    /// The pixels do not fit the input, the run fails, or the output cannot be divided among the images.
+    pub fn run(&mut self, pixels: Tensor) -> Result<Vec<Tensor>> {
+        let images = pixels.shape().first().copied().unwrap_or(0);
+        let pixels = match self.pixels.dtype {
+            Some(dtype) => pixels.cast_float(dtype)?,
+            None => pixels,
+        };
+        let outputs = self
+            .session
+            .run(&[(&self.pixels.name, &Value::new(pixels)?)])?;
+        let output = outputs.first()?;
+        let (rows, width) = match *output.shape() {
+            [n, rows, width] if n == images => (rows, width),
+            // Some exports return the features of all images in one list.
+            [rows, width] | [1, rows, width] if images > 0 && rows % images == 0 => {
+                (rows / images, width)
+            }
+            ref other => {
+                return Err(RuntimeError::Interface {
+                    model: self.session.model().to_string(),
+                    expected: format!("features [{images}, rows, width] for {images} images"),
+                    found: format!("{other:?}"),
+                });
+            }
+        };
+        split(output.to_tensor()?, images, rows, width)
+    }
+}
+
+/// Cuts features into one tensor for each image.
+fn split(features: Tensor, images: usize, rows: usize, width: usize) -> Result<Vec<Tensor>> {
+    let (_, data) = features.into_parts();
+    macro_rules! cut {
+        ($($variant:ident)*) => {
+            match data {
+                $(TensorData::$variant(data) => (0..images)
+                    .map(|i| {
+                        let part = &data[i * rows * width..(i + 1) * rows * width];
+                        Tensor::new([rows, width], part.to_vec())
+                    })
+                    .collect(),)*
+                other => Err(RuntimeError::Tensor(format!(
+                    "image features are {}, expected floating-point numbers",
+                    other.dtype()
+                ))),
+            }
+        };
+    }
+    cut!(F32 F16 BF16 F64)
+}
+
+/// An open embedding table.
+#[derive(Debug)]
+pub struct Embedder {
+    session: Session,
+    ids: Port,
+}
+
+impl Embedder {
+    /// Takes a session over after looking at its interface.
+    ///
+    /// # Errors
+    /// The model needs something else than one input of ids.
+    pub fn new(session: Session) -> Result<Self> {
+        match session.inputs() {
+            [ids] if matches!(ids.dtype, Some(DType::I64 | DType::I32)) => Ok(Self {
+                ids: ids.clone(),
+                session,
+            }),
+            inputs => Err(RuntimeError::Interface {
+                model: session.model().to_string(),
+                expected: "an embedding model with one input, input_ids int64[batch, tokens]"
+                    .into(),
+                found: describe(inputs),
+            }),
+        }
+    }
+
+    /// The session.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// Embeddings of ids `[batch, tokens]`: `[batch, tokens, width]`.
+    ///
+    /// # Errors
+    /// An id is outside the table, or the run fails.
+    pub fn run(&mut self, ids: Array2<i64>) -> Result<Value> {
+        let ids: Tensor = match self.ids.dtype {
+            Some(DType::I32) => ids.map(|id| i32::try_from(*id).unwrap_or(i32::MAX)).into(),
+            _ => ids.into(),
+        };
+        let outputs = self.session.run(&[(&self.ids.name, &Value::new(ids)?)])?;
+        outputs.first().cloned()
+    }
+
+    /// Embeddings of one row of tokens.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_row(&mut self, ids: &[u32]) -> Result<Value> {
+        self.run(Array2::from_shape_fn((1, ids.len()), |(_, i)| {
+            i64::from(ids[i])
+        }))
+    }
+}
+
+/// Puts image features, in order, at the places of `visual`.
+///
+/// `embeds` is `[batch, tokens, width]`, `visual` has `batch · tokens` entries, row-major, and each of
+/// `features` is `[rows, width]`.
+///
+/// # Errors
+/// The number of places is not the number of feature rows, or a width differs (as it does between a rewritten
+/// and an original model).
+pub fn scatter(embeds: Tensor, visual: &[bool], features: &[Tensor]) -> Result<Tensor> {
+    let [batch, tokens, width] = *embeds.shape() else {
+        return Err(RuntimeError::Tensor(format!(
+            "embeddings are {embeds}; expected [batch, tokens, width]"
+        )));
+    };
+    if visual.len() != batch * tokens {
+        return Err(RuntimeError::Tensor(format!(
+            "{} flags for {batch}×{tokens} embeddings",
+            visual.len()
+        )));
+    }
+    let mut rows = 0;
+    for feature in features {
+        match *feature.shape() {
+            [n, w] if w == width => rows += n,
+            _ => {
+                return Err(RuntimeError::Prompt(format!(
+                    "image features are {feature}, embeddings have width {width}: the vision \
+                     encoder and the embeddings do not belong together. Rewritten encoders with a \
+                     marker channel need the rewritten embed_tokens"
+                )));
+            }
+        }
+    }
+    let places = visual.iter().filter(|v| **v).count();
+    if places != rows {
+        return Err(RuntimeError::Prompt(format!(
+            "{rows} image features for {places} image places"
+        )));
+    }
+    let dtype = embeds.dtype();
+    let features: Vec<Tensor> = features
+        .iter()
+        .map(|feature| feature.clone().cast_float(dtype))
+        .collect::<Result<_>>()?;
+    fn fill<T: Element>(
+        mut embeds: Tensor,
+        visual: &[bool],
+        features: &[Tensor],
+        width: usize,
+    ) -> Result<Tensor> {
+        let mut rows = Vec::new();
+        for feature in features {
+            rows.extend(feature.slice::<T>()?.chunks_exact(width.max(1)));
+        }
+        let targets = embeds.slice_mut::<T>()?.chunks_exact_mut(width.max(1));
+        let places = targets
+            .zip(visual)
+            .filter(|(_, visual)| **visual)
+            .map(|(row, _)| row);
+        for (target, row) in places.zip(rows) {
+            target.copy_from_slice(row);
+        }
+        Ok(embeds)
+    }
+    match dtype {
+        DType::F32 => fill::<f32>(embeds, visual, &features, width),
+        DType::F16 => fill::<half::f16>(embeds, visual, &features, width),
+        DType::BF16 => fill::<half::bf16>(embeds, visual, &features, width),
+        DType::F64 => fill::<f64>(embeds, visual, &features, width),
+        other => Err(RuntimeError::Tensor(format!(
+            "embeddings are {other}, expected floating-point numbers"
+        ))),
+    }
+}
+
+fn describe(ports: &[Port]) -> String {
+    let list: Vec<String> = ports
+        .iter()
+        .map(|port| format!("{} {port}", port.name))
+        .collect();
+    list.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::library::ensure;
+    use crate::runtime::session::SessionOptions;
+    use crate::runtime::test_models::{self as models, Type};
+
+    fn features(rows: &[[f32; 2]]) -> Tensor {
+        Tensor::new([rows.len(), 2], rows.concat()).unwrap()
+    }
+
+    #[test]
+    fn features_go_to_their_places_in_order() {
+        let embeds = Tensor::zeros(DType::F32, [1, 5, 2]).unwrap();
+        let visual = [false, true, true, false, true];
+        let images = [features(&[[1.0, 2.0], [3.0, 4.0]]), features(&[[5.0, 6.0]])];
+        let filled = scatter(embeds.clone(), &visual, &images).unwrap();
+        let expected = [0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 5.0, 6.0];
+        assert_eq!(filled.slice::<f32>().unwrap(), expected);
+        // Half-precision embeddings take single-precision features.
+        let half = scatter(embeds.cast_float(DType::F16).unwrap(), &visual, &images).unwrap();
+        assert_eq!(half.dtype(), DType::F16);
+        assert_eq!(&*half.f32s().unwrap(), expected);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_an_error() {
+        let embeds = || Tensor::zeros(DType::F32, [1, 3, 2]).unwrap();
+        let one = [features(&[[1.0, 2.0]])];
+        let error = scatter(embeds(), &[true, true, false], &one)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("1 image features for 2 image places"),
+            "{error}"
+        );
+        let wide = [Tensor::zeros(DType::F32, [1, 3]).unwrap()];
+        let error = scatter(embeds(), &[true, false, false], &wide)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("width 2") && error.contains("[1, 3]"),
+            "{error}"
+        );
+        assert!(scatter(embeds(), &[true], &one).is_err());
+    }
+
+    #[test]
+    fn images_are_split_again_however_they_come() {
+        ensure(&mut |_| ()).unwrap();
+        let open = |dims: &[&str]| {
+            let model = models::unary("Neg", Type::F32, dims);
+            let options = SessionOptions::default();
+            VisionEncoder::new(Session::from_bytes(&model, "vision", &options).unwrap()).unwrap()
+        };
+        let data: Vec<f32> = (0..8).map(|v| -(v as f32)).collect();
+        for shape in [vec![2, 2, 2], vec![4, 2]] {
+            // The test model returns what it gets, so "2 images" is the first dimension of its input.
+            let dims: Vec<&str> = ["n", "r", "2"][3 - shape.len()..].to_vec();
+            let pixels = Tensor::new(shape.clone(), data.clone()).unwrap();
+            let found = open(&dims).run(pixels).unwrap();
+            assert_eq!(found.len(), shape[0]);
+            let all: Vec<f32> = found
+                .iter()
+                .flat_map(|f| f.f32s().unwrap().into_owned())
+                .collect();
+            assert_eq!(all, (0..8).map(|v| v as f32).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn interfaces_are_checked() {
+        ensure(&mut |_| ()).unwrap();
+        let options = SessionOptions::default();
+        let open = |model: &[u8]| Session::from_bytes(model, "m", &options).unwrap();
+        let error = VisionEncoder::new(open(&models::top_two_rows()))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("pixel_values") && error.contains("scores"),
+            "{error}"
+        );
+        let floats = open(&models::unary("Neg", Type::F32, &["n"]));
+        assert!(
+            Embedder::new(floats)
+                .unwrap_err()
+                .to_string()
+                .contains("input_ids")
+        );
+    }
+}

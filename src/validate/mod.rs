@@ -1,0 +1,21 @@
+//! Checking that a rewritten model computes what its recipe says.
+//!
+//! - [`oracle`]: the method's selection in plain `ndarray`;
+//! - [`reference`](mod@reference): the unmodified model run layer-exactly around it;
+//! - [`check`]: the comparison, as a list of findings;
+//! - [`structure`]: what can be checked without running anything.
+
+pub mod oracle;
+pub mod reference;
+pub mod scenario;
+pub mod structure;
+
+mod error;
+mod numeric;
+mod probe;
+mod report;
+mod second;
+
+pub use error::ValidateError;
+pub use numeric::{Options, check};
+pub use report::{Finding, Report};

@@ -1,0 +1,438 @@
+//! Running the rewritten model beside the reference.
+
+use ndarray::{Array2, Array3, Array4, s};
+
+use super::probe;
+use super::reference::{ReferenceDecoder, ReferenceVision, State, StepIn, StepOut};
+use super::report::Report;
+use super::scenario::{Layout, Scenario, Seeded, lay_out, standard};
+use super::{ValidateError, second, structure};
+use crate::arch::{Role, Vlm};
+use crate::ir::{DataType, Dim, Model, ValueType};
+use crate::passes::{Marker, Recipe, TextQueries, TokenMerge, VisualPrune};
+use crate::runtime::{
+    Decoder as RunDecoder, Embedder, SessionOptions, StepInput, Tensor, Value, VisionEncoder,
+    scatter,
+};
+
+/// How to validate.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// ONNX Runtime sessions.
+    pub session: SessionOptions,
+    /// Seed of the scenarios.
+    pub seed: u64,
+}
+
+/// Largest allowed difference in units of the standard deviation.
+fn tolerance(dtype: DataType) -> f64 {
+    match dtype {
+        DataType::Float16 => 2e-2,
+        DataType::Bfloat16 => 1e-1,
+        _ => 1e-4,
+    }
+}
+
+/// Validates a rewritten model against its base.
+///
+/// # Errors
+/// What keeps the validation from being carried out; what is wrong with the
+/// model is in the report.
+pub fn check(
+    base: &Vlm,
+    rewritten: &Vlm,
+    recipe: &Recipe,
+    options: &Options,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Report, ValidateError> {
+    let mut report = Report::new();
+    progress("structure");
+    structure::check(base, rewritten, recipe, &mut report)?;
+    let variants: Vec<String> = {
+        let mut all: Vec<String> = base.parts.iter().map(|p| p.variant.clone()).collect();
+        all.sort();
+        all.dedup();
+        all
+    };
+    for variant in variants {
+        let label = if variant.is_empty() { String::new() } else { format!("{variant}: ") };
+        let mut pair = Pair::open(base, rewritten, recipe, &variant, options)?;
+        pair.label = label;
+        let vocabulary = pair.vocabulary;
+        for scenario in standard(vocabulary, options.seed) {
+            progress(scenario.name);
+            pair.compare(&scenario, options.seed, &mut report)?;
+        }
+        progress("tract");
+        second::check(base, rewritten, recipe, &variant, &pair.label, options, &mut report)?;
+    }
+    Ok(report)
+}
+
+/// Both models, opened.
+struct Pair {
+    label: String,
+    vision: Option<(ReferenceVision, VisionEncoder, [usize; 3])>,
+    embed: Option<(Embedder, Embedder)>,
+    decoder: Option<(ReferenceDecoder, RunDecoder)>,
+    /// Plain width of embeddings.
+    width: usize,
+    features: usize,
+    vocabulary: i64,
+    channel: bool,
+    dtype: DataType,
+    salient: bool,
+    drops: usize,
+    span: Option<crate::passes::StaticSpan>,
+}
+
+fn fixed(model: &Model, value: crate::ir::ValueId, axis: usize) -> Option<usize> {
+    let shape = model.value(value).ty.as_ref()?.shape()?;
+    shape.get(axis)?.known().and_then(|n| usize::try_from(n).ok())
+}
+
+impl Pair {
+    fn open(
+        base: &Vlm,
+        rewritten: &Vlm,
+        recipe: &Recipe,
+        variant: &str,
+        options: &Options,
+    ) -> Result<Self, ValidateError> {
+        let session = &options.session;
+        let merge = recipe.pass::<TokenMerge>();
+        let prune = recipe.pass::<VisualPrune>();
+        let mut pair = Self {
+            label: String::new(),
+            vision: None,
+            embed: None,
+            decoder: None,
+            width: 0,
+            features: 8,
+            vocabulary: 32,
+            channel: prune.is_some() && recipe.context.marker == Marker::Channel,
+            dtype: DataType::Float,
+            salient: prune.is_some_and(|p| p.text == TextQueries::Salient),
+            drops: prune.map_or(0, |p| p.drops.len()),
+            span: recipe.context.span,
+        };
+        for (old, new) in base.parts.iter().zip(&rewritten.parts) {
+            if old.variant != variant {
+                continue;
+            }
+            let name = new.file.display().to_string();
+            match &old.role {
+                Role::Vision(tower) => {
+                    let reference = ReferenceVision::open(&old.model, tower, merge, session)?;
+                    let run = VisionEncoder::new(probe::open(&new.model, &name, session)?)?;
+                    let size = |axis| fixed(&old.model, tower.pixels, axis);
+                    let Some(dims) = size(2).zip(size(3)) else {
+                        return Err(ValidateError::Model(format!(
+                            "{name}: the image size is not fixed in the file; expected pixels [n, 3, height, width]"
+                        )));
+                    };
+                    pair.vision = Some((reference, run, [size(1).unwrap_or(3), dims.0, dims.1]));
+                    if let Some(width) = tower.feature_width {
+                        pair.width = width as usize;
+                    }
+                }
+                Role::Embedding(_) => {
+                    let reference = Embedder::new(probe::open(&old.model, &name, session)?)?;
+                    let run = Embedder::new(probe::open(&new.model, &name, session)?)?;
+                    pair.embed = Some((reference, run));
+                }
+                Role::Decoder(decoder) => {
+                    let reference = ReferenceDecoder::open(&old.model, decoder, prune, session)?;
+                    let mut model = new.model.clone();
+                    for drop in 1..=pair.drops {
+                        let kept = format!("duet/visual_prune/drop{drop}/kept_indices");
+                        if let Some(value) = model.find(&kept) {
+                            let ty = ValueType::tensor(DataType::Int64, vec![Dim::Unknown; 2]);
+                            model = probe::with_outputs(&model, &[(value, ty)])?;
+                        }
+                    }
+                    let run = RunDecoder::new(probe::open(&model, &name, session)?)?;
+                    pair.width = decoder.width.map_or(pair.width, |w| w as usize);
+                    pair.vocabulary = decoder.vocabulary.unwrap_or(32);
+                    pair.dtype = decoder.dtype;
+                    pair.decoder = Some((reference, run));
+                }
+                Role::Unknown(_) => {}
+            }
+        }
+        Ok(pair)
+    }
+
+    /// Plain embeddings `[b, L, D]`, and those that the rewritten decoder reads.
+    fn embeddings(&mut self, layout: &Layout, rng: &mut Seeded) -> Result<(Tensor, Tensor), ValidateError> {
+        if let Some((reference, run)) = &mut self.embed {
+            let plain = reference.run(layout.ids.clone())?.to_tensor()?;
+            return Ok((plain, run.run(layout.ids.clone())?.to_tensor()?));
+        }
+        let (b, l) = layout.ids.dim();
+        let plain = Array3::from_shape_fn((b, l, self.width), |_| rng.normal());
+        let plain = Tensor::from(plain);
+        Ok((plain.clone(), plain))
+    }
+
+    #[allow(clippy::too_many_lines, reason = "one comparison, step by step")]
+    fn compare(
+        &mut self,
+        scenario: &Scenario,
+        seed: u64,
+        report: &mut Report,
+    ) -> Result<(), ValidateError> {
+        let mut rng = Seeded::new(seed ^ 0x5eed);
+        let name = format!("{}{}", self.label, scenario.name);
+        let batch = scenario.turns[0].rows.len();
+        let mut state: Option<(State, crate::runtime::Cache)> = None;
+        let mut seen = Array2::<i64>::zeros((batch, 0));
+        let mut tally = Tally::default();
+        for turn in &scenario.turns {
+            let images: usize = turn.images().iter().sum();
+            let (mut plain, mut marked) = (Vec::new(), Vec::new());
+            if let (true, Some((reference, run, [c, h, w]))) = (images > 0, &mut self.vision) {
+                let pixels: Array4<f32> = rng.images(images, *c, *h, *w);
+                let expected = reference.features(Tensor::from(pixels.clone()))?;
+                for (want, found) in expected.features.iter().zip(run.run(Tensor::from(pixels))?) {
+                    tally.features(want, &found, self.channel)?;
+                    plain.push(Tensor::from(want.clone()));
+                    marked.push(found);
+                }
+            } else {
+                for _ in 0..images {
+                    let f = Array2::from_shape_fn((self.features, self.width), |_| rng.normal());
+                    plain.push(Tensor::from(f.clone()));
+                    marked.push(Tensor::from(f));
+                }
+            }
+            if self.decoder.is_none() {
+                continue;
+            }
+            let rows: Vec<usize> = plain.iter().map(|t| t.shape()[0]).collect();
+            let layout = lay_out(turn, &rows);
+            let (base_embeds, run_embeds) = self.embeddings(&layout, &mut rng)?;
+            let flat: Vec<bool> = layout.visual.iter().copied().collect();
+            let base_embeds = scatter(base_embeds, &flat, &cast(plain, &self.dtype_like())?)?;
+            let run_embeds = scatter(run_embeds, &flat, &cast(marked, &self.dtype_like())?)?;
+            let past = seen.clone();
+            seen = ndarray::concatenate(ndarray::Axis(1), &[seen.view(), layout.mask.view()])
+                .map_err(|e| ValidateError::Model(e.to_string()))?;
+            let salient = Array2::from_shape_fn(layout.ids.dim(), |(r, i)| {
+                self.salient && layout.mask[[r, i]] == 1 && !layout.visual[[r, i]] && (r + i) % 3 == 0
+            });
+            let positions = positions(&past, &layout.mask);
+            let visual = self.visual_for(&layout, past.ncols());
+            let input = StepIn {
+                embeds: array3(&base_embeds)?,
+                mask: layout.mask.clone(),
+                positions,
+                visual,
+                salient,
+            };
+            self.step(&mut state, &input, run_embeds, &mut tally)?;
+            for step in 0..scenario.decode {
+                let ids = Array2::from_shape_fn((batch, 1), |(r, _)| {
+                    (17 * (r + 1) + 5 * step) as i64 % self.vocabulary
+                });
+                let layout = Layout {
+                    visual: Array2::from_elem((batch, 1), false),
+                    mask: Array2::ones((batch, 1)),
+                    source: Vec::new(),
+                    ids,
+                };
+                let (base_embeds, run_embeds) = self.embeddings(&layout, &mut rng)?;
+                let positions = positions_of(&seen, &layout.mask);
+                seen = ndarray::concatenate(ndarray::Axis(1), &[seen.view(), layout.mask.view()])
+                    .map_err(|e| ValidateError::Model(e.to_string()))?;
+                let input = StepIn {
+                    embeds: array3(&base_embeds)?,
+                    mask: layout.mask.clone(),
+                    positions,
+                    visual: layout.visual.clone(),
+                    salient: Array2::from_elem((batch, 1), false),
+                };
+                self.step(&mut state, &input, run_embeds, &mut tally)?;
+            }
+        }
+        let limit = tolerance(self.dtype);
+        report.worst_logits = report.worst_logits.max(tally.logits);
+        report.worst_features = report.worst_features.max(tally.feature);
+        let passed = tally.problems.is_empty() && tally.logits <= limit && tally.feature <= limit;
+        let mut detail = format!(
+            "features {:.1e} σ, logits {:.1e} σ over {} steps, {} kept sets equal",
+            tally.feature, tally.logits, tally.steps, tally.kept
+        );
+        for problem in &tally.problems {
+            detail.push_str("; ");
+            detail.push_str(problem);
+        }
+        report.add(name, passed, detail);
+        Ok(())
+    }
+
+    fn dtype_like(&self) -> crate::runtime::DType {
+        self.decoder.as_ref().map_or(crate::runtime::DType::F32, |(d, _)| d.dtype())
+    }
+
+    /// What the rewritten decoder takes for visual: with `marker: static` the
+    /// fixed span, whatever is there.
+    fn visual_for(&self, layout: &Layout, past: usize) -> Array2<bool> {
+        let Some(span) = self.span else {
+            return layout.visual.clone();
+        };
+        Array2::from_shape_fn(layout.visual.dim(), |(r, i)| {
+            let at = (past + i) as i64;
+            (span.start..span.start + span.count).contains(&at) && layout.mask[[r, i]] == 1
+        })
+    }
+
+    fn step(
+        &mut self,
+        state: &mut Option<(State, crate::runtime::Cache)>,
+        input: &StepIn,
+        run_embeds: Tensor,
+        tally: &mut Tally,
+    ) -> Result<(), ValidateError> {
+        let Some((reference, run)) = &mut self.decoder else {
+            return Ok(());
+        };
+        let batch = input.mask.nrows();
+        if state.is_none() {
+            *state = Some((reference.start(batch)?, run.empty_cache(batch)?));
+        }
+        let Some((ref_state, cache)) = state else {
+            return Ok(());
+        };
+        let expected = reference.step(ref_state, input)?;
+        let given = StepInput {
+            embeds: Value::new(run_embeds.cast_float(reference.dtype())?)?,
+            ids: None,
+            mask: Some(input.mask.clone()),
+            positions: Some(Tensor::from(input.positions.clone())),
+            visual: Some(input.visual.clone()),
+            salient: Some(input.salient.clone()),
+        };
+        let (found, kept) = run_probed(run, &given, cache, self.drops)?;
+        tally.step(&expected, &found.last_logits()?, &kept, &found.cache.lengths());
+        *cache = found.cache;
+        Ok(())
+    }
+}
+
+/// A step that also returns the kept indices at every drop point.
+fn run_probed(
+    decoder: &mut RunDecoder,
+    input: &StepInput,
+    cache: &crate::runtime::Cache,
+    drops: usize,
+) -> Result<(crate::runtime::StepOutput, Vec<Vec<Vec<usize>>>), ValidateError> {
+    let output = decoder.step(input, cache)?;
+    let mut kept = Vec::new();
+    for drop in 1..=drops {
+        let name = format!("duet/visual_prune/drop{drop}/kept_indices");
+        let Some(value) = output.extra.iter().find(|(n, _)| *n == name).map(|(_, v)| v) else {
+            continue;
+        };
+        let tensor = value.to_tensor()?;
+        let width = tensor.shape().last().copied().unwrap_or(0).max(1);
+        let indices = tensor.i64s()?;
+        let rows = indices.chunks(width).map(|row| row.iter().map(|i| *i as usize).collect());
+        kept.push(rows.collect());
+    }
+    Ok((output, kept))
+}
+
+/// What a comparison has seen so far.
+#[derive(Default)]
+struct Tally {
+    logits: f64,
+    feature: f64,
+    steps: usize,
+    kept: usize,
+    problems: Vec<String>,
+}
+
+impl Tally {
+    fn features(&mut self, want: &Array2<f32>, found: &Tensor, channel: bool) -> Result<(), ValidateError> {
+        let all = found.to_array()?.into_dimensionality::<ndarray::Ix2>();
+        let all = all.map_err(|e| ValidateError::Model(e.to_string()))?;
+        let width = all.ncols() - usize::from(channel);
+        if (all.nrows(), width) != want.dim() {
+            self.problems.push(format!("features are {:?}, expected {:?}", all.dim(), want.dim()));
+            return Ok(());
+        }
+        if channel && all.column(width).iter().any(|m| (*m - 1.0).abs() > f32::EPSILON) {
+            self.problems.push("the marker channel of a feature is not 1".into());
+        }
+        let (worst, _) = difference(want, &all.slice(s![.., ..width]).to_owned());
+        self.feature = self.feature.max(worst);
+        Ok(())
+    }
+
+    fn step(&mut self, want: &StepOut, logits: &Array2<f32>, kept: &[Vec<Vec<usize>>], lengths: &[usize]) {
+        self.steps += 1;
+        let (worst, finite) = difference(&want.logits, logits);
+        self.logits = self.logits.max(worst);
+        if !finite {
+            self.problems.push(format!("step {}: logits are not finite", self.steps));
+        }
+        if want.lengths != lengths {
+            let problem = format!("step {}: cache lengths {lengths:?}, expected {:?}", self.steps, want.lengths);
+            self.problems.push(problem);
+        }
+        for (drop, (want, found)) in want.kept.iter().zip(kept).enumerate() {
+            if want == found {
+                self.kept += 1;
+            } else {
+                self.problems.push(format!("step {}: another set is kept at drop {}", self.steps, drop + 1));
+            }
+        }
+        if want.kept.len() != kept.len() {
+            self.problems.push("the kept indices cannot be read off the rewritten graph".into());
+        }
+    }
+}
+
+/// Largest difference in standard deviations of `want`, and whether all is
+/// finite.
+fn difference(want: &Array2<f32>, found: &Array2<f32>) -> (f64, bool) {
+    let mean = want.iter().map(|v| f64::from(*v)).sum::<f64>() / want.len().max(1) as f64;
+    let variance = want.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>();
+    let deviation = (variance / want.len().max(1) as f64).sqrt().max(1e-30);
+    let worst = want
+        .iter()
+        .zip(found)
+        .map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs())
+        .fold(0.0, f64::max);
+    let finite = found.iter().all(|v| v.is_finite());
+    (if finite { worst / deviation } else { f64::INFINITY }, finite)
+}
+
+/// Transformers' position ids: how many tokens came before; 0 for padding.
+fn positions_of(past: &Array2<i64>, mask: &Array2<i64>) -> Array2<i64> {
+    let mut out = Array2::zeros(mask.dim());
+    for (row, m) in mask.outer_iter().enumerate() {
+        let mut count: i64 = past.row(row).sum();
+        for (i, token) in m.iter().enumerate() {
+            if *token == 1 {
+                out[[row, i]] = count;
+                count += 1;
+            }
+        }
+    }
+    out
+}
+
+use positions_of as positions;
+
+fn cast(tensors: Vec<Tensor>, dtype: &crate::runtime::DType) -> Result<Vec<Tensor>, ValidateError> {
+    let each = tensors.into_iter().map(|t| t.cast_float(*dtype));
+    Ok(each.collect::<Result<_, _>>()?)
+}
+
+fn array3(tensor: &Tensor) -> Result<Array3<f32>, ValidateError> {
+    let array = tensor.to_array()?.into_dimensionality();
+    array.map_err(|e| ValidateError::Model(e.to_string()))
+}
+

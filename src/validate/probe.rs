@@ -1,0 +1,43 @@
+//! Looking inside a model: the same graph with more outputs.
+
+use crate::ir::{Dim, Model, Patch, ValueId, ValueType, verify};
+use crate::onnx::serialize;
+use crate::runtime::{Session, SessionOptions};
+
+use super::ValidateError;
+
+/// A type that says no more than the element type and the rank.
+pub(super) fn open_type(model: &Model, value: ValueId, rank: usize, dtype: crate::ir::DataType) -> ValueType {
+    match &model.value(value).ty {
+        Some(ty) => ty.clone(),
+        None => ValueType::tensor(dtype, vec![Dim::Unknown; rank]),
+    }
+}
+
+/// The model with further outputs, in a patch named `probe`.
+pub(super) fn with_outputs(
+    model: &Model,
+    values: &[(ValueId, ValueType)],
+) -> Result<Model, ValidateError> {
+    let mut patch = Patch::new(model, "probe");
+    for (value, ty) in values {
+        if !model.is_output(*value) {
+            patch.add_output(*value, ty.clone());
+        }
+    }
+    let plan = patch.finish();
+    Ok(model.clone().apply(plan)?)
+}
+
+/// Opens a model that exists only in memory; external data is found where the
+/// original's is.
+pub(super) fn open(
+    model: &Model,
+    name: &str,
+    options: &SessionOptions,
+) -> Result<Session, ValidateError> {
+    let bytes = serialize(verify(model)?).to_vec();
+    let mut options = options.clone();
+    options.data_dir = model.external().directory();
+    Ok(Session::from_bytes(&bytes, name, &options)?)
+}

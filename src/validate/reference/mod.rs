@@ -1,0 +1,17 @@
+//! The layer-exact reference: the *unmodified* model, stopped where the recipe
+//! merges or drops, with the oracle choosing the tokens.
+//!
+//! ```text
+//! base tower ─▶ H, q, k ─▶ oracle::merge ─▶ base projector
+//! base layers 1..ℓ ─▶ H, q, k of ℓ+1 ─▶ oracle::rank, select ─▶ base layers ℓ+1.. from H'
+//! ```
+//!
+//! Nothing that the passes inserted runs here, and the selection shares no code
+//! with them, so agreement means that the rewritten graph computes what the
+//! recipe says, in the precision that the base model has.
+
+mod decoder;
+mod vision;
+
+pub use decoder::{ReferenceDecoder, State, StepIn, StepOut};
+pub use vision::{ReferenceFeatures, ReferenceVision};

@@ -1,0 +1,201 @@
+//! Tower, oracle merge, projector.
+
+use ndarray::{Array2, Array3, Axis, s};
+
+use super::super::oracle::{self, MergeInput, MergeParams, Merged};
+use super::super::{ValidateError, probe};
+use crate::arch::VisionTower;
+use crate::ir::{DataType, Dim, Model, ValueType, extract};
+use crate::passes::{Cls, Count, Selector, TokenMerge};
+use crate::runtime::{Session, SessionOptions, Tensor, Value};
+
+/// What the reference gives for a batch of images.
+#[derive(Debug)]
+pub struct ReferenceFeatures {
+    /// One `[K, D]` for each image.
+    pub features: Vec<Array2<f32>>,
+    /// What the merge chose, for each image; empty without a merge.
+    pub merged: Vec<Merged>,
+}
+
+/// The unmodified vision encoder, opened up at the tower's end.
+#[derive(Debug)]
+pub struct ReferenceVision {
+    tower: VisionTower,
+    session: Session,
+    names: Names,
+    merge: Option<(MergeParams, Session)>,
+}
+
+#[derive(Debug)]
+struct Names {
+    pixels: String,
+    features: String,
+    hidden: String,
+    query: String,
+    key: String,
+    entry: String,
+}
+
+impl ReferenceVision {
+    /// Opens the base vision encoder for a recipe's merge (`None`: it has none).
+    ///
+    /// # Errors
+    /// The model cannot be opened.
+    pub fn open(
+        model: &Model,
+        tower: &VisionTower,
+        merge: Option<&TokenMerge>,
+        options: &SessionOptions,
+    ) -> Result<Self, ValidateError> {
+        let float = |value, rank| (value, probe::open_type(model, value, rank, tower.dtype));
+        let (query, key) = (tower.site.query.root, tower.site.key.root);
+        let probed = probe::with_outputs(model, &[float(tower.hidden, 3), float(query, 3), float(key, 3)])?;
+        let session = probe::open(&probed, "reference vision encoder", options)?;
+        let merge = match merge {
+            None => None,
+            Some(merge) => {
+                let unknown = |rank| vec![Dim::Unknown; rank];
+                let entry = ValueType::tensor(tower.dtype, unknown(3));
+                let dtype = model.value(tower.features).ty.as_ref().and_then(|t| t.dtype());
+                let features = ValueType::tensor(dtype.unwrap_or(DataType::Float), unknown(3));
+                let part = extract(model, &[(tower.entry, entry)], &[(tower.features, features)])?;
+                let projector = probe::open(&part, "reference projector", options)?;
+                Some((params(merge, tower)?, projector))
+            }
+        };
+        let name = |v| model.name(v).to_owned();
+        Ok(Self {
+            names: Names {
+                pixels: name(tower.pixels),
+                features: name(tower.features),
+                hidden: name(tower.hidden),
+                query: name(query),
+                key: name(key),
+                entry: name(tower.entry),
+            },
+            tower: tower.clone(),
+            session,
+            merge,
+        })
+    }
+
+    /// Features of `[n, C, H, W]` pixels.
+    ///
+    /// # Errors
+    /// The run fails or the tower gives something else than it was recognised as.
+    pub fn features(&mut self, pixels: Tensor) -> Result<ReferenceFeatures, ValidateError> {
+        let pixels = Value::new(pixels)?;
+        let images = pixels.shape()[0];
+        let out = self.session.run(&[(&self.names.pixels, &pixels)])?;
+        let Some((params, projector)) = &mut self.merge else {
+            let features = out.get(&self.names.features)?;
+            return Ok(ReferenceFeatures {
+                features: per_image(features, images)?,
+                merged: Vec::new(),
+            });
+        };
+        let hidden = rank3(out.get(&self.names.hidden)?)?;
+        let (_, tokens, _) = hidden.dim();
+        let query = self.tower.heads_of(out.get(&self.names.query)?, images, tokens)?;
+        let key = self.tower.heads_of(out.get(&self.names.key)?, images, tokens)?;
+        #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
+        let scale = self.tower.site.scale() as f32;
+        let (mut features, mut merged) = (Vec::new(), Vec::new());
+        for image in 0..images {
+            let input = MergeInput {
+                hidden: hidden.index_axis(Axis(0), image),
+                query: query[image].view(),
+                key: key[image].view(),
+                scale,
+            };
+            let choice = oracle::merge(&input, params)?;
+            let tokens = choice.tokens.clone().insert_axis(Axis(0));
+            let entry = Tensor::from(tokens).cast_float(out.get(&self.names.hidden)?.dtype())?;
+            let projected = projector.run(&[(&self.names.entry, &Value::new(entry)?)])?;
+            features.extend(per_image(projected.get(&self.names.features)?, 1)?);
+            merged.push(choice);
+        }
+        Ok(ReferenceFeatures { features, merged })
+    }
+}
+
+/// The oracle's parameters for a recipe's merge on a tower.
+pub(in crate::validate) fn params(
+    merge: &TokenMerge,
+    tower: &VisionTower,
+) -> Result<MergeParams, ValidateError> {
+    let patches = tower
+        .patches()
+        .and_then(|n| usize::try_from(n).ok())
+        .ok_or_else(|| ValidateError::Model("the tower's token count is not fixed".into()))?;
+    let budget = |count: Count| match count {
+        Count::Tokens(n) => oracle::Budget::Count(usize::try_from(n).unwrap_or(0)),
+        Count::Ratio(r) => oracle::Budget::Ratio(r),
+    };
+    let cls = tower.cls.then_some(match merge.cls {
+        Cls::Keep => oracle::Cls::Keep,
+        Cls::Drop => oracle::Cls::Drop,
+    });
+    Ok(MergeParams {
+        dominant: budget(merge.dominant).resolve(patches)?,
+        contextual: budget(merge.contextual).resolve(patches)?,
+        cluster_width: usize::try_from(merge.cluster_width).unwrap_or(1),
+        selector: match merge.selector {
+            Selector::Attention => oracle::Selector::Attention,
+            Selector::Uniform => oracle::Selector::Uniform,
+            Selector::Local => oracle::Selector::Local,
+        },
+        cls,
+    })
+}
+
+impl VisionTower {
+    /// A projection as one `[heads, T, head_dim]` for each image.
+    fn heads_of(
+        &self,
+        projection: &Value,
+        images: usize,
+        tokens: usize,
+    ) -> Result<Vec<Array3<f32>>, ValidateError> {
+        let (heads, width) = (self.heads as usize, self.head_dim as usize);
+        let data = projection.f32s()?.into_owned();
+        let found = projection.shape().to_vec();
+        let split = ndarray::Array4::from_shape_vec((images, tokens, heads, width), data);
+        let split = split.map_err(|_| {
+            ValidateError::Model(format!(
+                "a projection of the tower is {found:?}; expected {images} × {tokens} × {heads} × {width} \
+                 elements"
+            ))
+        })?;
+        Ok(split
+            .outer_iter()
+            .map(|image| image.permuted_axes([1, 0, 2]).to_owned())
+            .collect())
+    }
+}
+
+fn rank3(value: &Value) -> Result<Array3<f32>, ValidateError> {
+    let found = value.shape().to_vec();
+    let array = value.to_tensor()?.to_array()?;
+    array
+        .into_dimensionality()
+        .map_err(|_| ValidateError::Model(format!("expected a tensor of rank 3, found {found:?}")))
+}
+
+/// `[n, K, D]` or `[n·K, D]` as one `[K, D]` for each image.
+pub(in crate::validate) fn per_image(
+    features: &Value,
+    images: usize,
+) -> Result<Vec<Array2<f32>>, ValidateError> {
+    let shape = features.shape().to_vec();
+    let width = shape.last().copied().unwrap_or(1).max(1);
+    let data = features.f32s()?.into_owned();
+    let rows = data.len() / width;
+    if images == 0 || rows % images != 0 {
+        return Err(ValidateError::Model(format!("features {shape:?} are not those of {images} images")));
+    }
+    let all = Array3::from_shape_vec((images, rows / images, width), data)
+        .map_err(|e| ValidateError::Model(e.to_string()))?;
+    Ok((0..images).map(|i| all.slice(s![i, .., ..]).to_owned()).collect())
+}

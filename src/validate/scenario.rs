@@ -1,0 +1,175 @@
+//! What is asked of both models: seeded prompts and images of every kind that
+//! a client may send.
+
+use ndarray::{Array2, Array4};
+
+/// One turn of a conversation: text before, between and after images.
+#[derive(Clone, Debug)]
+pub struct Turn {
+    /// For each row: segments of text (token ids) around its images, so one more
+    /// than it has images.
+    pub rows: Vec<Vec<Vec<i64>>>,
+}
+
+impl Turn {
+    /// Images of each row.
+    pub fn images(&self) -> Vec<usize> {
+        self.rows.iter().map(|segments| segments.len() - 1).collect()
+    }
+}
+
+/// A conversation.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    /// What it is.
+    pub name: &'static str,
+    /// Turns; each is followed by decode steps.
+    pub turns: Vec<Turn>,
+    /// Decode steps after each turn.
+    pub decode: usize,
+}
+
+/// A small generator of reproducible numbers (SplitMix64): the scenarios have to
+/// be the same on every machine and in every version of any library.
+#[derive(Clone, Debug)]
+pub struct Seeded(u64);
+
+impl Seeded {
+    /// Starts a sequence.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// The next 64 bits.
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in 0..1.
+    pub fn uniform(&mut self) -> f64 {
+        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Standard normal (Box–Muller).
+    pub fn normal(&mut self) -> f32 {
+        let (u, v) = (self.uniform().max(1e-300), self.uniform());
+        #[allow(clippy::cast_possible_truncation, reason = "noise")]
+        let value = ((-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32;
+        value
+    }
+
+    /// `count` token ids below `vocabulary`.
+    pub fn ids(&mut self, count: usize, vocabulary: i64) -> Vec<i64> {
+        let below = vocabulary.max(1).unsigned_abs();
+        (0..count).map(|_| (self.bits() % below) as i64).collect()
+    }
+
+    /// Images of smooth blobs and noise, normalised: `[n, channels, height, width]`.
+    pub fn images(&mut self, n: usize, channels: usize, height: usize, width: usize) -> Array4<f32> {
+        let mut waves = Vec::new();
+        for _ in 0..n * channels * 4 {
+            let f = [self.uniform() * 9.0, self.uniform() * 9.0, self.uniform() * 6.3];
+            #[allow(clippy::cast_possible_truncation, reason = "noise")]
+            waves.push(f.map(|x| x as f32));
+        }
+        Array4::from_shape_fn((n, channels, height, width), |(i, c, y, x)| {
+            let (u, v) = (x as f32 / width as f32, y as f32 / height as f32);
+            let smooth: f32 = (0..4)
+                .map(|k| {
+                    let [a, b, p] = waves[(i * channels + c) * 4 + k];
+                    (a * u + b * v + p).sin()
+                })
+                .sum();
+            smooth * 0.7 + self.normal() * 0.5
+        })
+    }
+}
+
+/// The standard set, for a model whose ids run below `vocabulary`.
+pub fn standard(vocabulary: i64, seed: u64) -> Vec<Scenario> {
+    let mut rng = Seeded::new(seed);
+    let mut turn = |rows: &[&[usize]]| Turn {
+        rows: rows
+            .iter()
+            .map(|lengths| lengths.iter().map(|&n| rng.ids(n, vocabulary)).collect())
+            .collect(),
+    };
+    let single = |name, turn| Scenario { name, turns: vec![turn], decode: 3 };
+    vec![
+        single("one image", turn(&[&[5, 9]])),
+        single("two images", turn(&[&[3, 4, 7]])),
+        single("image at the end", turn(&[&[6, 0]])),
+        single("no image", turn(&[&[8]])),
+        single("batch of two, padded on the left", turn(&[&[5, 9], &[2, 4]])),
+        single("batch with one and two images", turn(&[&[4, 6], &[3, 2, 5]])),
+        single("batch with a text-only row", turn(&[&[4, 6], &[7]])),
+        Scenario {
+            name: "a second question on the same cache",
+            turns: vec![turn(&[&[5, 9]]), turn(&[&[6]])],
+            decode: 2,
+        },
+        Scenario {
+            name: "a second image on the same cache",
+            turns: vec![turn(&[&[5, 9]]), turn(&[&[4, 6]])],
+            decode: 2,
+        },
+    ]
+}
+
+/// A turn laid out for the decoder, given the features of each image.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// `[b, L]`; image positions hold 0.
+    pub ids: Array2<i64>,
+    /// `[b, L]`: true at image positions.
+    pub visual: Array2<bool>,
+    /// `[b, L]`: 0 for padding on the left.
+    pub mask: Array2<i64>,
+    /// For every image position in row-major order: (image, row of its features).
+    pub source: Vec<(usize, usize)>,
+}
+
+/// Lays a turn out; `features` are the rows of each image, images counted over
+/// all rows in order.
+pub fn lay_out(turn: &Turn, features: &[usize]) -> Layout {
+    // None stands for one visual token.
+    let mut image = 0;
+    let mut rows: Vec<Vec<Option<i64>>> = Vec::new();
+    let mut source = Vec::new();
+    for segments in &turn.rows {
+        let mut row: Vec<Option<i64>> = segments[0].iter().map(|id| Some(*id)).collect();
+        for text in &segments[1..] {
+            for feature in 0..features[image] {
+                row.push(None);
+                source.push((image, feature));
+            }
+            image += 1;
+            row.extend(text.iter().map(|id| Some(*id)));
+        }
+        rows.push(row);
+    }
+    let length = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let shape = (rows.len(), length);
+    let (mut ids, mut visual) = (Array2::zeros(shape), Array2::from_elem(shape, false));
+    let mut mask = Array2::zeros(shape);
+    for (r, row) in rows.iter().enumerate() {
+        let pad = length - row.len();
+        for (i, token) in row.iter().enumerate() {
+            mask[[r, pad + i]] = 1;
+            match token {
+                Some(id) => ids[[r, pad + i]] = *id,
+                None => visual[[r, pad + i]] = true,
+            }
+        }
+    }
+    Layout {
+        ids,
+        visual,
+        mask,
+        source,
+    }
+}

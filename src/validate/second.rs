@@ -1,0 +1,256 @@
+//! A second engine's reading of what was inserted: tract types and runs the
+//! selection sub-graphs and has to choose the same tokens.
+
+use ndarray::Array2;
+
+use super::report::Report;
+use super::scenario::{Seeded, lay_out, standard};
+use super::{Options, ValidateError, probe};
+use crate::arch::{Role, Vlm};
+use crate::ir::cone::ancestors;
+use crate::ir::{DataType, Dim, Model, ValueId, ValueType, extract, verify};
+use crate::onnx::serialize;
+use crate::passes::{Recipe, VisualPrune};
+use crate::runtime::{Session, Tensor, Value};
+
+/// A value of an inserted sub-graph: its name, rank and element type.
+struct Port {
+    name: String,
+    rank: usize,
+    dtype: DataType,
+}
+
+fn port(name: impl Into<String>, rank: usize, dtype: DataType) -> Port {
+    Port {
+        name: name.into(),
+        rank,
+        dtype,
+    }
+}
+
+/// Checks the merge and every drop point of one variant.
+///
+/// # Errors
+/// The model cannot be opened or run with ONNX Runtime.
+#[allow(clippy::too_many_arguments, reason = "one call site")]
+pub(super) fn check(
+    base: &Vlm,
+    rewritten: &Vlm,
+    recipe: &Recipe,
+    variant: &str,
+    label: &str,
+    options: &Options,
+    report: &mut Report,
+) -> Result<(), ValidateError> {
+    let mut rng = Seeded::new(options.seed ^ 0x7ac7);
+    for (old, new) in base.parts.iter().zip(&rewritten.parts) {
+        if old.variant != variant {
+            continue;
+        }
+        match &old.role {
+            Role::Vision(tower) if new.model.find("duet/token_merge/merged_tokens").is_some() => {
+                let name = |v: ValueId| old.model.name(v).to_owned();
+                let inputs = [
+                    port(name(tower.hidden), 3, tower.dtype),
+                    port(name(tower.site.query.root), 3, tower.dtype),
+                    port(name(tower.site.key.root), 3, tower.dtype),
+                ];
+                let outputs = [port("duet/token_merge/merged_tokens", 3, tower.dtype)];
+                let size = |axis: usize| {
+                    let shape = old.model.value(tower.pixels).ty.as_ref()?.shape()?;
+                    usize::try_from(shape.get(axis)?.known()?).ok()
+                };
+                let (Some(h), Some(w)) = (size(2), size(3)) else { continue };
+                let pixels = rng.images(2, size(1).unwrap_or(3), h, w);
+                let feed = vec![(name(tower.pixels), Tensor::from(pixels))];
+                compare(&new.model, &inputs, &outputs, feed, &format!("{label}tract: token_merge"), options, report)?;
+            }
+            Role::Decoder(decoder) => {
+                let Some(prune) = recipe.pass::<VisualPrune>() else { continue };
+                let feed = decoder_feed(&new.model, decoder, &mut rng)?;
+                for drop in 1..=prune.drops.len() {
+                    let scope = format!("duet/visual_prune/drop{drop}");
+                    let boundary = decoder.layers[prune.drops[drop - 1].after_layer].boundary;
+                    let mut inputs = vec![
+                        port(format!("{scope}/query"), 4, decoder.dtype),
+                        port(format!("{scope}/key"), 4, decoder.dtype),
+                        port(old.model.name(boundary), 3, decoder.dtype),
+                        port("duet/visual_prune/entry/visual_mask", 2, DataType::Bool),
+                        port("duet/visual_prune/entry/real_mask", 2, DataType::Bool),
+                        port("duet/visual_prune/entry/text_mask", 2, DataType::Bool),
+                    ];
+                    if drop > 1 {
+                        inputs.push(port(format!("duet/visual_prune/drop{}/kept_indices", drop - 1), 2, DataType::Int64));
+                    }
+                    let outputs = [
+                        port(format!("{scope}/kept_indices"), 2, DataType::Int64),
+                        port(format!("{scope}/hidden"), 3, decoder.dtype),
+                    ];
+                    let check = format!("{label}tract: drop point {drop}");
+                    compare(&new.model, &inputs, &outputs, feed.clone(), &check, options, report)?;
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// A prompt with an image, for the rewritten decoder's own inputs.
+fn decoder_feed(
+    model: &Model,
+    decoder: &crate::arch::Decoder,
+    rng: &mut Seeded,
+) -> Result<Vec<(String, Tensor)>, ValidateError> {
+    let scenario = &standard(8, 1)[4];
+    let layout = lay_out(&scenario.turns[0], &[24, 24]);
+    let (b, l) = layout.ids.dim();
+    let mut feed = Vec::new();
+    for &input in &model.graph().inputs {
+        let value = model.value(input);
+        let shape = value.ty.as_ref().and_then(|t| t.shape()).unwrap_or(&[]);
+        let known = |axis: usize| shape.get(axis).and_then(Dim::known).map(|n| n as usize);
+        let name = value.name.as_str();
+        let tensor = if name == model.name(decoder.embeds) {
+            let width = known(2).unwrap_or(1);
+            let marked = decoder.width.is_some_and(|w| w as usize + 1 == width);
+            Tensor::from(ndarray::Array3::from_shape_fn((b, l, width), |(r, i, d)| {
+                match (marked && d + 1 == width, layout.visual[[r, i]]) {
+                    (true, true) => 1.0,
+                    (true, false) => 0.0,
+                    _ => rng.normal(),
+                }
+            }))
+            .cast_float(dtype(decoder.dtype))?
+        } else if Some(name) == decoder.attention_mask.map(|v| model.name(v)) {
+            Tensor::from(layout.mask.clone())
+        } else if Some(name) == decoder.position_ids.map(|v| model.name(v)) {
+            Tensor::from(Array2::from_shape_fn((b, l), |(r, i)| {
+                layout.mask.row(r).iter().take(i).sum::<i64>()
+            }))
+        } else if name == crate::passes::VISUAL_MASK_INPUT {
+            Tensor::from(layout.visual.clone())
+        } else if name == crate::passes::SALIENT_MASK_INPUT {
+            Tensor::from(Array2::from_elem((b, l), false))
+        } else {
+            let dims = [b, known(1).unwrap_or(1), 0, known(3).unwrap_or(1)];
+            Tensor::zeros(dtype(decoder.dtype), dims)?
+        };
+        feed.push((name.to_owned(), tensor));
+    }
+    Ok(feed)
+}
+
+fn dtype(dtype: DataType) -> crate::runtime::DType {
+    match dtype {
+        DataType::Float16 => crate::runtime::DType::F16,
+        DataType::Bfloat16 => crate::runtime::DType::BF16,
+        DataType::Double => crate::runtime::DType::F64,
+        _ => crate::runtime::DType::F32,
+    }
+}
+
+/// Runs the whole model with ONNX Runtime, looking at the sub-graph's borders,
+/// then the sub-graph alone with tract.
+fn compare(
+    model: &Model,
+    inputs: &[Port],
+    outputs: &[Port],
+    feed: Vec<(String, Tensor)>,
+    check: &str,
+    options: &Options,
+    report: &mut Report,
+) -> Result<(), ValidateError> {
+    let resolve = |ports: &[Port]| -> Option<Vec<(ValueId, ValueType)>> {
+        ports
+            .iter()
+            .map(|p| Some((model.find(&p.name)?, ValueType::tensor(p.dtype, vec![Dim::Unknown; p.rank]))))
+            .collect()
+    };
+    let (Some(all), Some(wanted)) = (resolve(inputs), resolve(outputs)) else {
+        report.add(check, false, "the inserted values are not in the graph under their names");
+        return Ok(());
+    };
+    // What the sub-graph reads besides: sizes of graph inputs.
+    let stop: Vec<ValueId> = all.iter().map(|(v, _)| *v).collect();
+    let needed = needed_inputs(model, &wanted, &stop);
+    let mut borders: Vec<(ValueId, ValueType)> =
+        all.into_iter().filter(|(v, _)| needed.contains(v)).collect();
+    for &input in &model.graph().inputs {
+        if needed.contains(&input) && !stop.contains(&input) {
+            borders.push((input, model.value(input).ty.clone().unwrap_or(ValueType::tensor(DataType::Float, vec![]))));
+        }
+    }
+    let mut probes: Vec<(ValueId, ValueType)> = borders.clone();
+    probes.retain(|(v, _)| !model.graph().inputs.contains(v));
+    probes.extend(wanted.clone());
+    let probed = probe::with_outputs(model, &probes)?;
+    let mut session: Session = probe::open(&probed, check, &options.session)?;
+    let values: Vec<(String, Value)> = feed
+        .iter()
+        .map(|(n, t)| Ok((n.clone(), Value::new(t.clone())?)))
+        .collect::<Result<_, ValidateError>>()?;
+    let named: Vec<(&str, &Value)> = values.iter().map(|(n, v)| (n.as_str(), v)).collect();
+    let first = session.run(&named)?;
+    let mut given = Vec::new();
+    for (value, _) in &borders {
+        let name = model.name(*value);
+        let tensor = match feed.iter().find(|(n, _)| n == name) {
+            Some((_, tensor)) => tensor.clone(),
+            None => first.get(name)?.to_tensor()?,
+        };
+        given.push((name, tensor));
+    }
+    let part = extract(model, &borders, &wanted)?;
+    let bytes = serialize(verify(&part)?).to_vec();
+    let second = match crate::runtime::tract::run_once(&bytes, &given) {
+        Ok(outputs) => outputs,
+        Err(error) => {
+            report.add(check, false, error.to_string());
+            return Ok(());
+        }
+    };
+    let (mut ok, mut detail) = (true, Vec::new());
+    for ((value, _), (_, found)) in wanted.iter().zip(&second) {
+        let name = model.name(*value);
+        let want = first.get(name)?.to_tensor()?;
+        let short = name.rsplit('/').next().unwrap_or(name);
+        if want.dtype().is_float() {
+            let worst = want
+                .f32s()?
+                .iter()
+                .zip(found.f32s()?.iter())
+                .map(|(a, b)| f64::from((a - b).abs()))
+                .fold(0.0, f64::max);
+            let same_shape = want.shape() == found.shape();
+            ok &= same_shape && worst <= 1e-4;
+            detail.push(format!("{short} {:?} within {worst:.1e}", found.shape()));
+        } else {
+            let same = want.shape() == found.shape() && want.i64s()? == found.i64s()?;
+            ok &= same;
+            detail.push(format!("{short} {}", if same { "equal" } else { "differ" }));
+        }
+    }
+    report.add(check, ok, detail.join(", "));
+    Ok(())
+}
+
+/// Values that the wanted ones depend on, not looking behind `stop`.
+fn needed_inputs(
+    model: &Model,
+    wanted: &[(ValueId, ValueType)],
+    stop: &[ValueId],
+) -> std::collections::HashSet<ValueId> {
+    let mut seen = std::collections::HashSet::new();
+    let mut stack: Vec<ValueId> = wanted.iter().map(|(v, _)| *v).collect();
+    while let Some(value) = stack.pop() {
+        if !seen.insert(value) || stop.contains(&value) {
+            continue;
+        }
+        if let Some(node) = model.producer_node(value) {
+            stack.extend(node.inputs.iter().flatten());
+        }
+    }
+    debug_assert!(seen.is_subset(&ancestors(model, &wanted.iter().map(|(v, _)| *v).collect::<Vec<_>>(), false)));
+    seen
+}

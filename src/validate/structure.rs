@@ -1,0 +1,141 @@
+//! What can be said of a rewritten file without running it: its interface, the
+//! weights it kept, and whether the recipe still gives it.
+
+use std::collections::HashMap;
+
+use super::report::Report;
+use super::ValidateError;
+use crate::arch::{Role, Vlm};
+use crate::ir::{Dim, Model, TensorData, ValueId, ValueType, verify};
+use crate::onnx::serialize;
+use crate::passes::{Recipe, SALIENT_MASK_INPUT, VISUAL_MASK_INPUT, rewrite};
+
+/// Checks every file of `rewritten` against its base.
+///
+/// # Errors
+/// A base that the recipe no longer fits.
+pub fn check(
+    base: &Vlm,
+    rewritten: &Vlm,
+    recipe: &Recipe,
+    report: &mut Report,
+) -> Result<(), ValidateError> {
+    let again = rewrite(base.clone(), recipe)?;
+    for (index, part) in rewritten.parts.iter().enumerate() {
+        let (old, new) = (&base.parts[index].model, &part.model);
+        let file = part.file.display();
+        interface(old, new, &format!("{file}: interface"), report);
+        let lost = changed_weights(old, new)?;
+        let detail = match lost.as_slice() {
+            [] => "every initializer of the base that is still there is unchanged".to_owned(),
+            some => format!("changed: {}", some.join(", ")),
+        };
+        report.add(format!("{file}: weights"), lost.is_empty(), detail);
+        let expected = serialize(verify(&again.vlm.parts[index].model)?).to_vec();
+        let found = serialize(verify(new)?).to_vec();
+        let same_tool = new.metadata("duet.version") == Some(env!("CARGO_PKG_VERSION"))
+            || new.metadata("duet.version").is_none();
+        let detail = match (expected == found, same_tool) {
+            (true, _) => "rewriting the base with the stamped recipe gives this file, byte for byte".into(),
+            (false, true) => format!(
+                "rewriting the base with the stamped recipe gives another file ({} bytes, found {})",
+                expected.len(),
+                found.len()
+            ),
+            (false, false) => format!(
+                "written by duet {}, so this version's bytes may differ",
+                new.metadata("duet.version").unwrap_or("?")
+            ),
+        };
+        report.add(format!("{file}: reproducible"), expected == found || !same_tool, detail);
+    }
+    Ok(())
+}
+
+/// Same names, element types, ranks and order; only the recipe's own extra
+/// inputs may be new, and dimensions that the recipe changes may differ.
+fn interface(old: &Model, new: &Model, name: &str, report: &mut Report) {
+    let describe = |model: &Model, v: ValueId| {
+        let value = model.value(v);
+        let ty = value.ty.as_ref();
+        (
+            value.name.clone(),
+            ty.and_then(ValueType::dtype),
+            ty.and_then(|t| t.shape()).map(<[Dim]>::len),
+        )
+    };
+    let list = |model: &Model, values: &[ValueId]| -> Vec<_> {
+        values.iter().map(|&v| describe(model, v)).collect()
+    };
+    let mut problems = Vec::new();
+    let ours = [VISUAL_MASK_INPUT, SALIENT_MASK_INPUT];
+    let mut inputs = list(new, &new.graph().inputs);
+    inputs.retain(|(n, _, _)| !ours.contains(&n.as_str()));
+    if list(old, &old.graph().inputs) != inputs {
+        problems.push("inputs differ in name, type, rank or order".to_owned());
+    }
+    if list(old, &old.graph().outputs) != list(new, &new.graph().outputs) {
+        problems.push("outputs differ in name, type, rank or order".to_owned());
+    }
+    if old.ir_version != new.ir_version || old.opset_imports != new.opset_imports {
+        problems.push("IR version or operator sets differ".to_owned());
+    }
+    let ok = problems.is_empty();
+    let detail = if ok { "names, types and order as in the base".into() } else { problems.join("; ") };
+    report.add(name, ok, detail);
+}
+
+/// Names of initializers that both files have and that differ.
+fn changed_weights(old: &Model, new: &Model) -> Result<Vec<String>, ValidateError> {
+    let mut before = HashMap::new();
+    for &value in &old.graph().initializers {
+        if let Some(tensor) = &old.value(value).initializer {
+            before.insert(tensor.name.as_str(), tensor);
+        }
+    }
+    let mut changed = Vec::new();
+    for &value in &new.graph().initializers {
+        let Some(tensor) = &new.value(value).initializer else { continue };
+        let Some(old_tensor) = before.get(tensor.name.as_str()) else {
+            if !tensor.name.starts_with("duet/") {
+                changed.push(format!("{} (new)", tensor.name));
+            }
+            continue;
+        };
+        let same_type = tensor.dtype == old_tensor.dtype && tensor.dims == old_tensor.dims;
+        let same_data = match (&tensor.data, &old_tensor.data) {
+            (TensorData::Strings(a), TensorData::Strings(b)) => a == b,
+            _ => tensor.bytes(new.external())? == old_tensor.bytes(old.external())?,
+        };
+        if !(same_type && same_data) {
+            changed.push(tensor.name.clone());
+        }
+    }
+    Ok(changed)
+}
+
+/// Pairs each rewritten file with its base by role and variant.
+///
+/// # Errors
+/// Directories that do not hold the same files.
+pub fn pair(base: Vlm, rewritten: Vlm) -> Result<(Vlm, Vlm), ValidateError> {
+    let mut bases = Vec::new();
+    for part in &rewritten.parts {
+        let kind = std::mem::discriminant(&part.role);
+        let found = base.parts.iter().find(|b| b.file == part.file).or_else(|| {
+            let mut same = base
+                .parts
+                .iter()
+                .filter(|b| std::mem::discriminant(&b.role) == kind && b.variant == part.variant);
+            same.next().filter(|_| !matches!(part.role, Role::Unknown(_)))
+        });
+        let Some(found) = found else {
+            return Err(ValidateError::Model(format!(
+                "{}: no file of the base corresponds to it (same path, or same role and variant)",
+                part.file.display()
+            )));
+        };
+        bases.push(found.clone());
+    }
+    Ok((Vlm { parts: bases }, rewritten))
+}
