@@ -1,0 +1,200 @@
+//! `duet inspect`
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::{Global, ModelArgument, Outcome, load, print_json, style};
+use crate::arch::{Part, Role};
+use crate::ir::{Model, TensorData};
+use crate::passes::earlier_recipe;
+
+/// Arguments of `duet inspect`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    model: ModelArgument,
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
+    let (_, vlm) = load::vlm(&arguments.model.path, global)?;
+    if arguments.json {
+        let files: Vec<Value> = vlm.parts.iter().map(describe).collect();
+        print_json(&json!({ "schema_version": 1, "files": files }))?;
+    } else {
+        print(&arguments.model.path, &vlm.parts);
+    }
+    let nothing = vlm.parts.iter().all(|p| matches!(p.role, Role::Unknown(_)));
+    let rewritten = vlm.parts.iter().any(|p| earlier_recipe(&p.model).is_some());
+    Ok(if nothing && !rewritten { Outcome::Failed } else { Outcome::Done })
+}
+
+/// (inline bytes, external bytes) of a model's initializers.
+fn sizes(model: &Model) -> (u64, u64) {
+    let (mut inline, mut external) = (0, 0);
+    for &value in &model.graph().initializers {
+        let Some(tensor) = &model.value(value).initializer else { continue };
+        match &tensor.data {
+            TensorData::Raw(bytes) => inline += bytes.len() as u64,
+            TensorData::Strings(list) => inline += list.iter().map(|s| s.len() as u64).sum::<u64>(),
+            TensorData::External(_) => {
+                external += tensor.element_count().and_then(|n| tensor.dtype.byte_len(n)).unwrap_or(0);
+            }
+        }
+    }
+    (inline, external)
+}
+
+fn describe(part: &Part) -> Value {
+    let model = &part.model;
+    let (inline, external) = sizes(model);
+    let opsets: Vec<Value> = model
+        .opset_imports
+        .iter()
+        .map(|(domain, version)| json!({ "domain": domain, "version": version }))
+        .collect();
+    let mut file = json!({
+        "file": part.file,
+        "variant": part.variant,
+        "role": part.role.name(),
+        "ir_version": model.ir_version,
+        "opsets": opsets,
+        "producer": model.producer,
+        "nodes": model.graph().nodes.len(),
+        "weight_bytes": { "inline": inline, "external": external },
+    });
+    if let Some((version, recipe)) = earlier_recipe(model) {
+        file["rewritten"] = json!({ "duet_version": version, "recipe": recipe });
+    }
+    let found = match &part.role {
+        Role::Vision(t) => json!({
+            "blocks": t.layers,
+            "heads": t.heads,
+            "head_dim": t.head_dim,
+            "cls": t.cls,
+            "cls_dropped_before_projector": t.cls && t.entry != t.hidden,
+            "patches": t.patches(),
+            "features_per_image": t.features_per_image(),
+            "feature_width": t.feature_width,
+            "dtype": t.dtype.to_string(),
+            "attention": model.describe(t.site.node),
+            "merge_point": model.name(t.hidden),
+        }),
+        Role::Embedding(e) => json!({ "width": e.width, "dtype": e.dtype.to_string() }),
+        Role::Decoder(d) => json!({
+            "layers": d.depth(),
+            "heads": d.heads,
+            "kv_heads": d.kv_heads,
+            "head_dim": d.head_dim,
+            "width": d.width,
+            "vocabulary": d.vocabulary,
+            "dtype": d.dtype.to_string(),
+            "drop_points": (1..d.depth()).map(|l| json!({
+                "after_layer": l,
+                "residual": model.name(d.layers[l].boundary),
+            })).collect::<Vec<_>>(),
+            "prelude_nodes": prelude(model, d),
+        }),
+        Role::Unknown(reasons) => {
+            json!({ "not_recognised": reasons.iter().map(ToString::to_string).collect::<Vec<_>>() })
+        }
+    };
+    file["found"] = found;
+    file
+}
+
+/// Nodes before the first layer that later layers read from: what is cloned at a
+/// drop point.
+fn prelude(model: &Model, decoder: &crate::arch::Decoder) -> usize {
+    let Some(second) = decoder.layers.get(1) else { return 0 };
+    let behind = crate::ir::cone::descendants(model, &[second.boundary], false);
+    let data = crate::ir::cone::descendants(model, &[decoder.embeds], true);
+    let side: Vec<_> = model
+        .graph()
+        .nodes
+        .iter()
+        .map(|&n| model.node(n))
+        .filter(|n| n.outputs.iter().flatten().any(|o| behind.contains(o) && *o != second.boundary))
+        .flat_map(|n| n.inputs.iter().flatten().copied())
+        .filter(|v| !behind.contains(v) && !data.contains(v))
+        .collect();
+    let cone = crate::ir::cone::ancestors(model, &side, false);
+    let nodes: std::collections::HashSet<_> = cone.iter().filter_map(|v| model.producer_of(*v)).collect();
+    nodes
+        .into_iter()
+        .filter(|n| !model.node(*n).is("Constant"))
+        .count()
+}
+
+fn print(path: &Path, parts: &[Part]) {
+    anstream::println!("{}{}{}", style::HEAD, path.display(), style::RESET);
+    for part in parts {
+        let model = &part.model;
+        let (inline, external) = sizes(model);
+        let opset = model.opset("").map_or("?".into(), |v| v.to_string());
+        let data = if external > 0 { format!(" + {} external", style::bytes(external)) } else { String::new() };
+        anstream::println!(
+            "\n{}{}{}  {}{}, opset {opset}, {} nodes, {} of weights{data}{}",
+            style::HEAD,
+            part.file.display(),
+            style::RESET,
+            style::DIM,
+            part.role.name(),
+            model.graph().nodes.len(),
+            style::bytes(inline),
+            style::RESET
+        );
+        if let Some((version, recipe)) = earlier_recipe(model) {
+            anstream::println!("  rewritten by duet {version} with");
+            recipe.lines().for_each(|l| anstream::println!("    {l}"));
+            continue;
+        }
+        let optional = |v: Option<i64>| v.map_or("?".into(), |n| n.to_string());
+        match &part.role {
+            Role::Vision(t) => {
+                let cls = match (t.cls, t.entry != t.hidden) {
+                    (true, true) => "CLS (dropped before the projector) + ",
+                    (true, false) => "CLS + ",
+                    _ => "",
+                };
+                anstream::println!(
+                    "  tower      {} live blocks, {} heads × {}, {}",
+                    t.layers,
+                    t.heads,
+                    t.head_dim,
+                    t.dtype
+                );
+                anstream::println!("  tokens     {cls}{} patches", optional(t.patches()));
+                anstream::println!(
+                    "  features   {} × {} per image",
+                    optional(t.features_per_image()),
+                    optional(t.feature_width)
+                );
+                anstream::println!("  merge at   {}", model.name(t.hidden));
+            }
+            Role::Embedding(e) => anstream::println!("  width      {}, {}", optional(e.width), e.dtype),
+            Role::Decoder(d) => {
+                anstream::println!(
+                    "  layers     {}, {} heads, {} key/value heads × {}, width {}, {}",
+                    d.depth(),
+                    optional(d.heads),
+                    d.kv_heads,
+                    d.head_dim,
+                    optional(d.width),
+                    d.dtype
+                );
+                anstream::println!("  vocabulary {}", optional(d.vocabulary));
+                anstream::println!("  drops      after layer 1 to {}", d.depth() - 1);
+                anstream::println!("  prelude    {} nodes that later layers share", prelude(model, d));
+            }
+            Role::Unknown(reasons) => {
+                for reason in reasons {
+                    anstream::println!("  {}no{} {reason}", style::BAD, style::RESET);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! Models and recipes as the command line names them.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+
+use super::Global;
+use crate::arch::Vlm;
+use crate::ir::{Model, verify};
+use crate::onnx::{ModelDir, ModelFile, read};
+use crate::passes::{Recipe, earlier_recipe};
+
+/// Recipes that ship with the program: the files of `passes/`.
+pub(super) const RECIPES: &[(&str, &str)] = &[
+    ("demo", include_str!("../../passes/demo.yaml")),
+    ("llava-1.5-192", include_str!("../../passes/llava-1.5-192.yaml")),
+    ("llava-1.5-128", include_str!("../../passes/llava-1.5-128.yaml")),
+    ("llava-1.5-64", include_str!("../../passes/llava-1.5-64.yaml")),
+];
+
+/// A recipe by name or file.
+pub(super) fn recipe(name: &str) -> anyhow::Result<Recipe> {
+    let path = Path::new(name);
+    if path.is_file() {
+        let text = std::fs::read_to_string(path).with_context(|| format!("reading {name}"))?;
+        return Recipe::parse(&text).with_context(|| format!("in {name}"));
+    }
+    if let Some((_, text)) = RECIPES.iter().find(|(n, _)| *n == name) {
+        return Ok(Recipe::parse(text)?);
+    }
+    let names: Vec<&str> = RECIPES.iter().map(|(n, _)| *n).collect();
+    bail!("'{name}' is neither a recipe file nor a built-in recipe ({})", names.join(", "))
+}
+
+/// A file with its graph.
+pub(super) type Loaded = (ModelFile, Model);
+
+/// The directory and every graph in it, verified.
+pub(super) fn graphs(path: &Path) -> anyhow::Result<(ModelDir, Vec<Loaded>)> {
+    if !path.exists() {
+        bail!("{} does not exist; expected a model directory or an .onnx file", path.display());
+    }
+    let dir = ModelDir::open(path)?;
+    let mut models = Vec::new();
+    for file in &dir.files {
+        let at = dir.path(file);
+        let model = read(&at)?;
+        verify(&model).with_context(|| format!("{} is not a well-formed model", at.display()))?;
+        models.push((file.clone(), model));
+    }
+    Ok((dir, models))
+}
+
+/// The recognised parts of a model.
+///
+/// Files that an earlier `--beside` put next to their originals are left out
+/// where the original is there too.
+pub(super) fn vlm(path: &Path, global: &Global) -> anyhow::Result<(ModelDir, Vlm)> {
+    let (dir, models) = graphs(path)?;
+    let originals: Vec<String> = models
+        .iter()
+        .filter(|(_, m)| earlier_recipe(m).is_none())
+        .map(|(f, _)| stem(&f.relative))
+        .collect();
+    let mut parts = Vec::new();
+    for (file, model) in models {
+        let own = stem(&file.relative);
+        let beside = earlier_recipe(&model).is_some()
+            && originals.iter().any(|o| own.len() > o.len() && own.starts_with(&format!("{o}_")));
+        if beside {
+            global.detail(format!("{}: rewritten before, left out", file.relative.display()));
+            continue;
+        }
+        parts.push((file.relative, file.variant, model));
+    }
+    Ok((dir, Vlm::new(parts)))
+}
+
+fn stem(path: &Path) -> String {
+    path.file_stem().map_or(String::new(), |s| s.to_string_lossy().into_owned())
+}
+
+/// The three files that answer a question, chosen by what they take and give.
+#[derive(Debug)]
+pub(super) struct Trio {
+    pub(super) vision: PathBuf,
+    pub(super) embed: PathBuf,
+    pub(super) decoder: PathBuf,
+}
+
+/// Finds the vision encoder, embedding and decoder of a variant.
+pub(super) fn trio(path: &Path, variant: Option<&str>) -> anyhow::Result<(ModelDir, Trio)> {
+    let (dir, models) = graphs(path)?;
+    let pick = |what: &str, fits: fn(&Model) -> bool| -> anyhow::Result<PathBuf> {
+        let all: Vec<&Loaded> = models.iter().filter(|(_, m)| fits(m)).collect();
+        let found = match variant {
+            Some(v) => all.iter().find(|(f, _)| stem(&f.relative).ends_with(&format!("_{v}"))),
+            None => all.iter().find(|(f, m)| {
+                let shadowed = all.iter().any(|(o, _)| {
+                    let (o, own) = (stem(&o.relative), stem(&f.relative));
+                    own.len() > o.len() && own.starts_with(&format!("{o}_")) && earlier_recipe(m).is_some()
+                });
+                f.variant.is_empty() && !shadowed
+            }),
+        };
+        match found.or(if variant.is_none() { all.first() } else { None }) {
+            Some((file, _)) => Ok(dir.path(file)),
+            None => bail!(
+                "{}: no {what}{} among {}",
+                path.display(),
+                variant.map_or(String::new(), |v| format!(" of variant '{v}'")),
+                models.iter().map(|(f, _)| f.relative.display().to_string()).collect::<Vec<_>>().join(", ")
+            ),
+        }
+    };
+    let trio = Trio {
+        vision: pick("vision encoder (pixel_values → image_features)", |m| {
+            m.input("pixel_values").is_some() && m.output("logits").is_none()
+        })?,
+        embed: pick("token embedding (input_ids → inputs_embeds)", |m| {
+            m.input("input_ids").is_some() && m.graph().outputs.len() == 1 && m.output("logits").is_none()
+        })?,
+        decoder: pick("decoder (inputs_embeds → logits, present.*)", |m| {
+            m.input("inputs_embeds").is_some() && m.output("logits").is_some()
+        })?,
+    };
+    Ok((dir, trio))
+}

@@ -1,0 +1,136 @@
+//! The command line: clap on one side, the library on the other.
+//!
+//! Results go to stdout, progress and logs to stderr. Exit codes: 0 success, 1 a
+//! check that failed, 2 usage or input error.
+
+mod demo;
+mod inspect;
+mod load;
+mod rewrite;
+mod run;
+mod runtime;
+mod style;
+mod validate;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Makes exported vision-language models process fewer visual tokens.
+#[derive(Debug, Parser)]
+#[command(name = "duet", version, about, max_term_width = 100)]
+pub struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Args)]
+struct Global {
+    /// Print results only
+    #[arg(long, short, global = true)]
+    quiet: bool,
+    /// Print more (twice: even more)
+    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+impl Global {
+    /// One line of progress on stderr.
+    fn say(&self, line: impl std::fmt::Display) {
+        if !self.quiet {
+            anstream::eprintln!("{line}");
+        }
+    }
+
+    /// A line for `-v` only.
+    fn detail(&self, line: impl std::fmt::Display) {
+        if !self.quiet && self.verbose > 0 {
+            anstream::eprintln!("{line}");
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show what is recognised in a model: tower, projector, decoder layers, drop points
+    Inspect(inspect::Arguments),
+    /// Rewrite a model with a recipe
+    Rewrite(rewrite::Arguments),
+    /// Answer a question about images with ONNX Runtime
+    Run(run::Arguments),
+    /// Check that a rewritten model computes what its recipe says
+    Validate(validate::Arguments),
+    /// The main job on the model that ships with the project
+    Demo(demo::Arguments),
+    /// Find or install ONNX Runtime's shared library
+    Runtime(runtime::Arguments),
+}
+
+/// How ONNX Runtime is to be used.
+#[derive(Debug, Args, Clone)]
+struct Engine {
+    /// Threads inside an operator (0: one for each core)
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    threads: usize,
+    /// Execution providers, best first (cpu, cuda, tensorrt, openvino, …)
+    #[arg(long = "provider", value_name = "NAME")]
+    providers: Vec<String>,
+}
+
+impl Engine {
+    fn options(&self) -> crate::runtime::SessionOptions {
+        crate::runtime::SessionOptions {
+            intra_threads: self.threads,
+            providers: self.providers.clone(),
+            ..Default::default()
+        }
+    }
+}
+
+/// A path to a model.
+#[derive(Debug, Args, Clone)]
+struct ModelArgument {
+    /// Model directory or .onnx file
+    path: PathBuf,
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    /// Everything held.
+    Done,
+    /// A check failed.
+    Failed,
+}
+
+/// Runs the command line and returns the exit code.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let global = &cli.global;
+    let outcome = match &cli.command {
+        Command::Inspect(arguments) => inspect::run(arguments, global),
+        Command::Rewrite(arguments) => rewrite::run(arguments, global),
+        Command::Run(arguments) => run::run(arguments, global),
+        Command::Validate(arguments) => validate::run(arguments, global),
+        Command::Demo(arguments) => demo::run(arguments, global),
+        Command::Runtime(arguments) => runtime::run(arguments, global),
+    };
+    match outcome {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Failed) => ExitCode::from(1),
+        Err(error) => {
+            anstream::eprintln!("{}error:{} {error:#}", style::BAD, style::RESET);
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Prints one JSON document on stdout.
+fn print_json(value: &serde_json::Value) -> anyhow::Result<()> {
+    anstream::println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}

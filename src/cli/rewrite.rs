@@ -1,0 +1,176 @@
+//! `duet rewrite`
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use anyhow::bail;
+
+use super::{Global, ModelArgument, Outcome, load, style};
+use crate::arch::{Role, Vlm};
+use crate::ir::{Model, TensorData, verify};
+use crate::onnx::{
+    DataMode, Layout, ModelDir, Outputs, patch_processor, serialize, write_beside, write_out,
+};
+use crate::passes::{Recipe, Rewritten, TokenMerge, VisualPrune, rewrite};
+
+/// Arguments of `duet rewrite`.
+#[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("target").required(true))]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    model: ModelArgument,
+    /// Recipe: a built-in name or a YAML file
+    #[arg(long, value_name = "NAME_OR_FILE")]
+    recipe: String,
+    /// New directory to write
+    #[arg(long, group = "target", value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// How external data reaches the new directory
+    #[arg(long, value_enum, default_value_t = Data::Copy, requires = "out")]
+    data: Data,
+    /// Write NAME_SUFFIX.onnx next to the old files, sharing their data files
+    #[arg(long, group = "target", value_name = "SUFFIX")]
+    beside: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Data {
+    /// Copied, sharing blocks where the file system can
+    Copy,
+    /// Hard-linked (onnx 1.23 and later refuse such files)
+    Hardlink,
+}
+
+pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
+    let recipe = load::recipe(&arguments.recipe)?;
+    let (dir, vlm) = load::vlm(&arguments.model.path, global)?;
+    let done = rewrite(vlm, &recipe)?;
+    let outputs = outputs(&dir, &done)?;
+    if arguments.data == Data::Hardlink {
+        global.say("warning: onnx 1.23 and later, and ONNX Runtime in places, refuse hard-linked external data");
+    }
+    let mode = match arguments.data {
+        Data::Copy => DataMode::Copy,
+        Data::Hardlink => DataMode::Hardlink,
+    };
+    match (&arguments.out, &arguments.beside) {
+        (Some(out), None) => {
+            write_out(&dir, &outputs, out, mode)?;
+            report(&done, &recipe, global);
+            global.say(format!("wrote {}", out.display()));
+        }
+        (None, Some(suffix)) => {
+            let only_changed = changed_only(outputs, &done);
+            let written = write_beside(&dir, &only_changed, suffix)?;
+            report(&done, &recipe, global);
+            for path in written {
+                global.say(format!("wrote {}", path.display()));
+            }
+        }
+        _ => bail!("name one target: --out DIR or --beside SUFFIX"),
+    }
+    Ok(Outcome::Done)
+}
+
+/// What is to be written for a rewritten model.
+pub(super) fn outputs(dir: &ModelDir, done: &Rewritten) -> anyhow::Result<Outputs> {
+    let mut outputs = Outputs::default();
+    for part in &done.vlm.parts {
+        let text = serialize(verify(&part.model)?);
+        outputs.models.push((part.file.clone(), text));
+        let folder = part.file.parent().map(PathBuf::from).unwrap_or_default();
+        for location in locations(&part.model) {
+            outputs.data.insert(folder.join(location));
+        }
+    }
+    if dir.layout == Layout::Directory
+        && let Some((before, after)) = token_counts(&done.vlm)
+    {
+        for name in ["processor_config.json", "config.json"] {
+            let path = dir.root.join(name);
+            let Ok(text) = std::fs::read_to_string(&path) else { continue };
+            if let Some(patched) = patch_processor(name, &text, before, after)
+                .map_err(|problem| anyhow::anyhow!("{}: {problem}", path.display()))?
+            {
+                outputs.configs.push((PathBuf::from(name), patched.into_bytes()));
+            }
+        }
+    }
+    Ok(outputs)
+}
+
+/// (patch tokens of the tower, features per image now), if they differ.
+fn token_counts(vlm: &Vlm) -> Option<(i64, i64)> {
+    let (index, tower) = vlm.towers().next()?;
+    let model = &vlm.parts[index].model;
+    let output = model.graph().outputs[tower.features_index];
+    let shape = model.value(output).ty.as_ref()?.shape()?;
+    let after = shape.get(1)?.known().filter(|_| shape.len() == 3)?;
+    (Some(after) != tower.features_per_image()).then_some((tower.patches()?, after))
+}
+
+fn locations(model: &Model) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for (_, graph) in model.graphs() {
+        for &value in &graph.initializers {
+            if let Some(TensorData::External(reference)) =
+                model.value(value).initializer.as_ref().map(|t| &t.data)
+            {
+                found.insert(reference.location.clone());
+            }
+        }
+    }
+    found
+}
+
+/// `--beside` writes only what changed.
+fn changed_only(mut outputs: Outputs, done: &Rewritten) -> Outputs {
+    let changed = |file: &PathBuf| {
+        done.changes.iter().any(|c| done.vlm.parts[c.part].file == *file)
+    };
+    outputs.models.retain(|(file, _)| changed(file));
+    outputs
+}
+
+/// Visual tokens that each layer sees, before and after, if the model is whole.
+pub(super) fn tokens_by_layer(vlm: &Vlm, recipe: &Recipe) -> Option<(Vec<i64>, Vec<i64>)> {
+    let (_, decoder) = vlm.decoders().next()?;
+    let (_, tower) = vlm.towers().next()?;
+    let before = tower.features_per_image()?;
+    let entering = match recipe.pass::<TokenMerge>() {
+        Some(merge) => merge.tokens_out(tower)?,
+        None => before,
+    };
+    let after = match recipe.pass::<VisualPrune>() {
+        Some(prune) => prune.tokens_per_layer(entering, decoder.depth()),
+        None => vec![entering; decoder.depth()],
+    };
+    Some((vec![before; decoder.depth()], after))
+}
+
+pub(super) fn average(counts: &[i64]) -> f64 {
+    counts.iter().sum::<i64>() as f64 / counts.len().max(1) as f64
+}
+
+/// What was done, for people.
+pub(super) fn report(done: &Rewritten, recipe: &Recipe, global: &Global) {
+    for (pass, summary) in &done.summaries {
+        global.say(format!("{}{pass}{}  {summary}", style::NEW, style::RESET));
+        for change in done.changes.iter().filter(|c| c.pass == *pass) {
+            let part = &done.vlm.parts[change.part];
+            global.say(format!("  {}: {} nodes inserted", part.file.display(), change.inserted));
+        }
+    }
+    if let Some((before, after)) = tokens_by_layer(&done.vlm, recipe) {
+        let (full, now) = (average(&before), average(&after));
+        global.say(format!(
+            "visual tokens by layer: {}; average {now:.2} of {full:.0} ({:.1} % fewer)",
+            style::layers(&after),
+            100.0 * (1.0 - now / full)
+        ));
+    }
+    let unknown = done.vlm.parts.iter().filter(|p| matches!(p.role, Role::Unknown(_)));
+    for part in unknown {
+        global.say(format!("{}: not recognised, carried over as it is", part.file.display()));
+    }
+}

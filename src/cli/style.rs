@@ -1,0 +1,64 @@
+//! Colours and tables. anstream strips the codes where they do not belong.
+
+use std::fmt::Write;
+
+use anstyle::{AnsiColor, Reset, Style};
+
+/// Headings.
+pub(super) const HEAD: Style = Style::new().bold();
+/// What is fine.
+pub(super) const GOOD: Style = AnsiColor::Green.on_default();
+/// What is not.
+pub(super) const BAD: Style = AnsiColor::Red.on_default().bold();
+/// What is new.
+pub(super) const NEW: Style = AnsiColor::Cyan.on_default();
+/// Side remarks.
+pub(super) const DIM: Style = Style::new().dimmed();
+/// Back to normal.
+pub(super) const RESET: Reset = Reset;
+
+/// Columns aligned by width; the first to the left, the others to the right.
+pub(super) fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |c: usize| {
+        let cells = rows.iter().filter_map(|r| r.get(c));
+        cells.map(|s| s.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::from(" ");
+        for (c, cell) in row.iter().enumerate() {
+            let pad = " ".repeat(widths[c].saturating_sub(cell.chars().count()));
+            let _ = if c == 0 { write!(line, " {cell}{pad}") } else { write!(line, "  {pad}{cell}") };
+        }
+        let _ = writeln!(text, "{}", line.trim_end());
+    }
+    text
+}
+
+/// A byte count for people.
+pub(super) fn bytes(count: u64) -> String {
+    let mut value = count as f64;
+    for unit in ["B", "KB", "MB", "GB"] {
+        if value < 1000.0 {
+            return if unit == "B" { format!("{count} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1000.0;
+    }
+    format!("{value:.1} TB")
+}
+
+/// `1–16: 576, 17–24: 288` from a count for each layer.
+pub(super) fn layers(counts: &[i64]) -> String {
+    let mut parts = Vec::new();
+    let mut start = 0;
+    for end in 1..=counts.len() {
+        if end == counts.len() || counts[end] != counts[start] {
+            let range = if end - start == 1 { format!("{end}") } else { format!("{}–{end}", start + 1) };
+            parts.push(format!("{range}: {}", counts[start]));
+            start = end;
+        }
+    }
+    parts.join(", ")
+}

@@ -1,0 +1,60 @@
+//! Processor configs: how many placeholders a client puts into the prompt for an
+//! image.
+
+use serde_json::Value;
+
+/// The config with the new token count, or `None` if it says nothing about it.
+///
+/// LLaVA's processors (Transformers in Python, transformers.js) compute
+/// ⌊h / patch⌋ · ⌊w / patch⌋ + `num_additional_image_tokens`, less one with the
+/// strategy `default`. `patches` is the grid, `features` what the encoder gives
+/// now.
+///
+/// # Errors
+/// Text that is no JSON object.
+pub fn patch_processor(
+    name: &str,
+    text: &str,
+    patches: i64,
+    features: i64,
+) -> Result<Option<String>, String> {
+    let mut config: Value = serde_json::from_str(text).map_err(|e| e.to_string())?;
+    let Some(map) = config.as_object_mut() else {
+        return Err("expected a JSON object".into());
+    };
+    let mut changed = false;
+    if map.contains_key("image_seq_length") {
+        map.insert("image_seq_length".into(), features.into());
+        changed = true;
+    }
+    let class = map.get("processor_class").and_then(Value::as_str);
+    let llava = class == Some("LlavaProcessor") || map.contains_key("num_additional_image_tokens");
+    if name == "processor_config.json" && llava {
+        map.insert("num_additional_image_tokens".into(), (features - patches).into());
+        map.insert("vision_feature_select_strategy".into(), "full".into());
+        changed = true;
+    }
+    if !changed {
+        return Ok(None);
+    }
+    let text = serde_json::to_string_pretty(&config).map_err(|e| e.to_string())?;
+    Ok(Some(text + "\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn llava_expands_to_the_new_count() {
+        let before = r#"{"patch_size": 14, "num_additional_image_tokens": 1, "processor_class": "LlavaProcessor",
+            "vision_feature_select_strategy": "default"}"#;
+        let after = patch_processor("processor_config.json", before, 576, 205).unwrap().unwrap();
+        let after: Value = serde_json::from_str(&after).unwrap();
+        assert_eq!(after["num_additional_image_tokens"], 205 - 576);
+        assert_eq!(after["vision_feature_select_strategy"], "full");
+        assert_eq!(after["patch_size"], 14);
+        assert_eq!(patch_processor("config.json", r#"{"a": 1}"#, 576, 205).unwrap(), None);
+        assert!(patch_processor("config.json", "[", 576, 205).is_err());
+    }
+}
