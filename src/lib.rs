@@ -1,7 +1,16 @@
-//! duet-onnx: rewrites exported vision-language models so that they process
-//! fewer visual tokens, runs and validates the result.
+//! duet-onnx rewrites exported vision-language models so that they process fewer
+//! visual tokens (DUET-VLM), runs them with ONNX Runtime and checks the result.
+//!
+//! ```text
+//! proto ─▶ onnx (read) ─▶ ir ─▶ arch (recognise) ─▶ passes (plan → patch → verify) ─▶ onnx (write)
+//!                                                     runtime (ort, tract) ─▶ validate ◀┘
+//! ```
+//!
+//! Start with [`onnx::read`](fn@onnx::read), [`arch::Vlm`] and
+//! [`passes::rewrite`]; `ARCHITECTURE.md` tells why things are as they are.
 
 pub mod arch;
+pub mod cli;
 pub mod ir;
 pub mod onnx;
 pub mod passes;

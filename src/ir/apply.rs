@@ -10,7 +10,8 @@ impl Model {
     /// Applies a patch and returns the changed model.
     ///
     /// What the patch leaves without a reader is removed: nodes that were live
-    /// before and are dead now, and the initializers only they read. Nodes are
+    /// before and are dead now, and initializers that had a reader before or are
+    /// the patch's own. What nothing read before stays. Nodes are
     /// then ordered topologically, keeping the file's order wherever it is one.
     ///
     /// # Errors
@@ -33,6 +34,7 @@ impl Model {
         let structural = !plan.nodes.is_empty()
             || plan.edits.iter().any(|e| !matches!(e, Edit::Metadata { .. }));
         let dead_before = self.dead_nodes(graph);
+        let unread_before = self.unread_initializers(graph);
 
         let mut names: HashSet<String> = self
             .values
@@ -66,6 +68,10 @@ impl Model {
         if structural {
             self.touch(graph);
             self.remove_newly_dead(graph, &dead_before);
+            let unread = self.unread_initializers(graph);
+            self.graphs[graph.index()]
+                .initializers
+                .retain(|v| !unread.contains(v) || unread_before.contains(v));
             self.sort(graph)?;
         } else {
             self.source = None;
@@ -98,6 +104,16 @@ impl Model {
                 let Some(&old) = self.graphs[graph.index()].outputs.get(index) else {
                     return Err(format!("there is no graph output {index}"));
                 };
+                for value in [old, to] {
+                    let v = self.value(value);
+                    let problem = match v.def {
+                        Def::Input => "is a graph input, whose name has to stay",
+                        _ if v.graph != graph => "belongs to another graph",
+                        _ if value == to && self.is_output(to) => "is a graph output already",
+                        _ => continue,
+                    };
+                    return Err(format!("replacing graph output {index}: '{}' {problem}", v.name));
+                }
                 let inner = format!("{}:inner", self.values[to.index()].name);
                 let outer = std::mem::replace(&mut self.values[old.index()].name, inner);
                 self.values[to.index()].name = outer;
@@ -115,6 +131,10 @@ impl Model {
                     if let Some(producer) = self.producer_of(value) {
                         self.node_mut(producer).edited = true;
                     }
+                    // A body may give out what it captured.
+                    let givers = self.graphs().filter(|(_, g)| g.outputs.contains(&value));
+                    let givers: Vec<GraphId> = givers.map(|(id, _)| id).collect();
+                    givers.into_iter().for_each(|id| self.touch(id));
                     let renamed = &mut self.values[value.index()];
                     if let Some(tensor) = &mut renamed.initializer {
                         tensor.origin = None;
@@ -179,22 +199,20 @@ impl Model {
         if newly.is_empty() {
             return;
         }
-        let mut orphans: Vec<ValueId> = Vec::new();
         for &id in &newly {
-            let mut reads = Vec::new();
-            self.push_reads(id, &mut reads);
-            orphans.extend(reads);
             self.remove_node(id);
         }
         self.graphs[graph.index()].nodes.retain(|n| !newly.contains(n));
-        orphans.retain(|&v| {
-            let value = self.value(v);
-            value.def == Def::Initializer && value.uses.is_empty() && !self.is_output(v)
-        });
-        let gone: HashSet<ValueId> = orphans.into_iter().collect();
-        for g in &mut self.graphs {
-            g.initializers.retain(|v| !gone.contains(v));
-        }
+    }
+
+    /// Initializers of a graph that no node reads and no graph gives out.
+    fn unread_initializers(&self, graph: GraphId) -> HashSet<ValueId> {
+        let given: HashSet<ValueId> = self.graphs.iter().flat_map(|g| g.outputs.iter().copied()).collect();
+        let unread = |v: &ValueId| {
+            let value = self.value(*v);
+            value.def == Def::Initializer && value.uses.is_empty() && !given.contains(v)
+        };
+        self.subgraph(graph).initializers.iter().copied().filter(unread).collect()
     }
 
     fn remove_node(&mut self, id: NodeId) {

@@ -232,8 +232,11 @@ impl Loader {
             Some(id) => id,
             None => self.value(graph, name, Def::Missing),
         };
-        // An input that is returned as it is keeps the type it has.
-        if self.model.values[id.index()].ty.is_none() || self.model.producer_of(id).is_some() {
+        // An input that is returned as it is keeps the type it has, and so does
+        // a captured value.
+        let known = &self.model.values[id.index()];
+        let own = known.graph == graph;
+        if own && (known.ty.is_none() || self.model.producer_of(id).is_some()) {
             self.describe(id, ty, origin);
         }
         self.model.graphs[graph.index()].outputs.push(id);

@@ -234,6 +234,8 @@ pub struct Function {
     pub name: String,
     /// Overload identifier.
     pub overload: String,
+    /// Operator sets that its body uses, where it states them: domain and version.
+    pub opset_imports: Vec<(String, i64)>,
     /// Its body.
     pub body: GraphId,
 }

@@ -15,7 +15,8 @@ pub struct ExternalRef {
     pub location: String,
     /// First byte; absent means 0.
     pub offset: Option<u64>,
-    /// Number of bytes; absent means up to the end of the file.
+    /// Number of bytes. A file may leave it out: then it is what type and
+    /// dimensions ask for, and absent only where these do not say (strings).
     pub length: Option<u64>,
 }
 

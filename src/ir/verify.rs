@@ -5,24 +5,27 @@
 //!
 //! 1. every value that a node or a graph output reads is defined;
 //! 2. a node reads only values of its own graph or of a graph around it;
-//! 3. names are not empty and unique within a graph, node names included
-//!    (where a node has a name);
+//! 3. value names are not empty and unique within a graph, and a node that a
+//!    pass inserted has a name that no other node has (files repeat them);
 //! 4. every node comes after the nodes whose outputs it reads;
 //! 5. definitions and uses agree in both directions;
-//! 6. the operator set of every node's domain is imported, or the node calls a
-//!    model-local function;
-//! 7. an inline initializer has as many bytes as its type and dimensions say;
-//! 8. an external initializer states a length (if any) that fits likewise;
+//! 6. the operator set of every node's domain is imported (by the model, or by
+//!    the function whose body holds the node), or the node calls a model-local
+//!    function;
+//! 7. an inline tensor (initializer or attribute) has as many bytes as its type
+//!    and dimensions say;
+//! 8. an external tensor has dimensions that can be counted, and states a length
+//!    (if any) that fits likewise;
 //! 9. every sub-graph belongs to one node of the graph it names as parent;
 //! 10. inputs and outputs of the main graph have a type;
 //! 11. what a pass inserted lies under the name scope `duet/`.
 //!
 //! All violations are reported, each with its place.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
-use super::model::{Def, Graph, GraphKind, Model, Node, Use, Value};
+use super::model::{AttrValue, Def, Graph, GraphKind, Model, Node, Use, Value};
 use super::{GraphId, IrError, NodeId, Tensor, TensorData, ValueId};
 
 /// One broken invariant.
@@ -118,12 +121,14 @@ impl Check<'_> {
                 self.report(3, format!("{place}, value '{name}'"), "is defined twice");
             }
         }
-        let mut node_names = HashSet::new();
+        let mut node_names: HashMap<&str, usize> = HashMap::new();
+        for node in nodes.iter().filter_map(|&n| self.model.try_node(n)) {
+            *node_names.entry(node.name.as_str()).or_default() += 1;
+        }
         for &node in nodes {
             if let Some(n) = self.model.try_node(node)
-                && !n.name.is_empty()
                 && n.pass.is_some()
-                && !node_names.insert(n.name.as_str())
+                && node_names[n.name.as_str()] > 1
             {
                 self.report(3, self.model.describe(node), "has the name of another node");
             }
@@ -160,9 +165,13 @@ impl Check<'_> {
             self.report(5, at, "has no tensor");
             return;
         };
-        let Tensor { name, dtype, dims, data, origin: _ } = tensor;
-        let at = format!("{place}, initializer '{name}'");
-        let expected = tensor.element_count().and_then(|n| dtype.byte_len(n));
+        self.tensor(format!("{place}, initializer '{}'", tensor.name), tensor);
+    }
+
+    fn tensor(&mut self, at: String, tensor: &Tensor) {
+        let Tensor { name: _, dtype, dims, data, origin: _ } = tensor;
+        let count = tensor.element_count();
+        let expected = count.and_then(|n| dtype.byte_len(n));
         match data {
             TensorData::Raw(bytes) => {
                 if expected != Some(bytes.len() as u64) {
@@ -172,14 +181,21 @@ impl Check<'_> {
                 }
             }
             TensorData::External(reference) => {
-                if let (Some(length), Some(expected)) = (reference.length, expected)
+                if count.is_none() {
+                    self.report(8, at, format!("{dtype}{dims:?} has an impossible number of elements"));
+                } else if let (Some(length), Some(expected)) = (reference.length, expected)
                     && length != expected
                 {
                     let problem = format!("{dtype}{dims:?} takes {expected} bytes, length says {length}");
                     self.report(8, at, problem);
                 }
             }
-            TensorData::Strings(_) => {}
+            TensorData::Strings(list) => {
+                if count != Some(list.len() as u64) {
+                    let found = list.len();
+                    self.report(7, at, format!("{dtype}{dims:?} does not have {found} elements"));
+                }
+            }
         }
     }
 
@@ -217,7 +233,7 @@ impl Check<'_> {
             domain,
             inputs,
             outputs,
-            attributes: _,
+            attributes,
             graph: owner,
             pass,
             origin: _,
@@ -227,9 +243,14 @@ impl Check<'_> {
         if *owner != graph {
             self.report(5, &place, format!("says it is in {owner}, but {graph} lists it"));
         }
-        if self.model.opset(domain).is_none() && !self.model.is_function(node) {
+        if !self.imports(graph, domain) && !self.model.is_function(node) {
             let shown = if domain.is_empty() { "the standard domain" } else { domain };
             self.report(6, &place, format!("no operator set is imported for {shown} ({op_type})"));
+        }
+        for attribute in attributes {
+            if let AttrValue::Tensor(tensor) = &attribute.value {
+                self.tensor(format!("{place}, attribute '{}'", attribute.name), tensor);
+            }
         }
         for (slot, input) in inputs.iter().enumerate() {
             let Some(value) = *input else { continue };
@@ -253,6 +274,20 @@ impl Check<'_> {
         if pass.is_some() && !name.starts_with("duet/") {
             self.report(11, &place, format!("was inserted by a pass, but is named '{name}'"));
         }
+    }
+
+    /// Whether the model, or the function that `graph` belongs to, imports an
+    /// operator set of `domain`.
+    fn imports(&self, graph: GraphId, domain: &str) -> bool {
+        let mut root = graph;
+        while let GraphKind::Body { parent } = self.model.subgraph(root).kind {
+            root = parent;
+        }
+        let standard = |d: &str| d.is_empty() || d == "ai.onnx";
+        let same = |d: &str| d == domain || (standard(d) && standard(domain));
+        let function = self.model.functions.iter().find(|f| f.body == root);
+        self.model.opset(domain).is_some()
+            || function.is_some_and(|f| f.opset_imports.iter().any(|(d, _)| same(d)))
     }
 
     fn encloses(&self, outer: GraphId, inner: GraphId) -> bool {
@@ -284,8 +319,12 @@ impl Check<'_> {
     }
 
     fn bodies(&mut self) {
-        let mut holders: HashMap<GraphId, usize> = HashMap::new();
+        let mut holders: BTreeMap<GraphId, usize> = BTreeMap::new();
         for (id, graph) in self.model.graphs() {
+            // The body of a node that was removed is left behind empty.
+            if matches!(graph.kind, GraphKind::Body { .. }) && !graph.nodes.is_empty() {
+                holders.entry(id).or_default();
+            }
             for &node in &graph.nodes {
                 let Some(n) = self.model.try_node(node) else { continue };
                 for body in n.subgraphs() {
@@ -304,3 +343,6 @@ impl Check<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,7 +16,13 @@ pub(super) fn tensor(origin: Bytes) -> Result<Tensor, String> {
         return Err(at(format!("dimension {dim} is negative")));
     }
     let data = if t.data_location() == proto::tensor_proto::DataLocation::External {
-        TensorData::External(external_ref(&t.external_data).map_err(at)?)
+        let mut reference = external_ref(&t.external_data).map_err(at)?;
+        if reference.length.is_none() {
+            let dims = t.dims.iter().map(|d| d.unsigned_abs());
+            let count = dims.into_iter().try_fold(1u64, u64::checked_mul);
+            reference.length = count.and_then(|n| dtype.byte_len(n));
+        }
+        TensorData::External(reference)
     } else if dtype == DataType::String {
         TensorData::Strings(t.string_data.clone())
     } else if t.raw_data.is_some() {

@@ -93,7 +93,9 @@ pub fn write_out(
         let (from, to) = (source.root.join(relative), place(relative)?);
         let link = mode == DataMode::Hardlink && outputs.data.contains(relative);
         if link {
-            fs::hard_link(&from, &to).map_err(OnnxError::io(&from))?;
+            // A link to the file itself: a link to a symbolic link would dangle.
+            let real = from.canonicalize().map_err(OnnxError::io(&from))?;
+            fs::hard_link(&real, &to).map_err(OnnxError::io(&from))?;
         } else {
             fs::copy(&from, &to).map_err(OnnxError::io(&from))?;
         }

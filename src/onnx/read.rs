@@ -347,12 +347,17 @@ impl Reader<'_> {
     fn function(&mut self, bytes: &Bytes) -> Result<(), OnnxError> {
         let (mut name, mut domain, mut overload) = (String::new(), String::new(), String::new());
         let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
+        let mut opset_imports = Vec::new();
         let all = self.walk("FunctionProto", bytes)?;
         for field in &all {
             match field.number {
                 1 => name = self.text("function name", field)?,
                 4 => inputs.push(self.text("function input", field)?),
                 5 => outputs.push(self.text("function output", field)?),
+                9 => {
+                    let import: proto::OperatorSetIdProto = self.decode("function opset_import", field)?;
+                    opset_imports.push((import.domain().to_owned(), import.version()));
+                }
                 10 => domain = self.text("function domain", field)?,
                 13 => overload = self.text("function overload", field)?,
                 _ => {}
@@ -374,6 +379,7 @@ impl Reader<'_> {
             domain,
             name,
             overload,
+            opset_imports,
             body,
         });
         Ok(())

@@ -243,7 +243,10 @@ fn node(model: &Model, id: NodeId) -> Rope {
             5 => {
                 let attribute = attributes.next();
                 match attribute {
-                    Some(a) if holds_touched(model, a) => attribute_field(model, a, &mut rope),
+                    Some(a) if holds_touched(model, a) => match field.bytes() {
+                        Ok(origin) => rope.message(5, with_bodies(model, a, origin)),
+                        Err(_) => attribute_field(model, a, &mut rope),
+                    },
                     _ => rope.whole(field.whole),
                 }
             }
@@ -262,6 +265,27 @@ fn holds_touched(model: &Model, attribute: &Attribute) -> bool {
         AttrValue::Graphs(list) => list.iter().any(|g| model.subgraph(*g).touched),
         _ => false,
     }
+}
+
+/// An attribute as it stands in the file, around the bodies as they are now.
+fn with_bodies(model: &Model, attribute: &Attribute, origin: &Bytes) -> Rope {
+    let bodies: &[GraphId] = match &attribute.value {
+        AttrValue::Graph(g) => std::slice::from_ref(g),
+        AttrValue::Graphs(all) => all,
+        _ => &[],
+    };
+    let mut bodies = bodies.iter();
+    let mut rope = Rope::default();
+    for field in fields(origin).map_while(Result::ok) {
+        match (field.number, bodies.as_slice().first()) {
+            (6 | 11, Some(&body)) => {
+                bodies.next();
+                rope.message(field.number, graph(model, body));
+            }
+            _ => rope.whole(field.whole),
+        }
+    }
+    rope
 }
 
 fn attribute_field(model: &Model, attribute: &Attribute, rope: &mut Rope) {

@@ -68,14 +68,13 @@ pub fn run_once(model: &[u8], inputs: &[(&str, Tensor)]) -> Result<Vec<(String, 
             None => graph.node(outlet.node).name.clone(),
         })
         .collect();
-    // Typed and decluttered, not optimised: what is wanted is a second reading of the operators.
-    let plan = graph
-        .into_typed()
-        .and_then(|typed| typed.into_decluttered())
-        .map_err(failed("typing the graph"))?
-        .into_runnable()
-        .map_err(failed("planning"))?;
+    // Typed, not optimised: what is wanted is a second reading of the operators. Sizes that only the run
+    // tells are symbols of the typed graph's scope, which decluttering would replace.
+    let typed = graph.into_typed().map_err(failed("typing the graph"))?;
+    let scope = typed.symbols.clone();
+    let plan = typed.into_runnable().map_err(failed("planning"))?;
     let results = plan.run(values).map_err(failed("running"))?;
+    drop(scope);
     outputs
         .into_iter()
         .zip(results)

@@ -67,7 +67,7 @@ pub(super) fn check(
             }
             Role::Decoder(decoder) => {
                 let Some(prune) = recipe.pass::<VisualPrune>() else { continue };
-                let feed = decoder_feed(&new.model, decoder, &mut rng)?;
+                let feed = decoder_feed(&old.model, &new.model, decoder, &mut rng)?;
                 for drop in 1..=prune.drops.len() {
                     let scope = format!("duet/visual_prune/drop{drop}");
                     let boundary = decoder.layers[prune.drops[drop - 1].after_layer].boundary;
@@ -98,6 +98,7 @@ pub(super) fn check(
 
 /// A prompt with an image, for the rewritten decoder's own inputs.
 fn decoder_feed(
+    base: &Model,
     model: &Model,
     decoder: &crate::arch::Decoder,
     rng: &mut Seeded,
@@ -111,7 +112,7 @@ fn decoder_feed(
         let shape = value.ty.as_ref().and_then(|t| t.shape()).unwrap_or(&[]);
         let known = |axis: usize| shape.get(axis).and_then(Dim::known).map(|n| n as usize);
         let name = value.name.as_str();
-        let tensor = if name == model.name(decoder.embeds) {
+        let tensor = if name == base.name(decoder.embeds) {
             let width = known(2).unwrap_or(1);
             let marked = decoder.width.is_some_and(|w| w as usize + 1 == width);
             Tensor::from(ndarray::Array3::from_shape_fn((b, l, width), |(r, i, d)| {
@@ -122,9 +123,9 @@ fn decoder_feed(
                 }
             }))
             .cast_float(dtype(decoder.dtype))?
-        } else if Some(name) == decoder.attention_mask.map(|v| model.name(v)) {
+        } else if Some(name) == decoder.attention_mask.map(|v| base.name(v)) {
             Tensor::from(layout.mask.clone())
-        } else if Some(name) == decoder.position_ids.map(|v| model.name(v)) {
+        } else if Some(name) == decoder.position_ids.map(|v| base.name(v)) {
             Tensor::from(Array2::from_shape_fn((b, l), |(r, i)| {
                 layout.mask.row(r).iter().take(i).sum::<i64>()
             }))

@@ -36,37 +36,46 @@ impl Ranking<'_, '_> {
         let length = self.stage.length;
         let rows = self.rows();
         let p = &mut *self.patch;
-        // Only rows from the first token that asks on: [b, H, T, d].
-        let start = first_row(p, rows);
-        let query = p.slice(query, start, Size::Known(i64::MAX), 2);
-        let asks = p.slice(rows, start, Size::Known(i64::MAX), 1);
         let query = to_f32(p, self.decoder.dtype, query);
         let key = to_f32(p, self.decoder.dtype, key);
+        let key = p.transpose(key, &[0, 1, 3, 2]);
+        // Each key head serves its group of query heads: with groups both get an
+        // axis for them, [b, Hkv, G, T, d] and [b, Hkv, 1, d, L].
+        let grouped = self.decoder.heads != Some(heads);
+        let (query, key) = if grouped {
+            let query = match self.decoder.heads {
+                Some(all) => p.reshape(query, &[0, heads, all / heads, -1, width]),
+                None => {
+                    let lead = p.i64s(&[0, heads, -1]);
+                    let (length, width) = (p.size_value(length), p.i64s(&[width]));
+                    let shape = p.concat(&[lead, length, width], 0);
+                    p.op("Reshape", &[query, shape])
+                }
+            };
+            (query, p.unsqueeze(key, &[2]))
+        } else {
+            (query, key)
+        };
+        // Only rows from the first token that asks on: T of L. (Gathered: tract
+        // cannot run a Slice whose start only the run tells.)
+        let queries = asking_rows(p, rows, length);
+        let query = p.gather(query, queries, if grouped { 3 } else { 2 });
+        let asks = p.gather(rows, queries, 1);
         #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
         let scale = p.f32(self.layer.scale as f32);
         let query = p.op("Mul", &[query, scale]);
-        // Each key head serves its group of query heads: [b, Hkv, G·T, d].
-        let query = p.reshape(query, &[0, heads, -1, width]);
-        let key = p.transpose(key, &[0, 1, 3, 2]);
         let product = p.op("MatMul", &[query, key]);
-        let asked = p.size_sub(length, start);
-        let shape = {
-            let lead = p.i64s(&[0, -1]);
-            let (asked, length) = (p.size_value(asked), p.size_value(length));
-            p.concat(&[lead, asked, length], 0)
-        };
-        let product = p.op("Reshape", &[product, shape]);
-        // Token t sees key j if j ≤ t and j is no padding: [b, 1, T, L].
+        // Token t sees key j if j ≤ t and j is no padding: [b, 1, (1,) T, L].
         let places = p.iota(length);
-        let queries = p.slice(places, start, Size::Known(i64::MAX), 0);
         let queries = p.unsqueeze(queries, &[1]);
         let causal = p.op("GreaterOrEqual", &[queries, places]);
-        let real = p.unsqueeze(self.stage.real, &[1, 2]);
+        let real = p.unsqueeze(self.stage.real, if grouped { &[1, 2, 3] } else { &[1, 2] });
         let sees = p.op("And", &[causal, real]);
         let masked = p.f32(MASKED);
         let product = p.op("Where", &[sees, product, masked]);
         let probability = p.softmax(product);
-        let probability = p.reduce("ReduceMean", probability, &[1], false);
+        let head_axes: &[i64] = if grouped { &[1, 2] } else { &[1] };
+        let probability = p.reduce("ReduceMean", probability, head_axes, false);
         // Mean over the tokens that ask; Where, since a padding row may hold
         // anything.
         let asks_column = p.unsqueeze(asks, &[2]);
@@ -125,12 +134,15 @@ impl Ranking<'_, '_> {
     }
 }
 
-/// First token of any row that asks, `[1]`.
-fn first_row(p: &mut Patch<'_>, rows: ValueId) -> Size {
-    let asks = p.cast(rows, DataType::Int64);
-    let attributes = vec![crate::ir::int("axis", 1), crate::ir::int("keepdims", 0)];
-    let first = p.op_with("ArgMax", &[asks], attributes);
-    Size::Value(p.reduce("ReduceMin", first, &[0], true))
+/// Places from the first token of any row that asks to the last: int64 `[T]`.
+/// (Not by ArgMax: tract cannot type that of a length it knows as a symbol.)
+fn asking_rows(p: &mut Patch<'_>, rows: ValueId, length: Size) -> ValueId {
+    let places = p.iota(length);
+    let end = p.size_value(length);
+    let asking = p.op("Where", &[rows, places, end]);
+    let first = p.reduce("ReduceMin", asking, &[0, 1], false);
+    let (length, one) = (p.size_scalar(length), p.i64(1));
+    p.op("Range", &[first, length, one])
 }
 
 fn to_f32(p: &mut Patch<'_>, dtype: DataType, x: ValueId) -> ValueId {

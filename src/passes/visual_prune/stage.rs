@@ -191,7 +191,7 @@ impl Plan<'_, '_> {
     fn last(&mut self, x: ValueId, length: Size) -> ValueId {
         let total = self.patch.size_of(x, 1);
         let start = self.patch.size_sub(total, length);
-        self.patch.slice(x, start, Size::Known(i64::MAX), 1)
+        self.patch.slice(x, start, total, 1)
     }
 
     /// The tokens that ask, fixed here for all drop points: bool `[b, L]`.
@@ -202,12 +202,7 @@ impl Plan<'_, '_> {
             TextQueries::Last => last,
             TextQueries::All => {
                 // No visual token here or further on.
-                let count = p.cast(visual, DataType::Int64);
-                let axis = p.i64(1);
-                let attributes = vec![crate::ir::int("reverse", 1)];
-                let ahead = p.op_with("CumSum", &[count, axis], attributes);
-                let zero = p.i64(0);
-                let after = p.op("Equal", &[ahead, zero]);
+                let after = remaining(p, visual, 0);
                 p.op("And", &[after, real])
             }
             TextQueries::Salient => {
@@ -278,7 +273,7 @@ impl Plan<'_, '_> {
             // columns of the past describe a shorter past as well.
             let total = p.size_of(mask, 1);
             let old = p.size_sub(total, before.length);
-            let current = p.slice(mask, old, Size::Known(i64::MAX), 1);
+            let current = p.slice(mask, old, total, 1);
             let earlier = p.slice(mask, Size::Known(0), old, 1);
             let earlier = p.slice(earlier, Size::Known(0), past, 1);
             let current = p.gather_rows(current, kept);
@@ -434,13 +429,20 @@ impl Plan<'_, '_> {
 
 /// The last token of each row that is no padding: bool `[b, L]`.
 pub(super) fn last_real(p: &mut Patch<'_>, real: ValueId) -> ValueId {
-    let count = p.cast(real, DataType::Int64);
+    let last = remaining(p, real, 1);
+    p.op("And", &[last, real])
+}
+
+/// Where exactly `count` of the flags `[b, L]` are set from there to the end.
+/// In int32: tract takes int64 sums for symbolic sizes and cannot run them.
+fn remaining(p: &mut Patch<'_>, flags: ValueId, count: i32) -> ValueId {
+    let flags = p.cast(flags, DataType::Int32);
     let axis = p.i64(1);
     let attributes = vec![crate::ir::int("reverse", 1)];
-    let ahead = p.op_with("CumSum", &[count, axis], attributes);
-    let one = p.i64(1);
-    let last = p.op("Equal", &[ahead, one]);
-    p.op("And", &[last, real])
+    let ahead = p.op_with("CumSum", &[flags, axis], attributes);
+    let bytes = count.to_le_bytes().to_vec();
+    let count = p.constant(crate::ir::Tensor::raw("", DataType::Int32, vec![], bytes));
+    p.op("Equal", &[ahead, count])
 }
 
 /// Casts int64 to the element type of the position ids.

@@ -1,0 +1,158 @@
+//! `duet run`
+
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use serde_json::json;
+
+use super::{Engine, Global, ModelArgument, Outcome, load, print_json};
+use crate::runtime::{
+    GenerateOptions, Generation, Message, Pixels, Sampling, Stop, VlmFiles, VlmPipeline,
+};
+
+/// Arguments of `duet run`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    model: ModelArgument,
+    /// Image; may be repeated, in the order the prompt refers to them
+    #[arg(long, value_name = "FILE")]
+    image: Vec<PathBuf>,
+    /// Question or instruction
+    #[arg(long, value_name = "TEXT")]
+    prompt: String,
+    /// Tokens to generate at most
+    #[arg(long, default_value_t = 128, value_name = "N")]
+    max_new_tokens: usize,
+    /// Precision or other suffix of the files to use (fp16, q4, …)
+    #[arg(long, value_name = "SUFFIX")]
+    variant: Option<String>,
+    /// Sample with this temperature instead of taking the likeliest token
+    #[arg(long, value_name = "T")]
+    temperature: Option<f32>,
+    /// Sample among the K likeliest tokens
+    #[arg(long, value_name = "K", requires = "temperature")]
+    top_k: Option<usize>,
+    /// Sample among the likeliest tokens that make up this share
+    #[arg(long, value_name = "P", requires = "temperature")]
+    top_p: Option<f32>,
+    /// Seed of the sampling
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    seed: u64,
+    /// Print one JSON document instead of streaming
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    engine: Engine,
+}
+
+pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
+    let mut pipeline = open(arguments)?;
+    let images = arguments
+        .image
+        .iter()
+        .map(Pixels::open)
+        .collect::<Result<Vec<_>, _>>()?;
+    let sampling = match arguments.temperature {
+        None => Sampling::Greedy,
+        Some(t) if t > 0.0 => Sampling::Random {
+            temperature: t,
+            top_k: arguments.top_k.unwrap_or(0),
+            top_p: arguments.top_p.unwrap_or(1.0),
+            seed: arguments.seed,
+        },
+        Some(t) => bail!("--temperature {t}: expected a number above 0"),
+    };
+    let options = GenerateOptions {
+        max_new_tokens: arguments.max_new_tokens,
+        sampling,
+        ..Default::default()
+    };
+    let messages = [Message::user(images.len(), arguments.prompt.as_str())];
+    let prepared = pipeline.prepare(&messages, &images)?;
+    let quiet_stream = arguments.json;
+    let mut out = anstream::stdout();
+    let mut failed = None;
+    let answer = pipeline.generate(&prepared, None, &options, &mut |token| {
+        if !quiet_stream
+            && let Err(error) = write!(out, "{}", token.text).and_then(|()| out.flush())
+        {
+            failed = Some(error);
+            return ControlFlow::Break(());
+        }
+        ControlFlow::Continue(())
+    })?;
+    if let Some(error) = failed
+        && error.kind() != std::io::ErrorKind::BrokenPipe
+    {
+        return Err(error).context("writing the answer");
+    }
+    if arguments.json {
+        print_json(&document(&answer))?;
+    } else {
+        anstream::println!();
+        report(&answer, global);
+    }
+    Ok(Outcome::Done)
+}
+
+fn open(arguments: &Arguments) -> anyhow::Result<VlmPipeline> {
+    let (dir, trio) = load::trio(&arguments.model.path, arguments.variant.as_deref())?;
+    let files = VlmFiles {
+        vision_encoder: trio.vision,
+        embed_tokens: trio.embed,
+        decoder: trio.decoder,
+        configs: dir.root,
+    };
+    Ok(VlmPipeline::open(&files, &arguments.engine.options())?)
+}
+
+pub(super) fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+fn decode_millis(answer: &Generation) -> Option<f64> {
+    let steps = &answer.timing.decode;
+    let total: Duration = steps.iter().sum();
+    (!steps.is_empty()).then(|| millis(total) / steps.len() as f64)
+}
+
+fn report(answer: &Generation, global: &Global) {
+    let decode = decode_millis(answer).map_or(String::new(), |ms| format!(", {ms:.2} ms per token"));
+    global.say(format!(
+        "{} prompt tokens ({} visual), vision {:.1} ms, prefill {:.1} ms{decode}, cache {}",
+        answer.prompt_tokens,
+        answer.visual_tokens,
+        millis(answer.timing.vision),
+        millis(answer.timing.prefill),
+        super::style::bytes(answer.cache_bytes as u64)
+    ));
+}
+
+fn document(answer: &Generation) -> serde_json::Value {
+    let stop = match answer.stop {
+        Stop::Eos => "eos",
+        Stop::Length => "length",
+        Stop::Caller => "caller",
+    };
+    json!({
+        "schema_version": 1,
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "stop": stop,
+        "prompt": answer.prompt,
+        "prompt_tokens": answer.prompt_tokens,
+        "visual_tokens": answer.visual_tokens,
+        "cache_lengths": answer.cache_lengths,
+        "cache_bytes": answer.cache_bytes,
+        "milliseconds": {
+            "vision": millis(answer.timing.vision),
+            "embed": millis(answer.timing.embed),
+            "prefill": millis(answer.timing.prefill),
+            "decode_per_token": decode_millis(answer),
+        },
+    })
+}
