@@ -88,6 +88,21 @@ fn softmax_site(model: &Model, id: NodeId) -> Option<Site> {
                     softcap,
                 });
             }
+            // alpha · (q @ kᵀ), as ONNX Runtime fuses it; k as it is with transB.
+            "FusedMatMul" => {
+                let plain = ["transA", "transBatchA", "transBatchB"];
+                if plain.iter().any(|a| node.attr_int(a).unwrap_or(0) != 0) {
+                    return None;
+                }
+                let (query, key) = (operand(model, node.input(0)?), operand(model, node.input(1)?));
+                return Some(Site {
+                    node: id,
+                    query,
+                    key,
+                    post_scale: post_scale * f64::from(node.attr_float("alpha").unwrap_or(1.0)),
+                    softcap,
+                });
+            }
             "Cast" | "Identity" | "Reshape" => at = node.input(0)?,
             // scores + mask, in either order: the scores come from a product.
             "Add" => {
@@ -131,7 +146,7 @@ fn from_product(model: &Model, mut value: ValueId) -> bool {
             return false;
         };
         let next = match node.op_type.as_str() {
-            "MatMul" => return true,
+            "MatMul" | "FusedMatMul" => return true,
             "Cast" | "Identity" | "Reshape" | "Div" | "Tanh" | "Add" => node.input(0),
             "Mul" => {
                 let (a, b) = (node.input(0), node.input(1));

@@ -9,10 +9,10 @@ use std::collections::BTreeMap;
 
 use super::attention::{Site, sites};
 use super::residual::articulations;
-use super::tower::{element_type, projection_width};
+use super::tower::element_type;
 use super::{MIN_OPSET, NoMatch, hidden_network};
-use crate::ir::cone::{ancestors, descendants};
-use crate::ir::{DataType, Def, Dim, Model, ValueId};
+use crate::ir::cone::{ancestors, carries_data, descendants};
+use crate::ir::{DataType, Def, Dim, Model, Node, ValueId, consts};
 
 /// One decoder layer.
 #[derive(Clone, Debug)]
@@ -83,6 +83,9 @@ impl Decoder {
         if caches.present.is_empty() {
             return fail("no cache outputs (present.N.key, present.N.value)".into());
         }
+        if let Some(why) = hidden_network(model) {
+            return fail(why);
+        }
         let opset = model.opset("").unwrap_or(0);
         if opset < MIN_OPSET {
             return fail(format!(
@@ -104,14 +107,11 @@ impl Decoder {
         };
         let residuals = articulations(model, embeds, logits);
         if residuals.is_empty() {
-            return fail(match hidden_network(model) {
-                Some(why) => why,
-                None => format!(
-                    "'{}' does not depend on '{}'",
-                    model.name(logits),
-                    model.name(embeds)
-                ),
-            });
+            return fail(format!(
+                "'{}' does not depend on '{}'",
+                model.name(logits),
+                model.name(embeds)
+            ));
         }
         let all_sites = sites(model);
         let mut layers = Vec::new();
@@ -148,8 +148,9 @@ impl Decoder {
             let shape = model.value(v).ty.as_ref().and_then(|t| t.shape());
             shape.and_then(<[Dim]>::last).and_then(Dim::known)
         };
-        let heads = layers[0].site.query.heads.map(|h| h.0).filter(|h| *h > 0);
-        let heads = heads.or_else(|| query_width(model, &layers[0]).map(|w| w / head_dim));
+        let stated = layers[0].site.query.heads.map(|h| h.0).filter(|h| *h > 0);
+        let heads = stated.or_else(|| output_width(model, &layers[0].site).map(|w| w / head_dim));
+        let heads = heads.filter(|h| *h > 0 && h % kv_heads == 0);
         Ok(Self {
             embeds,
             attention_mask: named("attention_mask"),
@@ -172,18 +173,36 @@ impl Decoder {
     }
 }
 
-/// Width of the query projection of a layer: of the first linear layer between
-/// its boundary and its query.
-fn query_width(model: &Model, layer: &DecoderLayer) -> Option<i64> {
-    let mut at = layer.query;
-    for _ in 0..40 {
-        let node = model.producer_node(at)?;
-        if matches!(node.op_type.as_str(), "MatMul" | "Gemm" | "MatMulNBits") {
-            return projection_width(model, at);
+/// What the heads of an attention give together: the depth of the linear layer
+/// that reads its result. (The query projection may be packed with others.)
+fn output_width(model: &Model, site: &Site) -> Option<i64> {
+    let mut at = model.node(site.node).output(0)?;
+    for _ in 0..16 {
+        // The result goes one way; sizes are read off it besides.
+        let mut readers = model.value(at).uses.iter().filter(|u| carries_data(model, u.node));
+        let reader = model.node(readers.next()?.node);
+        if let Some(depth) = linear_depth(model, reader) {
+            return Some(depth);
         }
-        at = node.input(0)?;
+        at = reader.output(0)?;
     }
     None
+}
+
+/// Input width of a linear layer with a constant weight.
+fn linear_depth(model: &Model, node: &Node) -> Option<i64> {
+    let weight = || {
+        let value = node.input(1)?;
+        let dequantized = model.producer_node(value).filter(|n| n.is("DequantizeLinear"));
+        let source = dequantized.and_then(|n| n.input(0)).unwrap_or(value);
+        consts::dims(model, source).filter(|d| d.len() == 2)
+    };
+    match node.op_type.as_str() {
+        "MatMul" | "MatMulInteger" | "FusedMatMul" => weight().map(|d| d[0]),
+        "Gemm" => weight().map(|d| d[usize::from(node.attr_int("transB") == Some(1))]),
+        "MatMulNBits" => node.attr_int("K"),
+        _ => None,
+    }
 }
 
 /// Cache inputs and outputs by layer number.
@@ -260,7 +279,7 @@ impl Layer<'_> {
         let Some(&past) = self.caches.past.get(&number) else {
             return Err(fail(format!("no cache inputs past_key_values.{number}.key/value")));
         };
-        let new_key = self.new_rows(past.0, self.present.0).map_err(&fail)?;
+        let (new_key, cache) = self.new_rows(past.0, self.present.0).map_err(&fail)?;
         let source = ancestors(model, &[new_key], true);
         let Some(&boundary) = residuals.iter().rev().find(|r| source.contains(r)) else {
             return Err(fail(format!(
@@ -268,9 +287,9 @@ impl Layer<'_> {
                 model.name(self.present.0)
             )));
         };
-        let reads = |s: &&Site| s.key.root == self.present.0;
+        let reads = |s: &&Site| s.key.root == self.present.0 || s.key.root == cache;
         let Some(site) = all.iter().find(reads) else {
-            let fused = model.value(self.present.0).uses.iter().map(|u| model.describe(u.node));
+            let fused = model.value(cache).uses.iter().map(|u| model.describe(u.node));
             let fused: Vec<String> = fused.chain(self.fused()).collect();
             return Err(fail(format!(
                 "no attention reads '{}' (its readers: {})",
@@ -307,9 +326,9 @@ impl Layer<'_> {
         self.model.producer_of(self.present.0).map(|n| self.model.describe(n))
     }
 
-    /// The rows that are appended to the cache: the other part of the
-    /// concatenation with the past.
-    fn new_rows(&self, past: ValueId, present: ValueId) -> Result<ValueId, String> {
+    /// The rows that are appended to the cache (the other part of the
+    /// concatenation with the past), and the concatenation.
+    fn new_rows(&self, past: ValueId, present: ValueId) -> Result<(ValueId, ValueId), String> {
         let model = self.model;
         let from_past = descendants(model, &[past], true);
         let mut at = present;
@@ -325,7 +344,7 @@ impl Layer<'_> {
             if producer.is("Concat") {
                 let mut fresh = producer.inputs.iter().flatten().filter(|i| !from_past.contains(i));
                 if let (Some(&new), None) = (fresh.next(), fresh.next()) {
-                    return Ok(new);
+                    return Ok((new, at));
                 }
             }
             return Err(format!(

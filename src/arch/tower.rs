@@ -84,16 +84,16 @@ impl VisionTower {
                  convert with onnx.version_converter"
             ));
         }
+        if let Some(why) = hidden_network(model) {
+            return fail(why);
+        }
         let reached = descendants(model, &[pixels], true);
         let is_features = |v: &ValueId| {
             let ty = model.value(*v).ty.as_ref().and_then(|t| t.dtype());
             ty.is_some_and(DataType::is_float) && reached.contains(v)
         };
         let Some(features_index) = graph.outputs.iter().position(is_features) else {
-            return fail(match hidden_network(model) {
-                Some(why) => why,
-                None => "no floating-point output depends on the pixels".into(),
-            });
+            return fail("no floating-point output depends on the pixels".into());
         };
         let features = graph.outputs[features_index];
         let line = articulations(model, pixels, features);
@@ -103,13 +103,10 @@ impl VisionTower {
             .filter(|s| model.node(s.node).output(0).is_some_and(|o| needed.contains(&o)))
             .collect();
         let Some(site) = live.last().cloned() else {
-            return fail(match hidden_network(model) {
-                Some(why) => why,
-                None => format!(
-                    "no attention (Softmax of a scaled product, or an Attention operator) that '{}' depends on",
-                    model.name(features)
-                ),
-            });
+            return fail(format!(
+                "no attention (Softmax of a scaled product, or an Attention operator) that '{}' depends on",
+                model.name(features)
+            ));
         };
         let Some(at) = tower_end(model, &line, &reached, &site) else {
             return fail(format!(
@@ -259,7 +256,7 @@ fn head_shape(model: &Model, site: &Site) -> Option<(i64, i64)> {
 }
 
 /// Output width of a linear layer, from its bias or weight.
-pub(super) fn projection_width(model: &Model, value: ValueId) -> Option<i64> {
+fn projection_width(model: &Model, value: ValueId) -> Option<i64> {
     let node = model.producer_node(value)?;
     let dims = |slot: usize| node.input(slot).and_then(|v| consts::dims(model, v));
     match node.op_type.as_str() {

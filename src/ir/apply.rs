@@ -235,7 +235,7 @@ impl Model {
 
     /// Orders a graph's nodes topologically: each in its present place, unless
     /// something it reads has to come first.
-    fn sort(&mut self, graph: GraphId) -> Result<(), IrError> {
+    pub(in crate::ir) fn sort(&mut self, graph: GraphId) -> Result<(), IrError> {
         #[derive(Clone, Copy, PartialEq)]
         enum Mark {
             Open,

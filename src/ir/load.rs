@@ -275,7 +275,15 @@ impl Loader {
     }
 
     /// The finished model.
+    ///
+    /// Converters leave files whose nodes are not in a topological order, and
+    /// runtimes take them; here they are put in order. (A cycle stays as it is,
+    /// for the verifier to report.)
     pub(crate) fn finish(self) -> Model {
-        self.model
+        let mut model = self.model;
+        for index in 0..model.graphs.len() {
+            let _ = model.sort(GraphId::new(index));
+        }
+        model
     }
 }

@@ -22,7 +22,7 @@
 //!
 //! All violations are reported, each with its place.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 
 use super::model::{AttrValue, Def, Graph, GraphKind, Model, Node, Use, Value};
@@ -61,7 +61,18 @@ impl<'m> Verified<'m> {
 /// # Errors
 /// [`IrError::Invalid`] with all violations.
 pub fn verify(model: &Model) -> Result<Verified<'_>, IrError> {
-    let mut check = Check { model, found: Vec::new() };
+    let runtime_domains = model
+        .graphs()
+        .flat_map(|(_, g)| &g.nodes)
+        .filter_map(|&n| model.try_node(n))
+        .filter(|n| n.pass.is_none() && n.domain.starts_with("com.microsoft"))
+        .map(|n| n.domain.as_str())
+        .collect();
+    let mut check = Check {
+        model,
+        runtime_domains,
+        found: Vec::new(),
+    };
     for (id, graph) in model.graphs() {
         check.graph(id, graph);
     }
@@ -76,6 +87,8 @@ pub fn verify(model: &Model) -> Result<Verified<'_>, IrError> {
 
 struct Check<'m> {
     model: &'m Model,
+    /// Domains of ONNX Runtime that the file itself uses.
+    runtime_domains: HashSet<&'m str>,
     found: Vec<Violation>,
 }
 
@@ -243,7 +256,8 @@ impl Check<'_> {
         if *owner != graph {
             self.report(5, &place, format!("says it is in {owner}, but {graph} lists it"));
         }
-        if !self.imports(graph, domain) && !self.model.is_function(node) {
+        let tolerated = self.runtime_domains.contains(domain.as_str());
+        if !self.imports(graph, domain) && !self.model.is_function(node) && !tolerated {
             let shown = if domain.is_empty() { "the standard domain" } else { domain };
             self.report(6, &place, format!("no operator set is imported for {shown} ({op_type})"));
         }

@@ -85,7 +85,9 @@ fn dim(d: &proto::tensor_shape_proto::Dimension) -> Dim {
 
 /// The serialised form of a value's name and type.
 pub(super) fn value_info_proto(name: &str, ty: Option<&ValueType>) -> proto::ValueInfoProto {
-    let r#type = ty.map(|ty| match ty {
+    // A type that says nothing is left out: runtimes then infer it.
+    let unsaid = |t: &&ValueType| t.dtype() != Some(DataType::Undefined);
+    let r#type = ty.filter(unsaid).map(|ty| match ty {
         ValueType::Tensor { dtype, shape } => proto::TypeProto {
             value: Some(type_proto::Value::TensorType(type_proto::Tensor {
                 elem_type: Some(dtype.code()),

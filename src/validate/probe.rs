@@ -1,28 +1,26 @@
 //! Looking inside a model: the same graph with more outputs.
 
-use crate::ir::{Dim, Model, Patch, ValueId, ValueType, verify};
+use crate::ir::{DataType, Model, Patch, ValueId, ValueType, verify};
 use crate::onnx::serialize;
 use crate::runtime::{Session, SessionOptions};
 
 use super::ValidateError;
 
-/// A type that says no more than the element type and the rank.
-pub(super) fn open_type(model: &Model, value: ValueId, rank: usize, dtype: crate::ir::DataType) -> ValueType {
-    match &model.value(value).ty {
-        Some(ty) => ty.clone(),
-        None => ValueType::tensor(dtype, vec![Dim::Unknown; rank]),
-    }
-}
+/// For probed outputs: the type is the runtime's to infer.
+pub(super) const INFERRED: ValueType = ValueType::Tensor {
+    dtype: DataType::Undefined,
+    shape: None,
+};
 
 /// The model with further outputs, in a patch named `probe`.
 pub(super) fn with_outputs(
     model: &Model,
-    values: &[(ValueId, ValueType)],
+    values: &[ValueId],
 ) -> Result<Model, ValidateError> {
     let mut patch = Patch::new(model, "probe");
-    for (value, ty) in values {
-        if !model.is_output(*value) {
-            patch.add_output(*value, ty.clone());
+    for &value in values {
+        if !model.is_output(value) {
+            patch.add_output(value, INFERRED);
         }
     }
     let plan = patch.finish();

@@ -36,8 +36,10 @@ impl Ranking<'_, '_> {
         let length = self.stage.length;
         let rows = self.rows();
         let p = &mut *self.patch;
-        let query = to_f32(p, self.decoder.dtype, query);
-        let key = to_f32(p, self.decoder.dtype, key);
+        // Whatever precision the model computes in; runtimes remove the cast where
+        // there is nothing to do.
+        let query = p.cast(query, DataType::Float);
+        let key = p.cast(key, DataType::Float);
         let key = p.transpose(key, &[0, 1, 3, 2]);
         // Each key head serves its group of query heads: with groups both get an
         // axis for them, [b, Hkv, G, T, d] and [b, Hkv, 1, d, L].
@@ -143,11 +145,4 @@ fn asking_rows(p: &mut Patch<'_>, rows: ValueId, length: Size) -> ValueId {
     let first = p.reduce("ReduceMin", asking, &[0, 1], false);
     let (length, one) = (p.size_scalar(length), p.i64(1));
     p.op("Range", &[first, length, one])
-}
-
-fn to_f32(p: &mut Patch<'_>, dtype: DataType, x: ValueId) -> ValueId {
-    if dtype == DataType::Float {
-        return x;
-    }
-    p.cast(x, DataType::Float)
 }

@@ -5,7 +5,7 @@ use ndarray::{Array2, Array3, Array4, Axis, s};
 use super::super::oracle::{self, Text};
 use super::super::{ValidateError, probe};
 use crate::arch::Decoder;
-use crate::ir::{Dim, Model, Patch, ValueType};
+use crate::ir::{Model, Patch};
 use crate::passes::{Positions, TextQueries, VisualPrune};
 use crate::runtime::{DType, Session, SessionOptions, Tensor, Value};
 
@@ -89,17 +89,20 @@ impl ReferenceDecoder {
             let first = if number == 0 { 0 } else { drops[number - 1] };
             let mut patch = Patch::new(model, "cut");
             if number > 0 {
-                patch.rewire_all(decoder.layers[first].boundary, decoder.embeds);
+                let boundary = decoder.layers[first].boundary;
+                // In the residual stream's own type, which may not be the input's.
+                let hidden = match model.opset("") {
+                    Some(15..) => patch.op("CastLike", &[decoder.embeds, boundary]),
+                    _ => decoder.embeds,
+                };
+                patch.rewire_all(boundary, hidden);
             }
             let plan = patch.finish();
             let cut = model.clone().apply(plan)?;
             let mut outputs = Vec::new();
             if let Some(&next) = drops.get(number) {
                 let layer = &decoder.layers[next];
-                for (value, rank) in [(layer.boundary, 3), (layer.query, 4), (layer.new_key, 4)] {
-                    let ty = ValueType::tensor(decoder.dtype, vec![Dim::Unknown; rank]);
-                    outputs.push((value, ty));
-                }
+                outputs.extend([layer.boundary, layer.query, layer.new_key]);
             }
             let cut = probe::with_outputs(&cut, &outputs)?;
             let session = probe::open(&cut, &format!("reference decoder, stage {number}"), options)?;

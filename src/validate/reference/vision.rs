@@ -48,9 +48,8 @@ impl ReferenceVision {
         merge: Option<&TokenMerge>,
         options: &SessionOptions,
     ) -> Result<Self, ValidateError> {
-        let float = |value, rank| (value, probe::open_type(model, value, rank, tower.dtype));
         let (query, key) = (tower.site.query.root, tower.site.key.root);
-        let probed = probe::with_outputs(model, &[float(tower.hidden, 3), float(query, 3), float(key, 3)])?;
+        let probed = probe::with_outputs(model, &[tower.hidden, query, key])?;
         let session = probe::open(&probed, "reference vision encoder", options)?;
         let merge = match merge {
             None => None,
@@ -85,6 +84,11 @@ impl ReferenceVision {
     /// # Errors
     /// The run fails or the tower gives something else than it was recognised as.
     pub fn features(&mut self, pixels: Tensor) -> Result<ReferenceFeatures, ValidateError> {
+        let dtype = self.session.input(&self.names.pixels).and_then(|p| p.dtype);
+        let pixels = match dtype.filter(|d| d.is_float()) {
+            Some(dtype) => pixels.cast_float(dtype)?,
+            None => pixels,
+        };
         let pixels = Value::new(pixels)?;
         let images = pixels.shape()[0];
         let out = self.session.run(&[(&self.names.pixels, &pixels)])?;
@@ -101,7 +105,7 @@ impl ReferenceVision {
         let key = self.tower.heads_of(out.get(&self.names.key)?, images, tokens)?;
         #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
         let scale = self.tower.site.scale() as f32;
-        let (mut features, mut merged) = (Vec::new(), Vec::new());
+        let (mut tokens, mut merged) = (Vec::new(), Vec::new());
         for image in 0..images {
             let input = MergeInput {
                 hidden: hidden.index_axis(Axis(0), image),
@@ -110,13 +114,20 @@ impl ReferenceVision {
                 scale,
             };
             let choice = oracle::merge(&input, params)?;
-            let tokens = choice.tokens.clone().insert_axis(Axis(0));
-            let entry = Tensor::from(tokens).cast_float(out.get(&self.names.hidden)?.dtype())?;
-            let projected = projector.run(&[(&self.names.entry, &Value::new(entry)?)])?;
-            features.extend(per_image(projected.get(&self.names.features)?, 1)?);
+            tokens.push(choice.tokens.clone().insert_axis(Axis(0)));
             merged.push(choice);
         }
-        Ok(ReferenceFeatures { features, merged })
+        // All images at once, as the rewritten encoder does it: quantised layers
+        // scale by what is in the batch.
+        let views: Vec<_> = tokens.iter().map(|t| t.view()).collect();
+        let tokens = ndarray::concatenate(Axis(0), &views);
+        let tokens = tokens.map_err(|e| ValidateError::Model(e.to_string()))?;
+        let entry = Tensor::from(tokens).cast_float(out.get(&self.names.hidden)?.dtype())?;
+        let projected = projector.run(&[(&self.names.entry, &Value::new(entry)?)])?;
+        Ok(ReferenceFeatures {
+            features: per_image(projected.get(&self.names.features)?, images)?,
+            merged,
+        })
     }
 }
 
