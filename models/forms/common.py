@@ -8,8 +8,10 @@ writes the outcome into `forms.json` beside the forms: also that a form does not
 
 import argparse
 import json
+import logging
 import shutil
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,12 +22,13 @@ import onnxruntime as ort
 import torch
 from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 HERE = Path(__file__).parent
 LLAVA = HERE.parent / "llava"
 sys.path.insert(0, str(LLAVA))
 
-import build  # noqa: E402
+import build  # noqa: E402, F401
 import tokens  # noqa: E402
 from export import clean  # noqa: E402, F401
 
@@ -77,17 +80,19 @@ class Bundle:
 
         self.vision = first("vision_encoder")
         self.embed = first("embed_tokens")
-        self.decoder = first("decoder_model_merged", "decoder_model", "model")
+        self.decoder = first("decoder_model_merged", "decoder_model", "model", "text")
         self.later = first("decoder_with_past_model") or self.decoder
 
     @staticmethod
     def _run(which: ort.InferenceSession, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         typed = {i.name: feed[i.name].astype(DTYPES[i.type]) for i in which.get_inputs()}
         names = [o.name for o in which.get_outputs()]
-        return dict(zip(names, which.run(names, typed)))
+        return dict(zip(names, which.run(names, typed), strict=True))
 
     def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
-        return next(iter(self._run(self.vision, {"pixel_values": pixel_values}).values())).astype(np.float32)
+        batch, _, height, width = pixel_values.shape
+        feed = {"pixel_values": pixel_values, "pixel_attention_mask": np.ones((batch, height, width), bool)}
+        return next(iter(self._run(self.vision, feed).values())).astype(np.float32)
 
     def inputs_embeds(self, input_ids: np.ndarray) -> np.ndarray:
         return next(iter(self._run(self.embed, {"input_ids": input_ids}).values())).astype(np.float32)
@@ -203,6 +208,9 @@ def measure(folder: Path, net, size, plan: dict[int, tuple[int, ...]] | None = N
             out = bundle.decode(embeds, mask, positions, past, ids)
             past = {k: v for k, v in out.items() if k.startswith("present")} or None
             real = mask[:, -length:] == 1
+            if out["logits"].shape[1] < length:
+                # Made to compute the last row only, as GenAI's builder can.
+                want, real = want[:, -1:], real[:, -1:]
             result[f"batch {batch} step {step} logits"] = apart(out["logits"], want, real)
             if past is None:
                 break
@@ -235,7 +243,10 @@ def histogram(path: Path) -> dict[str, int]:
     return {k: v for k, v in sorted(count.items()) if k not in TRIVIA}
 
 
-def shorten(error: Exception) -> str:
+def shorten(error: BaseException) -> str:
+    """What went wrong first, in one line."""
+    while error.__cause__:
+        error = error.__cause__
     return " ".join(str(error).split())[:400]
 
 
@@ -246,7 +257,7 @@ def record(out: Path, name: str, how: str, test: Callable[[], dict], tolerance: 
     and `error` says why.
     """
     folder = out / name
-    entry: dict = {"how": how, "runs": True}
+    entry: dict = {"how": how, "made": True, "runs": True}
     try:
         differences = test()
         entry["worst"] = max(differences.values())
@@ -255,19 +266,32 @@ def record(out: Path, name: str, how: str, test: Callable[[], dict], tolerance: 
         if type(error).__module__.split(".")[0] not in {"onnxruntime", "builtins"}:
             raise
         entry["runs"] = False
-        entry["error"] = shorten(error)
+        entry["error"] = shorten(error).replace(f"{folder}/", "")
     if note:
         entry["note"] = note
     entry["bytes"] = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     entry["operators"] = {str(p.relative_to(folder)): histogram(p) for p in sorted(folder.rglob("*.onnx"))}
+    write(out, name, entry)
+    good = not entry["runs"] or tolerance is None or entry["worst"] <= tolerance
+    state = f"worst {entry['worst']:.2e} sd" if entry["runs"] else f"does not run: {entry['error'][:160]}"
+    print(
+        f"{name:36} {entry['bytes'] // 1024:6} KiB  {state}{'' if good else '  EXCEEDS ' + str(tolerance)}", flush=True
+    )
+    return good
+
+
+def not_made(out: Path, name: str, how: str, error: Exception) -> None:
+    """Records that the tool could not make form `name`."""
+    shutil.rmtree(out / name, ignore_errors=True)
+    write(out, name, {"how": how, "made": False, "error": shorten(error)})
+    print(f"{name:36} not made: {shorten(error)[:200]}", flush=True)
+
+
+def write(out: Path, name: str, entry: dict) -> None:
     table = out / "forms.json"
     known = json.loads(table.read_text()) if table.exists() else {}
     known[name] = entry
     table.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
-    good = not entry["runs"] or tolerance is None or entry["worst"] <= tolerance
-    state = f"worst {entry['worst']:.2e} sd" if entry["runs"] else f"does not run: {entry['error'][:160]}"
-    print(f"{name:36} {entry['bytes'] // 1024:6} KiB  {state}{'' if good else '  EXCEEDS ' + str(tolerance)}", flush=True)
-    return good
 
 
 def arguments(doc: str, names: Iterable[str]) -> argparse.Namespace:
@@ -281,4 +305,8 @@ def arguments(doc: str, names: Iterable[str]) -> argparse.Namespace:
         parser.error(f"unknown {', '.join(unknown)}; expected some of {', '.join(names)}")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
+    # ONNX Runtime's tools switch on the root logger, and the exporters then tell thousands of lines.
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
     return args

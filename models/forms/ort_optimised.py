@@ -60,7 +60,9 @@ def saved(source: Path, target: Path, level: str) -> None:
     if source.with_name(f"{source.name}_data").exists():
         # Without this the session writes a file that refers to the source's data, which no longer lies beside
         # it, or, above some size, none of it.
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{target.name}_data")
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{target.name}_data"
+        )
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
 

@@ -10,13 +10,13 @@
 | `fp16io` | `_fp16` | the same with `keep_io_types=True` |
 | `torchfp16` | `_fp16` | the model in torch.float16, exported as the fixture was |
 | `int8` | `_quantized` | quantize_dynamic: MatMulInteger |
+| `int8mm` | `_quantized` | the same for MatMul, Gemm and Gather alone |
 | `qdq` | `_int8` | quantize_static, QDQ, calibrated with drawn inputs |
 | `q4` | `_q4` | matmul_nbits_quantizer: MatMulNBits, blocks of 16 |
 | `q4f16` | `_q4f16` | `q4`, then `fp16` |
 | `bf16` | `_bf16` | the model in torch.bfloat16, exported by dynamo |
 """
 
-import shutil
 import sys
 import tempfile
 import warnings
@@ -32,13 +32,14 @@ from onnxruntime.transformers import float16
 
 import common
 import export
-from common import DTYPES, FIXTURES, STEMS, build, tokens
+from common import FIXTURES, STEMS, build, tokens
 
 SUFFIX = {
     "fp16": "_fp16",
     "fp16io": "_fp16",
     "torchfp16": "_fp16",
     "int8": "_quantized",
+    "int8mm": "_quantized",
     "qdq": "_int8",
     "q4": "_q4",
     "q4f16": "_q4f16",
@@ -49,7 +50,10 @@ SOURCES = {
     "fp16io": ("ts-sdpa-mha", "ts-eager-mha", "dynamo18-mha", "dynamo23-mha"),
     "torchfp16": ("ts-sdpa-gqa", "ts-eager-mha", "dynamo18-mha", "dynamo23-gqa"),
     "int8": ("ts-sdpa-mha", "ts-eager-gqa", "dynamo18-mha", "dynamo23-gqa"),
-    "qdq": ("ts-sdpa-mha", "dynamo18-gqa"),
+    # Asked for all it can, it turns ONNX's Attention into QAttention, an operator with other inputs.
+    "int8mm": ("dynamo23-gqa",),
+    # quant_pre_process cannot read external data (dynamo18-gqa).
+    "qdq": ("ts-sdpa-mha", "dynamo18-mha", "dynamo18-gqa"),
     "q4": ("ts-sdpa-gqa", "dynamo18-mha", "dynamo23-gqa"),
     "q4f16": ("dynamo18-mha",),
     "bf16": ("dynamo18-mha", "dynamo23-gqa"),
@@ -147,6 +151,9 @@ def make(kind: str, source: str, folder: Path, size) -> str:
                 half(before, after, kind == "fp16io")
             case "int8":
                 quantize_dynamic(str(before), str(after), weight_type=QuantType.QInt8)
+            case "int8mm":
+                operators = ["MatMul", "Gemm", "Gather"]
+                quantize_dynamic(str(before), str(after), weight_type=QuantType.QInt8, op_types_to_quantize=operators)
             case "qdq":
                 static(before, after, size)
             case "q4":
@@ -158,6 +165,7 @@ def make(kind: str, source: str, folder: Path, size) -> str:
         "fp16": "float16.convert_float_to_float16",
         "fp16io": "float16.convert_float_to_float16(keep_io_types=True)",
         "int8": "quantize_dynamic(QInt8)",
+        "int8mm": "quantize_dynamic(QInt8, MatMul, Gemm, Gather)",
         "qdq": "quantize_static(QDQ, QUInt8, QInt8)",
         "q4": "MatMulNBitsQuantizer(block_size=16, symmetric, accuracy_level=4)",
         "q4f16": "MatMulNBitsQuantizer, then convert_float_to_float16",
@@ -178,9 +186,8 @@ def main() -> int:
             try:
                 how = make(kind, source, folder / "onnx", size)
             except Exception as error:
-                # A converter that cannot take a graph is worth knowing; the form is then not there.
-                print(f"{name:36} not made: {common.shorten(error)}", flush=True)
-                shutil.rmtree(folder)
+                # A converter that cannot take a graph is worth knowing.
+                common.not_made(args.out, name, f"{source}, {kind}", error)
                 continue
         good &= common.record(
             args.out, name, how, lambda: common.measure(args.out / name, net, size), TOLERANCE.get(kind)

@@ -14,9 +14,8 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, PretrainedConfig
 
 import common
+import export
 from common import build, tokens
-
-import export  # noqa: E402  (found through common)
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ VARIANTS = {
     "gqa16": Variant(_GQA, "LlamaConfig", head_dim=16),
     "qwen2": Variant(replace(_GQA, seed=21), "Qwen2Config"),
     "qwen3": Variant(replace(_GQA, seed=22), "Qwen3Config", head_dim=16),
-    "mistral": Variant(replace(_GQA, seed=23), "MistralConfig", (("sliding_window", _WINDOW),)),
-    # Heads of 16, of which the embedding turns half.
+    "mistral": Variant(replace(_GQA, seed=23), "MistralConfig", (("sliding_window", _WINDOW),), 16),
+    # Heads of 32, of which the embedding turns 16: GroupQueryAttention wants multiples of 16.
     "phi3": Variant(
         replace(_MHA, heads=2, kv_heads=2, seed=24),
         "Phi3Config",
@@ -50,17 +49,21 @@ VARIANTS = {
             ("partial_rotary_factor", 0.5),
             ("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
             ("sliding_window", None),
+            ("original_max_position_embeddings", 1024),
         ),
+        32,
     ),
     "gemma2": Variant(
         replace(_GQA, seed=25),
         "Gemma2Config",
         (("sliding_window", _WINDOW), ("query_pre_attn_scalar", 8), ("final_logit_softcapping", 15.0)),
+        16,
     ),
     "gemma3": Variant(
         replace(_GQA, seed=26),
         "Gemma3TextConfig",
-        (("sliding_window", _WINDOW), ("query_pre_attn_scalar", 8), ("sliding_window_pattern", 4)),
+        (("sliding_window", _WINDOW), ("query_pre_attn_scalar", 8), ("sliding_window_pattern", 6)),
+        16,
     ),
 }
 
@@ -75,7 +78,8 @@ def text_config(variant: Variant) -> PretrainedConfig:
         "num_attention_heads": size.heads,
         "num_key_value_heads": size.kv_heads,
         "head_dim": variant.width,
-        "max_position_embeddings": old.max_position_embeddings,
+        # GenAI's builder stores the cosines and sines of all of them.
+        "max_position_embeddings": 1024,
         "rms_norm_eps": old.rms_norm_eps,
         "bos_token_id": tokens.BOS,
         "eos_token_id": tokens.EOS,

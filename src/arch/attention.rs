@@ -57,7 +57,10 @@ fn site(model: &Model, id: NodeId) -> Option<Site> {
         let (q, k) = (node.input(0)?, node.input(1)?);
         let (query, key) = (operand(model, q), operand(model, k));
         let width = key.heads.or(query.heads).map(|h| h.1);
-        let stated = node.attr_float("scale").map(f64::from).filter(|s| *s != 0.0);
+        let stated = node
+            .attr_float("scale")
+            .map(f64::from)
+            .filter(|s| *s != 0.0);
         let post_scale = stated.or_else(|| width.map(|w| 1.0 / (w as f64).sqrt()))?;
         return Some(Site {
             node: id,
@@ -79,7 +82,10 @@ fn softmax_site(model: &Model, id: NodeId) -> Option<Site> {
         let node = model.node(producer);
         match node.op_type.as_str() {
             "MatMul" if node.domain.is_empty() => {
-                let (query, key) = (operand(model, node.input(0)?), operand(model, node.input(1)?));
+                let (query, key) = (
+                    operand(model, node.input(0)?),
+                    operand(model, node.input(1)?),
+                );
                 return Some(Site {
                     node: id,
                     query,
@@ -94,7 +100,10 @@ fn softmax_site(model: &Model, id: NodeId) -> Option<Site> {
                 if plain.iter().any(|a| node.attr_int(a).unwrap_or(0) != 0) {
                     return None;
                 }
-                let (query, key) = (operand(model, node.input(0)?), operand(model, node.input(1)?));
+                let (query, key) = (
+                    operand(model, node.input(0)?),
+                    operand(model, node.input(1)?),
+                );
                 return Some(Site {
                     node: id,
                     query,

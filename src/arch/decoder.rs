@@ -116,7 +116,12 @@ impl Decoder {
         let all_sites = sites(model);
         let mut layers = Vec::new();
         for (number, present) in &caches.present {
-            let layer = Layer { model, caches: &caches, number: *number, present: *present };
+            let layer = Layer {
+                model,
+                caches: &caches,
+                number: *number,
+                present: *present,
+            };
             layers.push(layer.recognise(&residuals, &all_sites)?);
         }
         let order = |v: ValueId| residuals.iter().position(|r| *r == v);
@@ -131,7 +136,11 @@ impl Decoder {
         }
         let first = layers[0].present.0;
         let cache_type = model.value(first).ty.as_ref().and_then(|t| t.shape());
-        let past_type = model.value(layers[0].past.0).ty.as_ref().and_then(|t| t.shape());
+        let past_type = model
+            .value(layers[0].past.0)
+            .ty
+            .as_ref()
+            .and_then(|t| t.shape());
         let known = |axis: usize| {
             let of = |s: Option<&[Dim]>| s.filter(|d| d.len() == 4).and_then(|d| d[axis].known());
             of(past_type).or_else(|| of(cache_type))
@@ -179,7 +188,11 @@ fn output_width(model: &Model, site: &Site) -> Option<i64> {
     let mut at = model.node(site.node).output(0)?;
     for _ in 0..16 {
         // The result goes one way; sizes are read off it besides.
-        let mut readers = model.value(at).uses.iter().filter(|u| carries_data(model, u.node));
+        let mut readers = model
+            .value(at)
+            .uses
+            .iter()
+            .filter(|u| carries_data(model, u.node));
         let reader = model.node(readers.next()?.node);
         if let Some(depth) = linear_depth(model, reader) {
             return Some(depth);
@@ -193,7 +206,9 @@ fn output_width(model: &Model, site: &Site) -> Option<i64> {
 fn linear_depth(model: &Model, node: &Node) -> Option<i64> {
     let weight = || {
         let value = node.input(1)?;
-        let dequantized = model.producer_node(value).filter(|n| n.is("DequantizeLinear"));
+        let dequantized = model
+            .producer_node(value)
+            .filter(|n| n.is("DequantizeLinear"));
         let source = dequantized.and_then(|n| n.input(0)).unwrap_or(value);
         consts::dims(model, source).filter(|d| d.len() == 2)
     };
@@ -277,7 +292,9 @@ impl Layer<'_> {
         let number = self.number;
         let fail = |found: String| NoMatch::new(format!("decoder layer {number}"), found);
         let Some(&past) = self.caches.past.get(&number) else {
-            return Err(fail(format!("no cache inputs past_key_values.{number}.key/value")));
+            return Err(fail(format!(
+                "no cache inputs past_key_values.{number}.key/value"
+            )));
         };
         let (new_key, cache) = self.new_rows(past.0, self.present.0).map_err(&fail)?;
         let source = ancestors(model, &[new_key], true);
@@ -289,17 +306,27 @@ impl Layer<'_> {
         };
         let reads = |s: &&Site| s.key.root == self.present.0 || s.key.root == cache;
         let Some(site) = all.iter().find(reads) else {
-            let fused = model.value(cache).uses.iter().map(|u| model.describe(u.node));
+            let fused = model
+                .value(cache)
+                .uses
+                .iter()
+                .map(|u| model.describe(u.node));
             let fused: Vec<String> = fused.chain(self.fused()).collect();
             return Err(fail(format!(
                 "no attention reads '{}' (its readers: {})",
                 model.name(self.present.0),
-                if fused.is_empty() { "none".into() } else { fused.join(", ") }
+                if fused.is_empty() {
+                    "none".into()
+                } else {
+                    fused.join(", ")
+                }
             )));
         };
         if site.softcap != 0.0 {
             let at = model.describe(site.node);
-            return Err(fail(format!("{at} bounds its scores (softcap), which is not supported")));
+            return Err(fail(format!(
+                "{at} bounds its scores (softcap), which is not supported"
+            )));
         }
         let scale = site.key.scale * site.post_scale;
         if !scale.is_finite() {
@@ -309,7 +336,10 @@ impl Layer<'_> {
         let query = site.query.value;
         if !descendants(model, &[boundary], true).contains(&query) {
             let at = model.describe(site.node);
-            return Err(fail(format!("the query of {at} does not come from '{}'", model.name(boundary))));
+            return Err(fail(format!(
+                "the query of {at} does not come from '{}'",
+                model.name(boundary)
+            )));
         }
         Ok(DecoderLayer {
             boundary,
@@ -323,7 +353,9 @@ impl Layer<'_> {
     }
 
     fn fused(&self) -> Option<String> {
-        self.model.producer_of(self.present.0).map(|n| self.model.describe(n))
+        self.model
+            .producer_of(self.present.0)
+            .map(|n| self.model.describe(n))
     }
 
     /// The rows that are appended to the cache (the other part of the
@@ -342,7 +374,11 @@ impl Layer<'_> {
                 continue;
             }
             if producer.is("Concat") {
-                let mut fresh = producer.inputs.iter().flatten().filter(|i| !from_past.contains(i));
+                let mut fresh = producer
+                    .inputs
+                    .iter()
+                    .flatten()
+                    .filter(|i| !from_past.contains(i));
                 if let (Some(&new), None) = (fresh.next(), fresh.next()) {
                     return Ok((new, at));
                 }

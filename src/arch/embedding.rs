@@ -32,16 +32,26 @@ impl Embedding {
             .filter(|&v| model.value(v).initializer.is_none())
             .collect();
         let ([ids], [output]) = (inputs.as_slice(), graph.outputs.as_slice()) else {
-            let found = format!("{} inputs and {} outputs", inputs.len(), graph.outputs.len());
+            let found = format!(
+                "{} inputs and {} outputs",
+                inputs.len(),
+                graph.outputs.len()
+            );
             return Err(NoMatch::new(want, found));
         };
         let ty = |v: ValueId| model.value(v).ty.as_ref().and_then(|t| t.dtype());
         if !matches!(ty(*ids), Some(DataType::Int64 | DataType::Int32)) {
-            return Err(NoMatch::new(want, format!("input '{}' is no integer tensor", model.name(*ids))));
+            return Err(NoMatch::new(
+                want,
+                format!("input '{}' is no integer tensor", model.name(*ids)),
+            ));
         }
         let Some(dtype) = ty(*output).filter(|t| t.is_float()) else {
             let name = model.name(*output);
-            return Err(NoMatch::new(want, format!("output '{name}' is no floating-point tensor")));
+            return Err(NoMatch::new(
+                want,
+                format!("output '{name}' is no floating-point tensor"),
+            ));
         };
         let looks_up = graph.nodes.iter().any(|&n| {
             let node = model.node(n);

@@ -27,7 +27,12 @@ pub(super) fn articulations(model: &Model, source: ValueId, sink: ValueId) -> Ve
             .iter()
             .filter(|u| {
                 carries_data(model, u.node)
-                    && model.node(u.node).outputs.iter().flatten().any(|o| between.contains(o))
+                    && model
+                        .node(u.node)
+                        .outputs
+                        .iter()
+                        .flatten()
+                        .any(|o| between.contains(o))
             })
             .count()
     };

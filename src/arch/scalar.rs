@@ -31,7 +31,11 @@ fn eval(model: &Model, value: ValueId, last: Option<i64>, depth: usize) -> Optio
         "Cast" | "Squeeze" | "Unsqueeze" | "Identity" | "Reshape" | "CastLike" => arg(0)?,
         "Gather" | "Slice" if shape_of(model, node.input(0)?) => {
             let at = *consts::ints(model, node.input(1)?)?.first()?;
-            if at == -1 || at == 3 { last? as f64 } else { return None }
+            if at == -1 || at == 3 {
+                last? as f64
+            } else {
+                return None;
+            }
         }
         "Shape" if node.attr_int("start") == Some(-1) || node.attr_int("start") == Some(3) => {
             last? as f64

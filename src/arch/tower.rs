@@ -100,7 +100,12 @@ impl VisionTower {
         let needed = ancestors(model, &[features], true);
         let live: Vec<Site> = sites(model)
             .into_iter()
-            .filter(|s| model.node(s.node).output(0).is_some_and(|o| needed.contains(&o)))
+            .filter(|s| {
+                model
+                    .node(s.node)
+                    .output(0)
+                    .is_some_and(|o| needed.contains(&o))
+            })
             .collect();
         let Some(site) = live.last().cloned() else {
             return fail(format!(
@@ -164,9 +169,9 @@ fn tower_end(
     let output = model.node(site.node).output(0)?;
     let after = descendants(model, &[output], true);
     line.iter().rposition(|&v| {
-        let joins = model.producer_node(v).is_some_and(|n| {
-            n.is("Add") && n.inputs.iter().flatten().all(|i| reached.contains(i))
-        });
+        let joins = model
+            .producer_node(v)
+            .is_some_and(|n| n.is("Add") && n.inputs.iter().flatten().all(|i| reached.contains(i)));
         joins && after.contains(&v)
     })
 }
@@ -190,7 +195,8 @@ fn after_cls(model: &Model, line: &[ValueId]) -> (ValueId, bool) {
             }
             "Gather" if node.attr_int("axis") == Some(1) => {
                 let indices = constant(1).unwrap_or_default();
-                let skips = !indices.is_empty() && indices.iter().zip(1..).all(|(i, want)| *i == want);
+                let skips =
+                    !indices.is_empty() && indices.iter().zip(1..).all(|(i, want)| *i == want);
                 if skips {
                     return (value, true);
                 }

@@ -84,26 +84,35 @@ impl Vlm {
 
     /// Vision towers with their files' positions.
     pub fn towers(&self) -> impl Iterator<Item = (usize, &VisionTower)> {
-        self.parts.iter().enumerate().filter_map(|(i, p)| match &p.role {
-            Role::Vision(t) => Some((i, t.as_ref())),
-            _ => None,
-        })
+        self.parts
+            .iter()
+            .enumerate()
+            .filter_map(|(i, p)| match &p.role {
+                Role::Vision(t) => Some((i, t.as_ref())),
+                _ => None,
+            })
     }
 
     /// Decoders with their files' positions.
     pub fn decoders(&self) -> impl Iterator<Item = (usize, &Decoder)> {
-        self.parts.iter().enumerate().filter_map(|(i, p)| match &p.role {
-            Role::Decoder(d) => Some((i, d.as_ref())),
-            _ => None,
-        })
+        self.parts
+            .iter()
+            .enumerate()
+            .filter_map(|(i, p)| match &p.role {
+                Role::Decoder(d) => Some((i, d.as_ref())),
+                _ => None,
+            })
     }
 
     /// Token embeddings with their files' positions.
     pub fn embeddings(&self) -> impl Iterator<Item = (usize, &Embedding)> {
-        self.parts.iter().enumerate().filter_map(|(i, p)| match &p.role {
-            Role::Embedding(e) => Some((i, e.as_ref())),
-            _ => None,
-        })
+        self.parts
+            .iter()
+            .enumerate()
+            .filter_map(|(i, p)| match &p.role {
+                Role::Embedding(e) => Some((i, e.as_ref())),
+                _ => None,
+            })
     }
 
     /// A file that holds none of the parts a pass was asked for is an error
@@ -116,7 +125,11 @@ impl Vlm {
                     problems.push(format!("{}: {reason}", part.file.display()));
                 }
             } else {
-                problems.push(format!("{}: it is the {}", part.file.display(), part.role.name()));
+                problems.push(format!(
+                    "{}: it is the {}",
+                    part.file.display(),
+                    part.role.name()
+                ));
             }
         }
         ArchError::Unsupported {

@@ -115,14 +115,24 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     }
 
     heading("4. Does it compute what the method says?");
-    global.say("  comparing with the unmodified model run layer by layer around an ndarray oracle …");
-    let options = Options { session: engine.options(), seed: 0 };
-    let report = check(&original, &done.vlm, &recipe, &options, &mut |step| global.detail(step))?;
+    global
+        .say("  comparing with the unmodified model run layer by layer around an ndarray oracle …");
+    let options = Options {
+        session: engine.options(),
+        seed: 0,
+    };
+    let report = check(&original, &done.vlm, &recipe, &options, &mut |step| {
+        global.detail(step)
+    })?;
     super::validate::print(&report);
 
     heading("5. Side by side");
     side_by_side(&base, &new, arguments.runs.max(1), &engine)?;
-    Ok(if report.passed() { Outcome::Done } else { Outcome::Failed })
+    Ok(if report.passed() {
+        Outcome::Done
+    } else {
+        Outcome::Failed
+    })
 }
 
 fn heading(text: &str) {
@@ -154,7 +164,12 @@ fn side_by_side(base: &Path, new: &Path, runs: usize, engine: &Engine) -> anyhow
         for (model, answers) in models.iter_mut().zip(&mut seen) {
             let prepared = model.prepare(&messages, &picture)?;
             let answer =
-                model.generate(&prepared, None, &options, &mut |_| ControlFlow::Continue(()))?;
+                model.generate(
+                    &prepared,
+                    None,
+                    &options,
+                    &mut |_| ControlFlow::Continue(()),
+                )?;
             // The first round warms up.
             if round > 0 {
                 answers.push(answer);
@@ -168,14 +183,29 @@ fn side_by_side(base: &Path, new: &Path, runs: usize, engine: &Engine) -> anyhow
     };
     let time = |name: &str, of: fn(&Generation) -> Duration| {
         let (b, a) = (median(&seen[0], of), median(&seen[1], of));
-        vec![name.into(), format!("{b:.2} ms"), format!("{a:.2} ms"), format!("{:.2}×", b / a)]
+        vec![
+            name.into(),
+            format!("{b:.2} ms"),
+            format!("{a:.2} ms"),
+            format!("{:.2}×", b / a),
+        ]
     };
     let (b, a) = (&seen[0][0], &seen[1][0]);
     let bytes = |g: &Generation| style::bytes(g.cache_bytes as u64);
     let ratio = b.cache_bytes as f64 / a.cache_bytes as f64;
     let mut rows = vec![
-        vec![String::new(), "before".into(), "after".into(), "ratio".into()],
-        vec!["visual tokens in".into(), b.visual_tokens.to_string(), a.visual_tokens.to_string(), String::new()],
+        vec![
+            String::new(),
+            "before".into(),
+            "after".into(),
+            "ratio".into(),
+        ],
+        vec![
+            "visual tokens in".into(),
+            b.visual_tokens.to_string(),
+            a.visual_tokens.to_string(),
+            String::new(),
+        ],
         time("vision encoder", |g| g.timing.vision),
         time("prefill", |g| g.timing.prefill),
         time("decode step", |g| {
@@ -183,7 +213,12 @@ fn side_by_side(base: &Path, new: &Path, runs: usize, engine: &Engine) -> anyhow
             steps.iter().sum::<Duration>() / u32::try_from(steps.len().max(1)).unwrap_or(1)
         }),
     ];
-    rows.push(vec!["cache".into(), bytes(b), bytes(a), format!("{ratio:.2}×")]);
+    rows.push(vec![
+        "cache".into(),
+        bytes(b),
+        bytes(a),
+        format!("{ratio:.2}×"),
+    ]);
     anstream::print!("{}", style::table(&rows));
     anstream::println!(
         "  {}medians of {runs} interleaved runs, {} threads; weights are random, so the answers mean nothing{}",

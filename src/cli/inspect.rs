@@ -29,23 +29,47 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     }
     let nothing = vlm.parts.iter().all(|p| matches!(p.role, Role::Unknown(_)));
     let rewritten = vlm.parts.iter().any(|p| earlier_recipe(&p.model).is_some());
-    Ok(if nothing && !rewritten { Outcome::Failed } else { Outcome::Done })
+    Ok(if nothing && !rewritten {
+        Outcome::Failed
+    } else {
+        Outcome::Done
+    })
 }
 
 /// (inline bytes, external bytes) of a model's initializers.
 fn sizes(model: &Model) -> (u64, u64) {
     let (mut inline, mut external) = (0, 0);
     for &value in &model.graph().initializers {
-        let Some(tensor) = &model.value(value).initializer else { continue };
+        let Some(tensor) = &model.value(value).initializer else {
+            continue;
+        };
         match &tensor.data {
             TensorData::Raw(bytes) => inline += bytes.len() as u64,
             TensorData::Strings(list) => inline += list.iter().map(|s| s.len() as u64).sum::<u64>(),
             TensorData::External(_) => {
-                external += tensor.element_count().and_then(|n| tensor.dtype.byte_len(n)).unwrap_or(0);
+                external += tensor
+                    .element_count()
+                    .and_then(|n| tensor.dtype.byte_len(n))
+                    .unwrap_or(0);
             }
         }
     }
     (inline, external)
+}
+
+/// What a file is; a rewritten graph is told by its interface.
+fn role(part: &Part) -> &'static str {
+    if !matches!(part.role, Role::Unknown(_)) || earlier_recipe(&part.model).is_none() {
+        return part.role.name();
+    }
+    match (
+        part.model.output("logits"),
+        part.model.input("pixel_values"),
+    ) {
+        (Some(_), _) => "decoder",
+        (None, Some(_)) => "vision encoder",
+        (None, None) => "token embedding",
+    }
 }
 
 fn describe(part: &Part) -> Value {
@@ -59,7 +83,7 @@ fn describe(part: &Part) -> Value {
     let mut file = json!({
         "file": part.file,
         "variant": part.variant,
-        "role": part.role.name(),
+        "role": role(part),
         "ir_version": model.ir_version,
         "opsets": opsets,
         "producer": model.producer,
@@ -109,7 +133,9 @@ fn describe(part: &Part) -> Value {
 /// Nodes before the first layer that later layers read from: what is cloned at a
 /// drop point.
 fn prelude(model: &Model, decoder: &crate::arch::Decoder) -> usize {
-    let Some(second) = decoder.layers.get(1) else { return 0 };
+    let Some(second) = decoder.layers.get(1) else {
+        return 0;
+    };
     let behind = crate::ir::cone::descendants(model, &[second.boundary], false);
     let data = crate::ir::cone::descendants(model, &[decoder.embeds], true);
     let side: Vec<_> = model
@@ -117,12 +143,18 @@ fn prelude(model: &Model, decoder: &crate::arch::Decoder) -> usize {
         .nodes
         .iter()
         .map(|&n| model.node(n))
-        .filter(|n| n.outputs.iter().flatten().any(|o| behind.contains(o) && *o != second.boundary))
+        .filter(|n| {
+            n.outputs
+                .iter()
+                .flatten()
+                .any(|o| behind.contains(o) && *o != second.boundary)
+        })
         .flat_map(|n| n.inputs.iter().flatten().copied())
         .filter(|v| !behind.contains(v) && !data.contains(v))
         .collect();
     let cone = crate::ir::cone::ancestors(model, &side, false);
-    let nodes: std::collections::HashSet<_> = cone.iter().filter_map(|v| model.producer_of(*v)).collect();
+    let nodes: std::collections::HashSet<_> =
+        cone.iter().filter_map(|v| model.producer_of(*v)).collect();
     nodes
         .into_iter()
         .filter(|n| !model.node(*n).is("Constant"))
@@ -135,14 +167,18 @@ fn print(path: &Path, parts: &[Part]) {
         let model = &part.model;
         let (inline, external) = sizes(model);
         let opset = model.opset("").map_or("?".into(), |v| v.to_string());
-        let data = if external > 0 { format!(" + {} external", style::bytes(external)) } else { String::new() };
+        let data = if external > 0 {
+            format!(" + {} external", style::bytes(external))
+        } else {
+            String::new()
+        };
         anstream::println!(
             "\n{}{}{}  {}{}, opset {opset}, {} nodes, {} of weights{data}{}",
             style::HEAD,
             part.file.display(),
             style::RESET,
             style::DIM,
-            part.role.name(),
+            role(part),
             model.graph().nodes.len(),
             style::bytes(inline),
             style::RESET
@@ -175,7 +211,9 @@ fn print(path: &Path, parts: &[Part]) {
                 );
                 anstream::println!("  merge at   {}", model.name(t.hidden));
             }
-            Role::Embedding(e) => anstream::println!("  width      {}, {}", optional(e.width), e.dtype),
+            Role::Embedding(e) => {
+                anstream::println!("  width      {}, {}", optional(e.width), e.dtype)
+            }
             Role::Decoder(d) => {
                 anstream::println!(
                     "  layers     {}, {} heads, {} key/value heads × {}, width {}, {}",
@@ -188,7 +226,10 @@ fn print(path: &Path, parts: &[Part]) {
                 );
                 anstream::println!("  vocabulary {}", optional(d.vocabulary));
                 anstream::println!("  drops      after layer 1 to {}", d.depth() - 1);
-                anstream::println!("  prelude    {} nodes that later layers share", prelude(model, d));
+                anstream::println!(
+                    "  prelude    {} nodes that later layers share",
+                    prelude(model, d)
+                );
             }
             Role::Unknown(reasons) => {
                 for reason in reasons {

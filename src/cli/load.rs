@@ -13,9 +13,18 @@ use crate::passes::{Recipe, earlier_recipe};
 /// Recipes that ship with the program: the files of `passes/`.
 pub(super) const RECIPES: &[(&str, &str)] = &[
     ("demo", include_str!("../../passes/demo.yaml")),
-    ("llava-1.5-192", include_str!("../../passes/llava-1.5-192.yaml")),
-    ("llava-1.5-128", include_str!("../../passes/llava-1.5-128.yaml")),
-    ("llava-1.5-64", include_str!("../../passes/llava-1.5-64.yaml")),
+    (
+        "llava-1.5-192",
+        include_str!("../../passes/llava-1.5-192.yaml"),
+    ),
+    (
+        "llava-1.5-128",
+        include_str!("../../passes/llava-1.5-128.yaml"),
+    ),
+    (
+        "llava-1.5-64",
+        include_str!("../../passes/llava-1.5-64.yaml"),
+    ),
 ];
 
 /// A recipe by name or file.
@@ -29,7 +38,10 @@ pub(super) fn recipe(name: &str) -> anyhow::Result<Recipe> {
         return Ok(Recipe::parse(text)?);
     }
     let names: Vec<&str> = RECIPES.iter().map(|(n, _)| *n).collect();
-    bail!("'{name}' is neither a recipe file nor a built-in recipe ({})", names.join(", "))
+    bail!(
+        "'{name}' is neither a recipe file nor a built-in recipe ({})",
+        names.join(", ")
+    )
 }
 
 /// A file with its graph.
@@ -38,7 +50,10 @@ pub(super) type Loaded = (ModelFile, Model);
 /// The directory and every graph in it, verified.
 pub(super) fn graphs(path: &Path) -> anyhow::Result<(ModelDir, Vec<Loaded>)> {
     if !path.exists() {
-        bail!("{} does not exist; expected a model directory or an .onnx file", path.display());
+        bail!(
+            "{} does not exist; expected a model directory or an .onnx file",
+            path.display()
+        );
     }
     let dir = ModelDir::open(path)?;
     let mut models = Vec::new();
@@ -66,9 +81,14 @@ pub(super) fn vlm(path: &Path, global: &Global) -> anyhow::Result<(ModelDir, Vlm
     for (file, model) in models {
         let own = stem(&file.relative);
         let beside = earlier_recipe(&model).is_some()
-            && originals.iter().any(|o| own.len() > o.len() && own.starts_with(&format!("{o}_")));
+            && originals
+                .iter()
+                .any(|o| own.len() > o.len() && own.starts_with(&format!("{o}_")));
         if beside {
-            global.detail(format!("{}: rewritten before, left out", file.relative.display()));
+            global.detail(format!(
+                "{}: rewritten before, left out",
+                file.relative.display()
+            ));
             continue;
         }
         parts.push((file.relative, file.variant, model));
@@ -77,7 +97,8 @@ pub(super) fn vlm(path: &Path, global: &Global) -> anyhow::Result<(ModelDir, Vlm
 }
 
 fn stem(path: &Path) -> String {
-    path.file_stem().map_or(String::new(), |s| s.to_string_lossy().into_owned())
+    path.file_stem()
+        .map_or(String::new(), |s| s.to_string_lossy().into_owned())
 }
 
 /// The three files that answer a question, chosen by what they take and give.
@@ -94,11 +115,15 @@ pub(super) fn trio(path: &Path, variant: Option<&str>) -> anyhow::Result<(ModelD
     let pick = |what: &str, fits: fn(&Model) -> bool| -> anyhow::Result<PathBuf> {
         let all: Vec<&Loaded> = models.iter().filter(|(_, m)| fits(m)).collect();
         let found = match variant {
-            Some(v) => all.iter().find(|(f, _)| stem(&f.relative).ends_with(&format!("_{v}"))),
+            Some(v) => all
+                .iter()
+                .find(|(f, _)| stem(&f.relative).ends_with(&format!("_{v}"))),
             None => all.iter().find(|(f, m)| {
                 let shadowed = all.iter().any(|(o, _)| {
                     let (o, own) = (stem(&o.relative), stem(&f.relative));
-                    own.len() > o.len() && own.starts_with(&format!("{o}_")) && earlier_recipe(m).is_some()
+                    own.len() > o.len()
+                        && own.starts_with(&format!("{o}_"))
+                        && earlier_recipe(m).is_some()
                 });
                 f.variant.is_empty() && !shadowed
             }),
@@ -109,7 +134,11 @@ pub(super) fn trio(path: &Path, variant: Option<&str>) -> anyhow::Result<(ModelD
                 "{}: no {what}{} among {}",
                 path.display(),
                 variant.map_or(String::new(), |v| format!(" of variant '{v}'")),
-                models.iter().map(|(f, _)| f.relative.display().to_string()).collect::<Vec<_>>().join(", ")
+                models
+                    .iter()
+                    .map(|(f, _)| f.relative.display().to_string())
+                    .collect::<Vec<_>>()
+                    .join(", ")
             ),
         }
     };
@@ -118,7 +147,9 @@ pub(super) fn trio(path: &Path, variant: Option<&str>) -> anyhow::Result<(ModelD
             m.input("pixel_values").is_some() && m.output("logits").is_none()
         })?,
         embed: pick("token embedding (input_ids → inputs_embeds)", |m| {
-            m.input("input_ids").is_some() && m.graph().outputs.len() == 1 && m.output("logits").is_none()
+            m.input("input_ids").is_some()
+                && m.graph().outputs.len() == 1
+                && m.output("logits").is_none()
         })?,
         decoder: pick("decoder (inputs_embeds → logits, present.*)", |m| {
             m.input("inputs_embeds").is_some() && m.output("logits").is_some()

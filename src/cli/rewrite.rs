@@ -88,11 +88,15 @@ pub(super) fn outputs(dir: &ModelDir, done: &Rewritten) -> anyhow::Result<Output
     {
         for name in ["processor_config.json", "config.json"] {
             let path = dir.root.join(name);
-            let Ok(text) = std::fs::read_to_string(&path) else { continue };
+            let Ok(text) = std::fs::read_to_string(&path) else {
+                continue;
+            };
             if let Some(patched) = patch_processor(name, &text, before, after)
                 .map_err(|problem| anyhow::anyhow!("{}: {problem}", path.display()))?
             {
-                outputs.configs.push((PathBuf::from(name), patched.into_bytes()));
+                outputs
+                    .configs
+                    .push((PathBuf::from(name), patched.into_bytes()));
             }
         }
     }
@@ -126,7 +130,9 @@ fn locations(model: &Model) -> BTreeSet<String> {
 /// `--beside` writes only what changed.
 fn changed_only(mut outputs: Outputs, done: &Rewritten) -> Outputs {
     let changed = |file: &PathBuf| {
-        done.changes.iter().any(|c| done.vlm.parts[c.part].file == *file)
+        done.changes
+            .iter()
+            .any(|c| done.vlm.parts[c.part].file == *file)
     };
     outputs.models.retain(|(file, _)| changed(file));
     outputs
@@ -158,7 +164,11 @@ pub(super) fn report(done: &Rewritten, recipe: &Recipe, global: &Global) {
         global.say(format!("{}{pass}{}  {summary}", style::NEW, style::RESET));
         for change in done.changes.iter().filter(|c| c.pass == *pass) {
             let part = &done.vlm.parts[change.part];
-            global.say(format!("  {}: {} nodes inserted", part.file.display(), change.inserted));
+            global.say(format!(
+                "  {}: {} nodes inserted",
+                part.file.display(),
+                change.inserted
+            ));
         }
     }
     if let Some((before, after)) = tokens_by_layer(&done.vlm, recipe) {
@@ -169,8 +179,15 @@ pub(super) fn report(done: &Rewritten, recipe: &Recipe, global: &Global) {
             100.0 * (1.0 - now / full)
         ));
     }
-    let unknown = done.vlm.parts.iter().filter(|p| matches!(p.role, Role::Unknown(_)));
+    let unknown = done
+        .vlm
+        .parts
+        .iter()
+        .filter(|p| matches!(p.role, Role::Unknown(_)));
     for part in unknown {
-        global.say(format!("{}: not recognised, carried over as it is", part.file.display()));
+        global.say(format!(
+            "{}: not recognised, carried over as it is",
+            part.file.display()
+        ));
     }
 }

@@ -121,7 +121,8 @@ fn decode_millis(answer: &Generation) -> Option<f64> {
 }
 
 fn report(answer: &Generation, global: &Global) {
-    let decode = decode_millis(answer).map_or(String::new(), |ms| format!(", {ms:.2} ms per token"));
+    let decode =
+        decode_millis(answer).map_or(String::new(), |ms| format!(", {ms:.2} ms per token"));
     global.say(format!(
         "{} prompt tokens ({} visual), vision {:.1} ms, prefill {:.1} ms{decode}, cache {}",
         answer.prompt_tokens,

@@ -30,7 +30,11 @@ pub(super) fn table(rows: &[Vec<String>]) -> String {
         let mut line = String::from(" ");
         for (c, cell) in row.iter().enumerate() {
             let pad = " ".repeat(widths[c].saturating_sub(cell.chars().count()));
-            let _ = if c == 0 { write!(line, " {cell}{pad}") } else { write!(line, "  {pad}{cell}") };
+            let _ = if c == 0 {
+                write!(line, " {cell}{pad}")
+            } else {
+                write!(line, "  {pad}{cell}")
+            };
         }
         let _ = writeln!(text, "{}", line.trim_end());
     }
@@ -42,7 +46,11 @@ pub(super) fn bytes(count: u64) -> String {
     let mut value = count as f64;
     for unit in ["B", "KB", "MB", "GB"] {
         if value < 1000.0 {
-            return if unit == "B" { format!("{count} B") } else { format!("{value:.1} {unit}") };
+            return if unit == "B" {
+                format!("{count} B")
+            } else {
+                format!("{value:.1} {unit}")
+            };
         }
         value /= 1000.0;
     }
@@ -55,7 +63,11 @@ pub(super) fn layers(counts: &[i64]) -> String {
     let mut start = 0;
     for end in 1..=counts.len() {
         if end == counts.len() || counts[end] != counts[start] {
-            let range = if end - start == 1 { format!("{end}") } else { format!("{}–{end}", start + 1) };
+            let range = if end - start == 1 {
+                format!("{end}")
+            } else {
+                format!("{}–{end}", start + 1)
+            };
             parts.push(format!("{range}: {}", counts[start]));
             start = end;
         }

@@ -29,26 +29,46 @@ pub(super) struct Arguments {
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
     let (_, base) = load::vlm(&arguments.base, global)?;
     let (_, rewritten) = load::vlm(&arguments.rewritten, global)?;
-    if let Some(part) = base.parts.iter().find(|p| earlier_recipe(&p.model).is_some()) {
-        bail!("{} of the base was rewritten itself; give the original first", part.file.display());
+    if let Some(part) = base
+        .parts
+        .iter()
+        .find(|p| earlier_recipe(&p.model).is_some())
+    {
+        bail!(
+            "{} of the base was rewritten itself; give the original first",
+            part.file.display()
+        );
     }
     let recipe = stamped(&rewritten)
         .with_context(|| format!("{} is not a rewritten model", arguments.rewritten.display()))?;
     let (base, rewritten) = structure::pair(base, rewritten)?;
-    if base.parts.iter().all(|p| matches!(p.role, Role::Unknown(_))) {
-        bail!("nothing is recognised in the base; see duet inspect {}", arguments.base.display());
+    if base
+        .parts
+        .iter()
+        .all(|p| matches!(p.role, Role::Unknown(_)))
+    {
+        bail!(
+            "nothing is recognised in the base; see duet inspect {}",
+            arguments.base.display()
+        );
     }
     let options = Options {
         session: arguments.engine.options(),
         seed: arguments.seed,
     };
-    let report = check(&base, &rewritten, &recipe, &options, &mut |step| global.detail(step))?;
+    let report = check(&base, &rewritten, &recipe, &options, &mut |step| {
+        global.detail(step)
+    })?;
     if arguments.json {
         print_json(&serde_json::to_value(&report)?)?;
     } else {
         print(&report);
     }
-    Ok(if report.passed() { Outcome::Done } else { Outcome::Failed })
+    Ok(if report.passed() {
+        Outcome::Done
+    } else {
+        Outcome::Failed
+    })
 }
 
 /// The recipe that the files are stamped with; all stamps must agree.
@@ -71,10 +91,24 @@ fn stamped(vlm: &Vlm) -> anyhow::Result<Recipe> {
 /// Findings, for people.
 pub(super) fn print(report: &Report) {
     for finding in &report.findings {
-        let (style, word) = if finding.passed { (style::GOOD, "ok  ") } else { (style::BAD, "FAIL") };
-        anstream::println!("{style}{word}{}  {}  {}{}{}", style::RESET, finding.check, style::DIM, finding.detail, style::RESET);
+        let (style, word) = if finding.passed {
+            (style::GOOD, "ok  ")
+        } else {
+            (style::BAD, "FAIL")
+        };
+        anstream::println!(
+            "{style}{word}{}  {}  {}{}{}",
+            style::RESET,
+            finding.check,
+            style::DIM,
+            finding.detail,
+            style::RESET
+        );
     }
     let failed = report.findings.iter().filter(|f| !f.passed).count();
     let verdict = if failed == 0 { "valid" } else { "NOT VALID" };
-    anstream::println!("{verdict}: {} checks, {failed} failed", report.findings.len());
+    anstream::println!(
+        "{verdict}: {} checks, {failed} failed",
+        report.findings.len()
+    );
 }

@@ -32,7 +32,10 @@ impl Model {
         self.generation += 1;
         let graph = plan.graph;
         let structural = !plan.nodes.is_empty()
-            || plan.edits.iter().any(|e| !matches!(e, Edit::Metadata { .. }));
+            || plan
+                .edits
+                .iter()
+                .any(|e| !matches!(e, Edit::Metadata { .. }));
         let dead_before = self.dead_nodes(graph);
         let unread_before = self.unread_initializers(graph);
 
@@ -112,7 +115,10 @@ impl Model {
                         _ if value == to && self.is_output(to) => "is a graph output already",
                         _ => continue,
                     };
-                    return Err(format!("replacing graph output {index}: '{}' {problem}", v.name));
+                    return Err(format!(
+                        "replacing graph output {index}: '{}' {problem}",
+                        v.name
+                    ));
                 }
                 let inner = format!("{}:inner", self.values[to.index()].name);
                 let outer = std::mem::replace(&mut self.values[old.index()].name, inner);
@@ -202,17 +208,28 @@ impl Model {
         for &id in &newly {
             self.remove_node(id);
         }
-        self.graphs[graph.index()].nodes.retain(|n| !newly.contains(n));
+        self.graphs[graph.index()]
+            .nodes
+            .retain(|n| !newly.contains(n));
     }
 
     /// Initializers of a graph that no node reads and no graph gives out.
     fn unread_initializers(&self, graph: GraphId) -> HashSet<ValueId> {
-        let given: HashSet<ValueId> = self.graphs.iter().flat_map(|g| g.outputs.iter().copied()).collect();
+        let given: HashSet<ValueId> = self
+            .graphs
+            .iter()
+            .flat_map(|g| g.outputs.iter().copied())
+            .collect();
         let unread = |v: &ValueId| {
             let value = self.value(*v);
             value.def == Def::Initializer && value.uses.is_empty() && !given.contains(v)
         };
-        self.subgraph(graph).initializers.iter().copied().filter(unread).collect()
+        self.subgraph(graph)
+            .initializers
+            .iter()
+            .copied()
+            .filter(unread)
+            .collect()
     }
 
     fn remove_node(&mut self, id: NodeId) {

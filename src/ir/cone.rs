@@ -118,7 +118,12 @@ impl Patch<'_> {
                 stack.push((value, true));
                 let mut reads = Vec::new();
                 self.model().push_reads(producer, &mut reads);
-                stack.extend(reads.into_iter().filter(|r| !subst.contains_key(r)).map(|r| (r, false)));
+                stack.extend(
+                    reads
+                        .into_iter()
+                        .filter(|r| !subst.contains_key(r))
+                        .map(|r| (r, false)),
+                );
                 continue;
             }
             let node = self.model().node(producer);

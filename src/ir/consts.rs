@@ -46,7 +46,11 @@ pub fn int(model: &Model, value: ValueId) -> Option<i64> {
 
 /// The number a value holds, if it is a floating-point constant of one element.
 pub fn float(model: &Model, value: ValueId) -> Option<f64> {
-    match constant(model, value)?.to_f64s(model.external()).ok()?.as_slice() {
+    match constant(model, value)?
+        .to_f64s(model.external())
+        .ok()?
+        .as_slice()
+    {
         [one] => Some(*one),
         _ => None,
     }

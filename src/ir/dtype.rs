@@ -5,7 +5,10 @@ use std::fmt;
 /// An ONNX tensor element type. The discriminant is the number that the file
 /// format uses; numbers this version does not know are kept in `Other`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-#[allow(missing_docs, reason = "the names are the operator specification's own")]
+#[allow(
+    missing_docs,
+    reason = "the names are the operator specification's own"
+)]
 pub enum DataType {
     Undefined,
     Float,

@@ -4,7 +4,9 @@
 #[derive(Debug, thiserror::Error, Clone, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum IrError {
-    #[error("the name '{name}' is defined twice in graph '{graph}'; in ONNX every value has one definition")]
+    #[error(
+        "the name '{name}' is defined twice in graph '{graph}'; in ONNX every value has one definition"
+    )]
     Duplicate { name: String, graph: String },
     #[error("tensor '{tensor}': {reason}")]
     Tensor { tensor: String, reason: String },

@@ -49,17 +49,28 @@ pub fn extract(
                 TensorData::External(_) => TensorData::Raw(tensor.bytes(model.external())?),
                 inline => inline.clone(),
             };
-            let copy = Tensor { name: v.name.clone(), data, origin: None, ..tensor.clone() };
+            let copy = Tensor {
+                name: v.name.clone(),
+                data,
+                origin: None,
+                ..tensor.clone()
+            };
             loader.initializer(graph, copy)?;
             wanted.insert(value, true);
             continue;
         }
         let Some(producer) = model.producer_of(value) else {
-            return Err(fail(format!("'{}'", v.name), "the part needs this input too"));
+            return Err(fail(
+                format!("'{}'", v.name),
+                "the part needs this input too",
+            ));
         };
         let node = model.node(producer);
         if node.subgraphs().next().is_some() || model.subgraph(node.graph).kind != GraphKind::Main {
-            return Err(fail(model.describe(producer), "it has or is in a sub-graph"));
+            return Err(fail(
+                model.describe(producer),
+                "it has or is in a sub-graph",
+            ));
         }
         if !ready {
             stack.push((value, true));

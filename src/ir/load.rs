@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::model::{Attribute, Def, Function, Graph, GraphKind, Model, Node, Provenance, Use, Value};
+use super::model::{
+    Attribute, Def, Function, Graph, GraphKind, Model, Node, Provenance, Use, Value,
+};
 use super::{ExternalSource, GraphId, IrError, NodeId, Tensor, ValueId, ValueType};
 
 /// A node as a reader found it: names instead of ids.
@@ -189,7 +191,9 @@ impl Loader {
                 Some(value) => value,
                 None => self.value(graph, name, Def::Missing),
             };
-            self.model.values[value.index()].uses.push(Use { node: id, slot });
+            self.model.values[value.index()]
+                .uses
+                .push(Use { node: id, slot });
             inputs.push(Some(value));
         }
         let mut outputs = Vec::with_capacity(draft.outputs.len());
@@ -202,7 +206,10 @@ impl Loader {
             outputs.push(Some(self.define(graph, name, def)?));
         }
         // A file that was rewritten before: `duet/<pass>/…`.
-        let scope = draft.name.strip_prefix("duet/").and_then(|n| n.split('/').next());
+        let scope = draft
+            .name
+            .strip_prefix("duet/")
+            .and_then(|n| n.split('/').next());
         let pass = scope.map(str::to_owned);
         self.model.nodes.push(Some(Node {
             name: draft.name,

@@ -14,12 +14,29 @@ use super::{DataType, GraphId, NodeId, Tensor, TensorData, ValueId, ValueType};
 /// A change to what exists.
 #[derive(Clone, Debug)]
 pub(in crate::ir) enum Edit {
-    Rewire { node: NodeId, slot: usize, to: ValueId },
-    ReplaceOutput { index: usize, to: ValueId },
-    SetType { value: ValueId, ty: Option<ValueType> },
-    AddInput { value: ValueId },
-    AddOutput { value: ValueId },
-    Metadata { key: String, value: String },
+    Rewire {
+        node: NodeId,
+        slot: usize,
+        to: ValueId,
+    },
+    ReplaceOutput {
+        index: usize,
+        to: ValueId,
+    },
+    SetType {
+        value: ValueId,
+        ty: Option<ValueType>,
+    },
+    AddInput {
+        value: ValueId,
+    },
+    AddOutput {
+        value: ValueId,
+    },
+    Metadata {
+        key: String,
+        value: String,
+    },
 }
 
 /// A patch under construction for one graph of a model.
@@ -110,7 +127,11 @@ impl<'m> Patch<'m> {
         };
         let n = self.counters.entry(scope.clone()).or_insert(0);
         *n += 1;
-        if *n == 1 { scope } else { format!("{scope}_{n}") }
+        if *n == 1 {
+            scope
+        } else {
+            format!("{scope}_{n}")
+        }
     }
 
     fn push_value(&mut self, name: String, def: Def, tensor: Option<Tensor>) -> ValueId {
@@ -140,7 +161,11 @@ impl<'m> Patch<'m> {
         let id = NodeId::new(self.model.node_count() + self.nodes.len());
         let outputs: Vec<ValueId> = (0..outputs)
             .map(|slot| {
-                let suffix = if outputs == 1 { String::new() } else { format!(":{slot}") };
+                let suffix = if outputs == 1 {
+                    String::new()
+                } else {
+                    format!(":{slot}")
+                };
                 let def = Def::Node { node: id, slot };
                 self.push_value(format!("{name}{suffix}"), def, None)
             })
@@ -178,8 +203,16 @@ impl<'m> Patch<'m> {
             .enumerate()
             .map(|(slot, out)| {
                 out.map(|_| {
-                    let suffix = if many { format!(":{slot}") } else { String::new() };
-                    self.push_value(format!("{name}{suffix}"), Def::Node { node: id, slot }, None)
+                    let suffix = if many {
+                        format!(":{slot}")
+                    } else {
+                        String::new()
+                    };
+                    self.push_value(
+                        format!("{name}{suffix}"),
+                        Def::Node { node: id, slot },
+                        None,
+                    )
                 })
             })
             .collect();
@@ -206,9 +239,17 @@ impl<'m> Patch<'m> {
             return id;
         }
         let scope = std::mem::take(&mut self.scope);
-        let name = self.unique(if tensor.name.is_empty() { "const" } else { &tensor.name });
+        let name = self.unique(if tensor.name.is_empty() {
+            "const"
+        } else {
+            &tensor.name
+        });
         self.scope = scope;
-        let tensor = Tensor { name: name.clone(), origin: None, ..tensor };
+        let tensor = Tensor {
+            name: name.clone(),
+            origin: None,
+            ..tensor
+        };
         let id = self.push_value(name, Def::Initializer, Some(tensor));
         if let Some(key) = key {
             self.constants.insert(key, id);
@@ -263,7 +304,10 @@ impl<'m> Patch<'m> {
 
     /// States a value's type.
     pub fn set_type(&mut self, value: ValueId, ty: ValueType) {
-        self.edits.push(Edit::SetType { value, ty: Some(ty) });
+        self.edits.push(Edit::SetType {
+            value,
+            ty: Some(ty),
+        });
     }
 
     /// Withdraws the type that the file states for an intermediate value.
@@ -298,15 +342,24 @@ impl<'m> Patch<'m> {
 
 /// Integer attribute.
 pub fn int(name: &str, value: i64) -> Attribute {
-    Attribute { name: name.into(), value: AttrValue::Int(value) }
+    Attribute {
+        name: name.into(),
+        value: AttrValue::Int(value),
+    }
 }
 
 /// Integer list attribute.
 pub fn ints(name: &str, values: &[i64]) -> Attribute {
-    Attribute { name: name.into(), value: AttrValue::Ints(values.to_vec()) }
+    Attribute {
+        name: name.into(),
+        value: AttrValue::Ints(values.to_vec()),
+    }
 }
 
 /// Float attribute.
 pub fn float(name: &str, value: f32) -> Attribute {
-    Attribute { name: name.into(), value: AttrValue::Float(value) }
+    Attribute {
+        name: name.into(),
+        value: AttrValue::Float(value),
+    }
 }

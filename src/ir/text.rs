@@ -15,7 +15,9 @@ const SHOWN: u64 = 8;
 pub fn text(model: &Model) -> String {
     let mut out = String::new();
     let opsets = |imports: &[(String, i64)]| {
-        let all = imports.iter().map(|(domain, version)| format!("\"{domain}\" : {version}"));
+        let all = imports
+            .iter()
+            .map(|(domain, version)| format!("\"{domain}\" : {version}"));
         all.collect::<Vec<_>>().join(", ")
     };
     let _ = writeln!(out, "<");
@@ -26,7 +28,11 @@ pub fn text(model: &Model) -> String {
     for function in &model.functions {
         let _ = writeln!(out, "<");
         let _ = writeln!(out, "   domain: \"{}\",", function.domain);
-        let _ = writeln!(out, "   opset_import: [{}]", opsets(&function.opset_imports));
+        let _ = writeln!(
+            out,
+            "   opset_import: [{}]",
+            opsets(&function.opset_imports)
+        );
         let _ = writeln!(out, ">");
         graph(model, model.subgraph(function.body), 0, &mut out);
     }
@@ -44,13 +50,25 @@ fn graph(model: &Model, g: &Graph, depth: usize, out: &mut String) {
     };
     let list = |ids: &[ValueId]| ids.iter().map(typed).collect::<Vec<_>>().join(", ");
     let name = quote(if g.name.is_empty() { "graph" } else { &g.name });
-    let _ = writeln!(out, "{name} ({}) => ({})", list(&g.inputs), list(&g.outputs));
+    let _ = writeln!(
+        out,
+        "{name} ({}) => ({})",
+        list(&g.inputs),
+        list(&g.outputs)
+    );
     if !g.initializers.is_empty() {
         let shown = g.initializers.iter().filter_map(|id| {
             let tensor = model.value(*id).initializer.as_ref()?;
-            Some(format!("{pad}   {}", constant(model, tensor, model.name(*id))))
+            Some(format!(
+                "{pad}   {}",
+                constant(model, tensor, model.name(*id))
+            ))
         });
-        let _ = writeln!(out, "{pad}<\n{}\n{pad}>", shown.collect::<Vec<_>>().join(",\n"));
+        let _ = writeln!(
+            out,
+            "{pad}<\n{}\n{pad}>",
+            shown.collect::<Vec<_>>().join(",\n")
+        );
     }
     let _ = writeln!(out, "{pad}{{");
     for &id in &g.nodes {
@@ -127,7 +145,10 @@ fn constant(model: &Model, t: &Tensor, name: &str) -> String {
     if small && matches!(t.data, TensorData::Raw(_)) {
         let values = match t.dtype {
             DataType::Double => t.to_f64s(model.external()).ok().map(join),
-            #[allow(clippy::cast_possible_truncation, reason = "they were read from these types")]
+            #[allow(
+                clippy::cast_possible_truncation,
+                reason = "they were read from these types"
+            )]
             DataType::Float => {
                 let narrow = |all: Vec<f64>| join(all.into_iter().map(|v| v as f32).collect());
                 t.to_f64s(model.external()).ok().map(narrow)
@@ -156,7 +177,13 @@ fn join<T: std::fmt::Debug>(values: Vec<T>) -> String {
 
 /// Identifiers as they are, everything else in quotes.
 fn quote(name: &str) -> String {
-    let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '.')
+    let plain = name
+        .chars()
+        .all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '.')
         && name.chars().next().is_some_and(|c| !c.is_ascii_digit());
-    if plain { name.to_owned() } else { format!("\"{}\"", name.replace('"', "\\\"")) }
+    if plain {
+        name.to_owned()
+    } else {
+        format!("\"{}\"", name.replace('"', "\\\""))
+    }
 }

@@ -81,7 +81,9 @@ pub fn verify(model: &Model) -> Result<Verified<'_>, IrError> {
     if check.found.is_empty() {
         Ok(Verified(model))
     } else {
-        Err(IrError::Invalid { violations: check.found })
+        Err(IrError::Invalid {
+            violations: check.found,
+        })
     }
 }
 
@@ -182,7 +184,13 @@ impl Check<'_> {
     }
 
     fn tensor(&mut self, at: String, tensor: &Tensor) {
-        let Tensor { name: _, dtype, dims, data, origin: _ } = tensor;
+        let Tensor {
+            name: _,
+            dtype,
+            dims,
+            data,
+            origin: _,
+        } = tensor;
         let count = tensor.element_count();
         let expected = count.and_then(|n| dtype.byte_len(n));
         match data {
@@ -190,23 +198,36 @@ impl Check<'_> {
                 if expected != Some(bytes.len() as u64) {
                     let want = expected.map_or("an impossible number of".into(), |n| n.to_string());
                     let found = bytes.len();
-                    self.report(7, at, format!("{dtype}{dims:?} takes {want} bytes, found {found}"));
+                    self.report(
+                        7,
+                        at,
+                        format!("{dtype}{dims:?} takes {want} bytes, found {found}"),
+                    );
                 }
             }
             TensorData::External(reference) => {
                 if count.is_none() {
-                    self.report(8, at, format!("{dtype}{dims:?} has an impossible number of elements"));
+                    self.report(
+                        8,
+                        at,
+                        format!("{dtype}{dims:?} has an impossible number of elements"),
+                    );
                 } else if let (Some(length), Some(expected)) = (reference.length, expected)
                     && length != expected
                 {
-                    let problem = format!("{dtype}{dims:?} takes {expected} bytes, length says {length}");
+                    let problem =
+                        format!("{dtype}{dims:?} takes {expected} bytes, length says {length}");
                     self.report(8, at, problem);
                 }
             }
             TensorData::Strings(list) => {
                 if count != Some(list.len() as u64) {
                     let found = list.len();
-                    self.report(7, at, format!("{dtype}{dims:?} does not have {found} elements"));
+                    self.report(
+                        7,
+                        at,
+                        format!("{dtype}{dims:?} does not have {found} elements"),
+                    );
                 }
             }
         }
@@ -254,12 +275,24 @@ impl Check<'_> {
         } = node;
         let place = self.model.describe(id);
         if *owner != graph {
-            self.report(5, &place, format!("says it is in {owner}, but {graph} lists it"));
+            self.report(
+                5,
+                &place,
+                format!("says it is in {owner}, but {graph} lists it"),
+            );
         }
         let tolerated = self.runtime_domains.contains(domain.as_str());
         if !self.imports(graph, domain) && !self.model.is_function(node) && !tolerated {
-            let shown = if domain.is_empty() { "the standard domain" } else { domain };
-            self.report(6, &place, format!("no operator set is imported for {shown} ({op_type})"));
+            let shown = if domain.is_empty() {
+                "the standard domain"
+            } else {
+                domain
+            };
+            self.report(
+                6,
+                &place,
+                format!("no operator set is imported for {shown} ({op_type})"),
+            );
         }
         for attribute in attributes {
             if let AttrValue::Tensor(tensor) = &attribute.value {
@@ -270,23 +303,39 @@ impl Check<'_> {
             let Some(value) = *input else { continue };
             let v = self.model.value(value);
             if v.def == Def::Missing {
-                self.report(1, &place, format!("reads '{}', which nothing defines", v.name));
+                self.report(
+                    1,
+                    &place,
+                    format!("reads '{}', which nothing defines", v.name),
+                );
             } else if !self.encloses(v.graph, graph) {
                 self.report(2, &place, format!("reads '{}' of another graph", v.name));
             }
             if !v.uses.contains(&Use { node: id, slot }) {
-                self.report(5, &place, format!("input {slot} ('{}') is no recorded use", v.name));
+                self.report(
+                    5,
+                    &place,
+                    format!("input {slot} ('{}') is no recorded use", v.name),
+                );
             }
         }
         for (slot, output) in outputs.iter().enumerate() {
             let Some(value) = *output else { continue };
             let v = self.model.value(value);
             if v.def != (Def::Node { node: id, slot }) {
-                self.report(5, &place, format!("output {slot} ('{}') is defined elsewhere", v.name));
+                self.report(
+                    5,
+                    &place,
+                    format!("output {slot} ('{}') is defined elsewhere", v.name),
+                );
             }
         }
         if pass.is_some() && !name.starts_with("duet/") {
-            self.report(11, &place, format!("was inserted by a pass, but is named '{name}'"));
+            self.report(
+                11,
+                &place,
+                format!("was inserted by a pass, but is named '{name}'"),
+            );
         }
     }
 
@@ -320,8 +369,15 @@ impl Check<'_> {
     fn uses(&mut self) {
         for index in 0..self.model.value_count() {
             let id = ValueId::new(index);
-            let Value { name, graph: _, def: _, initializer: _, ty: _, uses, info_origin: _ } =
-                self.model.value(id);
+            let Value {
+                name,
+                graph: _,
+                def: _,
+                initializer: _,
+                ty: _,
+                uses,
+                info_origin: _,
+            } = self.model.value(id);
             for u in uses {
                 let read = self.model.try_node(u.node).and_then(|n| n.input(u.slot));
                 if read != Some(id) {
@@ -340,12 +396,18 @@ impl Check<'_> {
                 holders.entry(id).or_default();
             }
             for &node in &graph.nodes {
-                let Some(n) = self.model.try_node(node) else { continue };
+                let Some(n) = self.model.try_node(node) else {
+                    continue;
+                };
                 for body in n.subgraphs() {
                     *holders.entry(body).or_default() += 1;
                     if self.model.subgraph(body).kind != (GraphKind::Body { parent: id }) {
                         let place = self.model.describe(node);
-                        self.report(9, place, format!("holds {body}, whose parent is another graph"));
+                        self.report(
+                            9,
+                            place,
+                            format!("holds {body}, whose parent is another graph"),
+                        );
                     }
                 }
             }

@@ -5,7 +5,7 @@ use prost::Message;
 
 use super::read::external_ref;
 use crate::ir::{AttrValue, Attribute, DataType, Dim, Tensor, TensorData, ValueType};
-use crate::proto::{self, type_proto, tensor_shape_proto::dimension};
+use crate::proto::{self, tensor_shape_proto::dimension, type_proto};
 
 /// A tensor; `raw_data` stays a slice of `origin`.
 pub(super) fn tensor(origin: Bytes) -> Result<Tensor, String> {
@@ -30,7 +30,13 @@ pub(super) fn tensor(origin: Bytes) -> Result<Tensor, String> {
     } else {
         TensorData::Raw(typed(&t, dtype).map_err(at)?.into())
     };
-    Ok(Tensor::read(t.name().to_owned(), dtype, t.dims, data, origin))
+    Ok(Tensor::read(
+        t.name().to_owned(),
+        dtype,
+        t.dims,
+        data,
+        origin,
+    ))
 }
 
 /// Elements that are stored in a typed field, as little-endian bytes.
@@ -214,7 +220,8 @@ pub(super) fn tensor_proto(t: &Tensor) -> proto::TensorProto {
                 key: Some(key.into()),
                 value: Some(value),
             };
-            p.external_data.push(entry("location", reference.location.clone()));
+            p.external_data
+                .push(entry("location", reference.location.clone()));
             let numbers = [("offset", reference.offset), ("length", reference.length)];
             for (key, number) in numbers {
                 if let Some(n) = number {

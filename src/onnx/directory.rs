@@ -10,8 +10,19 @@ use super::OnnxError;
 
 /// Suffixes that name a precision; the longest match wins.
 const VARIANTS: &[&str] = &[
-    "_q4f16", "_q8f16", "_quantized", "_fp16", "_bf16", "_uint8", "_int8", "_int4", "_bnb4", "_q4",
-    "_q8", "_q2", "_q1",
+    "_q4f16",
+    "_q8f16",
+    "_quantized",
+    "_fp16",
+    "_bf16",
+    "_uint8",
+    "_int8",
+    "_int4",
+    "_bnb4",
+    "_q4",
+    "_q8",
+    "_q2",
+    "_q1",
 ];
 
 /// How the files lie.
@@ -57,7 +68,9 @@ impl ModelDir {
             problem: problem.to_owned(),
         };
         if meta.is_file() {
-            let name = path.file_name().ok_or_else(|| problem("expected a file name"))?;
+            let name = path
+                .file_name()
+                .ok_or_else(|| problem("expected a file name"))?;
             let root = match path.parent() {
                 Some(p) if !p.as_os_str().is_empty() => p.to_owned(),
                 _ => PathBuf::from("."),
@@ -106,7 +119,9 @@ fn model_file(relative: PathBuf) -> ModelFile {
     let stem = relative
         .file_stem()
         .map_or(String::new(), |s| s.to_string_lossy().into_owned());
-    let variant = VARIANTS.iter().find(|v| stem.len() > v.len() && stem.ends_with(*v));
+    let variant = VARIANTS
+        .iter()
+        .find(|v| stem.len() > v.len() && stem.ends_with(*v));
     let (module, variant) = match variant {
         Some(v) => (stem[..stem.len() - v.len()].to_owned(), v[1..].to_owned()),
         None => (stem, String::new()),
@@ -128,8 +143,14 @@ mod tests {
             let f = model_file(PathBuf::from(name));
             (f.module, f.variant)
         };
-        assert_eq!(of("onnx/decoder_model_merged_q4f16.onnx"), ("decoder_model_merged".into(), "q4f16".into()));
-        assert_eq!(of("vision_encoder.onnx"), ("vision_encoder".into(), String::new()));
+        assert_eq!(
+            of("onnx/decoder_model_merged_q4f16.onnx"),
+            ("decoder_model_merged".into(), "q4f16".into())
+        );
+        assert_eq!(
+            of("vision_encoder.onnx"),
+            ("vision_encoder".into(), String::new())
+        );
         assert_eq!(of("_fp16.onnx"), ("_fp16".into(), String::new()));
     }
 }

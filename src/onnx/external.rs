@@ -48,7 +48,8 @@ impl DataDirectory {
             match part {
                 Component::Normal(_) | Component::CurDir => {}
                 Component::ParentDir => {
-                    let why = "'..' is not allowed: data files lie in or below the model's directory";
+                    let why =
+                        "'..' is not allowed: data files lie in or below the model's directory";
                     return Err(refuse(why.into()));
                 }
                 Component::RootDir | Component::Prefix(_) => {
@@ -60,9 +61,15 @@ impl DataDirectory {
         }
         let path = self.root.join(relative);
         let real = path.canonicalize().map_err(|e| {
-            refuse(format!("{}: {e}; is the data file beside the model?", path.display()))
+            refuse(format!(
+                "{}: {e}; is the data file beside the model?",
+                path.display()
+            ))
         })?;
-        let root = self.root.canonicalize().map_err(|e| refuse(e.to_string()))?;
+        let root = self
+            .root
+            .canonicalize()
+            .map_err(|e| refuse(e.to_string()))?;
         if !real.starts_with(&root) {
             return Err(refuse(format!(
                 "is a link that leaves the directory (to {}), which ONNX Runtime refuses too; copy the \
@@ -91,12 +98,14 @@ impl DataDirectory {
         let length = match reference.length {
             Some(length) => length,
             None => size.checked_sub(start).ok_or_else(|| {
-                refuse(format!("starts at byte {start}, but the file has {size} bytes"))
+                refuse(format!(
+                    "starts at byte {start}, but the file has {size} bytes"
+                ))
             })?,
         };
-        let end = start.checked_add(length).ok_or_else(|| {
-            refuse(format!("offset {start} + length {length} overflows"))
-        })?;
+        let end = start
+            .checked_add(length)
+            .ok_or_else(|| refuse(format!("offset {start} + length {length} overflows")))?;
         if end > size {
             return Err(refuse(format!(
                 "expected bytes {start}..{end}, but the file has {size} (truncated?)"

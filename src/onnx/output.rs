@@ -45,7 +45,9 @@ pub fn write_out(
     mode: DataMode,
 ) -> Result<(), OnnxError> {
     if target.symlink_metadata().is_ok() {
-        return Err(OnnxError::Exists { path: target.to_owned() });
+        return Err(OnnxError::Exists {
+            path: target.to_owned(),
+        });
     }
     let parent = match target.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
@@ -55,16 +57,25 @@ pub fn write_out(
         path: target.to_owned(),
         problem,
     };
-    if target.file_name().is_none() || target.components().next_back() == Some(Component::ParentDir) {
+    if target.file_name().is_none() || target.components().next_back() == Some(Component::ParentDir)
+    {
         return Err(refuse("expected the name of a new directory".into()));
     }
     if !parent.is_dir() {
-        return Err(refuse(format!("its parent {} does not exist; create it first", parent.display())));
+        return Err(refuse(format!(
+            "its parent {} does not exist; create it first",
+            parent.display()
+        )));
     }
-    let root = source.root.canonicalize().map_err(OnnxError::io(&source.root))?;
+    let root = source
+        .root
+        .canonicalize()
+        .map_err(OnnxError::io(&source.root))?;
     let real_parent = parent.canonicalize().map_err(OnnxError::io(parent))?;
     if source.layout == Layout::Directory && real_parent.starts_with(&root) {
-        return Err(refuse("it lies inside the model directory; name a directory outside it".into()));
+        return Err(refuse(
+            "it lies inside the model directory; name a directory outside it".into(),
+        ));
     }
     let mut carried = BTreeSet::new();
     match source.layout {
@@ -123,15 +134,21 @@ fn rename_new(from: &Path, to: &Path) -> Result<(), OnnxError> {
         match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
             Ok(()) => return Ok(()),
             Err(rustix::io::Errno::EXIST) => {
-                return Err(OnnxError::Exists { path: to.to_owned() });
+                return Err(OnnxError::Exists {
+                    path: to.to_owned(),
+                });
             }
             // Not every file system knows the flag.
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::NOTSUP) => {}
+            Err(
+                rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::NOTSUP,
+            ) => {}
             Err(error) => return Err(OnnxError::io(to)(error.into())),
         }
     }
     if to.symlink_metadata().is_ok() {
-        return Err(OnnxError::Exists { path: to.to_owned() });
+        return Err(OnnxError::Exists {
+            path: to.to_owned(),
+        });
     }
     fs::rename(from, to).map_err(OnnxError::io(to))
 }
@@ -151,9 +168,10 @@ fn list(root: &Path, at: &Path, into: &mut BTreeSet<PathBuf>) -> Result<(), Onnx
         } else {
             return Err(OnnxError::Directory {
                 path,
-                problem: "is neither a file nor a directory (a link to a directory, or a broken link?); \
+                problem:
+                    "is neither a file nor a directory (a link to a directory, or a broken link?); \
                           it cannot be carried over"
-                    .into(),
+                        .into(),
             });
         }
     }

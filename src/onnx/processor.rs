@@ -30,7 +30,10 @@ pub fn patch_processor(
     let class = map.get("processor_class").and_then(Value::as_str);
     let llava = class == Some("LlavaProcessor") || map.contains_key("num_additional_image_tokens");
     if name == "processor_config.json" && llava {
-        map.insert("num_additional_image_tokens".into(), (features - patches).into());
+        map.insert(
+            "num_additional_image_tokens".into(),
+            (features - patches).into(),
+        );
         map.insert("vision_feature_select_strategy".into(), "full".into());
         changed = true;
     }
@@ -49,12 +52,17 @@ mod tests {
     fn llava_expands_to_the_new_count() {
         let before = r#"{"patch_size": 14, "num_additional_image_tokens": 1, "processor_class": "LlavaProcessor",
             "vision_feature_select_strategy": "default"}"#;
-        let after = patch_processor("processor_config.json", before, 576, 205).unwrap().unwrap();
+        let after = patch_processor("processor_config.json", before, 576, 205)
+            .unwrap()
+            .unwrap();
         let after: Value = serde_json::from_str(&after).unwrap();
         assert_eq!(after["num_additional_image_tokens"], 205 - 576);
         assert_eq!(after["vision_feature_select_strategy"], "full");
         assert_eq!(after["patch_size"], 14);
-        assert_eq!(patch_processor("config.json", r#"{"a": 1}"#, 576, 205).unwrap(), None);
+        assert_eq!(
+            patch_processor("config.json", r#"{"a": 1}"#, 576, 205).unwrap(),
+            None
+        );
         assert!(patch_processor("config.json", "[", 576, 205).is_err());
     }
 }

@@ -145,7 +145,10 @@ impl Reader<'_> {
     }
 
     fn payload(&self, place: &str, field: &Field) -> Result<Bytes, OnnxError> {
-        field.bytes().cloned().map_err(|e| self.bad(place, e.problem))
+        field
+            .bytes()
+            .cloned()
+            .map_err(|e| self.bad(place, e.problem))
     }
 
     fn decode<M: Message + Default>(&self, place: &str, field: &Field) -> Result<M, OnnxError> {
@@ -185,7 +188,8 @@ impl Reader<'_> {
                     self.keep(field);
                 }
                 (14, Payload::Bytes(origin)) => {
-                    let entry: proto::StringStringEntryProto = self.decode("metadata_props", field)?;
+                    let entry: proto::StringStringEntryProto =
+                        self.decode("metadata_props", field)?;
                     self.loader.header().metadata.push(MetadataEntry {
                         key: entry.key().to_owned(),
                         value: entry.value().to_owned(),
@@ -237,16 +241,20 @@ impl Reader<'_> {
                     if tensor.name.is_empty() {
                         return Err(self.bad("initializer", "it has no name"));
                     }
-                    self.loader.initializer(id, tensor).map_err(|e| self.ir(e))?;
+                    self.loader
+                        .initializer(id, tensor)
+                        .map_err(|e| self.ir(e))?;
                 }
                 11 => {
                     let origin = self.payload("graph input", field)?;
-                    let (name, ty) = convert::value_info(&origin).map_err(|e| self.bad("graph input", e))?;
+                    let (name, ty) =
+                        convert::value_info(&origin).map_err(|e| self.bad("graph input", e))?;
                     let added = self.loader.input(id, &name, ty, Some(origin));
                     added.map_err(|e| self.ir(e))?;
                 }
                 15 => {
-                    let sparse: proto::SparseTensorProto = self.decode("sparse_initializer", field)?;
+                    let sparse: proto::SparseTensorProto =
+                        self.decode("sparse_initializer", field)?;
                     let name = sparse.values.as_ref().map_or("", |v| v.name());
                     self.loader.opaque(id, name).map_err(|e| self.ir(e))?;
                     let extra = &mut self.loader.provenance(id).extra;
@@ -265,7 +273,8 @@ impl Reader<'_> {
         }
         for field in all.iter().filter(|f| f.number == 12) {
             let origin = self.payload("graph output", field)?;
-            let (name, ty) = convert::value_info(&origin).map_err(|e| self.bad("graph output", e))?;
+            let (name, ty) =
+                convert::value_info(&origin).map_err(|e| self.bad("graph output", e))?;
             self.loader.output(id, &name, ty, Some(origin));
         }
         for field in all.iter().filter(|f| f.number == 13) {
@@ -339,8 +348,14 @@ impl Reader<'_> {
         }
         match bodies.as_slice() {
             [] => convert::attribute(bytes.clone()).map_err(|e| self.bad("attribute", e)),
-            [one] if !list => Ok(Attribute { name, value: AttrValue::Graph(*one) }),
-            _ => Ok(Attribute { name, value: AttrValue::Graphs(bodies) }),
+            [one] if !list => Ok(Attribute {
+                name,
+                value: AttrValue::Graph(*one),
+            }),
+            _ => Ok(Attribute {
+                name,
+                value: AttrValue::Graphs(bodies),
+            }),
         }
     }
 
@@ -355,7 +370,8 @@ impl Reader<'_> {
                 4 => inputs.push(self.text("function input", field)?),
                 5 => outputs.push(self.text("function output", field)?),
                 9 => {
-                    let import: proto::OperatorSetIdProto = self.decode("function opset_import", field)?;
+                    let import: proto::OperatorSetIdProto =
+                        self.decode("function opset_import", field)?;
                     opset_imports.push((import.domain().to_owned(), import.version()));
                 }
                 10 => domain = self.text("function domain", field)?,
@@ -398,7 +414,11 @@ pub(super) fn external_ref(
     for entry in entries {
         let number = || {
             entry.value().parse::<u64>().map_err(|_| {
-                format!("external data: {} '{}' is no byte count", entry.key(), entry.value())
+                format!(
+                    "external data: {} '{}' is no byte count",
+                    entry.key(),
+                    entry.value()
+                )
             })
         };
         match entry.key() {

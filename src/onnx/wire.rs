@@ -78,7 +78,10 @@ impl Fields {
     fn varint(&mut self) -> Result<u64, &'static str> {
         let mut value = 0u64;
         for shift in (0..70).step_by(7) {
-            let byte = *self.message.get(self.at).ok_or("the message ends inside a number")?;
+            let byte = *self
+                .message
+                .get(self.at)
+                .ok_or("the message ends inside a number")?;
             self.at += 1;
             if shift == 63 && byte > 1 {
                 return Err("a number longer than 64 bits");
@@ -224,18 +227,20 @@ mod tests {
         assert_eq!(rope.len(), flat.len() as u64);
         let read: Vec<Field> = fields(&flat.into()).collect::<Result<_, _>>().unwrap();
         assert_eq!(read[0].text().unwrap().len(), 300);
-        let nested: Vec<Field> = fields(read[1].bytes().unwrap()).map(Result::unwrap).collect();
+        let nested: Vec<Field> = fields(read[1].bytes().unwrap())
+            .map(Result::unwrap)
+            .collect();
         assert_eq!((read[1].number, nested[0].number), (7, 3));
     }
 
     #[test]
     fn malformed_messages_are_errors() {
         let cases: [&[u8]; 5] = [
-            &[0x0a, 0x05, 1],        // length beyond the end
-            &[0x0a],                 // no length
-            &[0x08, 0xff, 0xff],     // unfinished varint
-            &[0x0b],                 // group
-            &[0x00, 0x01],           // field 0
+            &[0x0a, 0x05, 1],    // length beyond the end
+            &[0x0a],             // no length
+            &[0x08, 0xff, 0xff], // unfinished varint
+            &[0x0b],             // group
+            &[0x00, 0x01],       // field 0
         ];
         for case in cases {
             let result: Result<Vec<_>, _> = fields(&Bytes::copy_from_slice(case)).collect();

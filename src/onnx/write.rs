@@ -170,7 +170,10 @@ fn graph(model: &Model, id: GraphId) -> Rope {
                 }
             }
             11 => g.inputs.iter().for_each(|&v| info(model, 11, v, &mut rope)),
-            12 => g.outputs.iter().for_each(|&v| info(model, 12, v, &mut rope)),
+            12 => g
+                .outputs
+                .iter()
+                .for_each(|&v| info(model, 12, v, &mut rope)),
             13 => {
                 for &value in &g.typed {
                     if model.value(value).ty.is_some() && still_there(model, value) {

@@ -30,7 +30,10 @@ pub struct Rewritten {
 /// Recipe and tool version that a model was rewritten with, if it was.
 pub fn earlier_recipe(model: &Model) -> Option<(&str, &str)> {
     let version = model.metadata("duet.version")?;
-    Some((version, model.metadata("duet.recipe").unwrap_or("(not recorded)")))
+    Some((
+        version,
+        model.metadata("duet.recipe").unwrap_or("(not recorded)"),
+    ))
 }
 
 /// Rewrites a model.

@@ -124,9 +124,18 @@ pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context)
                     }
                     dims
                 });
-                patch.set_type(embeds, ValueType::Tensor { dtype: *dtype, shape });
+                patch.set_type(
+                    embeds,
+                    ValueType::Tensor {
+                        dtype: *dtype,
+                        shape,
+                    },
+                );
             }
-            Entry { embeds: split, visual }
+            Entry {
+                embeds: split,
+                visual,
+            }
         }
         Marker::Input => {
             let dims = sequence_dims(model, embeds);
@@ -135,7 +144,9 @@ pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context)
             Entry { embeds, visual }
         }
         Marker::Static => {
-            let span = context.span.unwrap_or(super::StaticSpan { start: 0, count: 0 });
+            let span = context
+                .span
+                .unwrap_or(super::StaticSpan { start: 0, count: 0 });
             // Positions of the tokens processed now, counted from the start of
             // the conversation: the span lies in the first prompt only.
             let past = patch.size_of(decoder.layers[0].past.0, 2);

@@ -21,13 +21,19 @@ impl<'de> Deserialize<'de> for Count {
         match Value::deserialize(deserializer)? {
             Value::Number(n) if n.is_f64() => match n.as_f64() {
                 Some(r) if (0.0..=1.0).contains(&r) => Ok(Self::Ratio(r)),
-                _ => Err(D::Error::custom(format!("{n} is no ratio; expected 0.0 to 1.0"))),
+                _ => Err(D::Error::custom(format!(
+                    "{n} is no ratio; expected 0.0 to 1.0"
+                ))),
             },
             Value::Number(n) => match n.as_i64() {
                 Some(count) if count >= 0 => Ok(Self::Tokens(count)),
-                _ => Err(D::Error::custom(format!("{n} is no token count; expected 0 or more"))),
+                _ => Err(D::Error::custom(format!(
+                    "{n} is no token count; expected 0 or more"
+                ))),
             },
-            _ => Err(D::Error::custom("expected a token count (300) or a ratio (0.5)")),
+            _ => Err(D::Error::custom(
+                "expected a token count (300) or a ratio (0.5)",
+            )),
         }
     }
 }
@@ -110,12 +116,17 @@ impl Recipe {
         let bad = |e: String| PassError::Recipe(e);
         let value: Value = serde_yaml::from_str(text).map_err(|e| bad(e.to_string()))?;
         if !value.is_mapping() {
-            return Err(bad("expected a mapping with the keys 'version' and 'passes'".into()));
+            return Err(bad(
+                "expected a mapping with the keys 'version' and 'passes'".into(),
+            ));
         }
         check_keys(&value, KEYS, "the recipe")?;
         let raw: Raw = serde_yaml::from_value(value).map_err(|e| bad(e.to_string()))?;
         if raw.version != 1 {
-            return Err(bad(format!("version {} is not known; expected 1", raw.version)));
+            return Err(bad(format!(
+                "version {} is not known; expected 1",
+                raw.version
+            )));
         }
         let mut passes: Vec<Box<dyn Pass>> = Vec::new();
         for value in raw.passes {
@@ -127,7 +138,9 @@ impl Recipe {
         }
         let rank = |name: &str| REGISTRY.iter().position(|e| e.name == name);
         if !passes.is_sorted_by_key(|p| rank(p.name())) {
-            return Err(bad("vision passes come before decoder passes; reorder 'passes'".into()));
+            return Err(bad(
+                "vision passes come before decoder passes; reorder 'passes'".into(),
+            ));
         }
         if (raw.marker == Marker::Static) != raw.span.is_some() {
             return Err(bad(
@@ -176,7 +189,12 @@ fn parse_pass(value: Value) -> Result<Box<dyn Pass>, PassError> {
         }
     };
     let Some(entry) = REGISTRY.iter().find(|e| e.name == name) else {
-        return Err(PassError::Recipe(unknown("pass", &name, &names, "the recipe")));
+        return Err(PassError::Recipe(unknown(
+            "pass",
+            &name,
+            &names,
+            "the recipe",
+        )));
     };
     let parameters = match parameters {
         Value::Null => Value::Mapping(serde_yaml::Mapping::new()),
@@ -194,7 +212,9 @@ pub(super) fn check_keys(value: &Value, known: &[&str], place: &str) -> Result<(
     for key in map.keys() {
         let name = key.as_str().unwrap_or_default();
         if !known.contains(&name) {
-            let shown = key.as_str().map_or_else(|| format!("{key:?}"), str::to_owned);
+            let shown = key
+                .as_str()
+                .map_or_else(|| format!("{key:?}"), str::to_owned);
             return Err(PassError::Recipe(unknown("key", &shown, known, place)));
         }
     }
@@ -247,7 +267,9 @@ mod tests {
         let merge = "token_merge: {dominant: 3, contextual: 1}";
         let prune = "visual_prune: {drops: [{after_layer: 2, keep: 0.5}]}";
         assert!(Recipe::parse(&format!("version: 1\npasses:\n  - {merge}\n  - {prune}")).is_ok());
-        assert!(error(&format!("version: 1\npasses:\n  - {prune}\n  - {merge}")).contains("before"));
+        assert!(
+            error(&format!("version: 1\npasses:\n  - {prune}\n  - {merge}")).contains("before")
+        );
         assert!(error(&format!("version: 1\npasses:\n  - {merge}\n  - {merge}")).contains("twice"));
         assert!(error("version: 2\npasses: []").contains("version 2"));
         assert!(error("version: 1\nmarker: static").contains("span"));

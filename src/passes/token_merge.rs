@@ -29,7 +29,14 @@ use crate::ir::{DataType, Dim, Model, Patch, PatchPlan, Size, ValueId, ValueType
 pub(super) const ENTRY: Entry = Entry {
     name: "token_merge",
     about: "merges the vision encoder's tokens into dominant and contextual ones (V2V)",
-    keys: &["dominant", "contextual", "cluster_width", "selector", "cls", "placement"],
+    keys: &[
+        "dominant",
+        "contextual",
+        "cluster_width",
+        "selector",
+        "cls",
+        "placement",
+    ],
     parse: |value| Ok(Box::new(serde_yaml::from_value::<TokenMerge>(value)?)),
     keep_everything: "{dominant: 1.0, contextual: 0, cls: drop}",
 };
@@ -125,7 +132,9 @@ pub fn merge_budget(merge: &TokenMerge, patches: i64, has_cls: bool) -> MergeBud
     let residual = patches - dominant;
     let contextual = merge.contextual.of(patches).clamp(0, residual);
     let pool = match merge.selector {
-        Selector::Attention => (merge.cluster_width.saturating_mul(contextual)).max(1).min(residual),
+        Selector::Attention => (merge.cluster_width.saturating_mul(contextual))
+            .max(1)
+            .min(residual),
         Selector::Uniform | Selector::Local => residual,
     };
     MergeBudget {
@@ -154,9 +163,17 @@ impl Pass for TokenMerge {
     }
 
     fn requires(&self, vlm: &Vlm, _: &Context) -> Result<(), PassError> {
-        let fail = |problem: String| Err(PassError::Requires { pass: ENTRY.name, problem });
+        let fail = |problem: String| {
+            Err(PassError::Requires {
+                pass: ENTRY.name,
+                problem,
+            })
+        };
         if self.cluster_width < 1 {
-            return fail(format!("cluster_width is {}; expected 1 or more", self.cluster_width));
+            return fail(format!(
+                "cluster_width is {}; expected 1 or more",
+                self.cluster_width
+            ));
         }
         if self.placement == Placement::Decoder {
             return fail("placement: decoder is not available yet; use placement: encoder".into());
@@ -182,7 +199,9 @@ impl Pass for TokenMerge {
             }
             let budget = merge_budget(self, patches, tower.cls);
             if budget.total() == 0 {
-                return fail(format!("{file}: dominant and contextual leave no token; keep at least one"));
+                return fail(format!(
+                    "{file}: dominant and contextual leave no token; keep at least one"
+                ));
             }
         }
         Ok(())
@@ -197,7 +216,9 @@ impl Pass for TokenMerge {
                 file: part.file.display().to_string(),
                 problem,
             };
-            let patches = tower.patches().ok_or_else(|| unsupported("the token count is not fixed".into()))?;
+            let patches = tower
+                .patches()
+                .ok_or_else(|| unsupported("the token count is not fixed".into()))?;
             let budget = merge_budget(self, patches, tower.cls);
             let mut patch = Patch::new(&part.model, ENTRY.name);
             let mut build = Build {
@@ -271,7 +292,8 @@ impl Build<'_, '_> {
         if !self.tower.cls {
             return x;
         }
-        self.patch.slice(x, Size::Known(1), Size::Known(i64::MAX), axis)
+        self.patch
+            .slice(x, Size::Known(1), Size::Known(i64::MAX), axis)
     }
 
     fn to_f32(&mut self, x: ValueId) -> ValueId {
@@ -300,7 +322,8 @@ impl Build<'_, '_> {
         let probabilities = self.attention(q, k, needs_all);
         let score = if tower.cls {
             let row = if needs_all {
-                self.patch.slice(probabilities, Size::Known(0), Size::Known(1), 2)
+                self.patch
+                    .slice(probabilities, Size::Known(0), Size::Known(1), 2)
             } else {
                 probabilities
             };
@@ -313,7 +336,10 @@ impl Build<'_, '_> {
         self.patch.name_value(score, "score");
         let mut parts = Vec::new();
         if self.budget.cls {
-            parts.push(self.patch.slice(tower.hidden, Size::Known(0), Size::Known(1), 1));
+            parts.push(
+                self.patch
+                    .slice(tower.hidden, Size::Known(0), Size::Known(1), 1),
+            );
         }
         let (dominant, pool) = self.select(score);
         if let Some(dominant) = dominant {
@@ -335,7 +361,11 @@ impl Build<'_, '_> {
 
     /// softmax(q · kᵀ · scale): all rows or the CLS row.
     fn attention(&mut self, q: ValueId, k: ValueId, all: bool) -> ValueId {
-        let q = if all { q } else { self.patch.slice(q, Size::Known(0), Size::Known(1), 1) };
+        let q = if all {
+            q
+        } else {
+            self.patch.slice(q, Size::Known(0), Size::Known(1), 1)
+        };
         let q = self.patch.transpose(q, &[0, 2, 1, 3]);
         #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
         let scale = self.patch.f32(self.tower.site.scale() as f32);
@@ -350,9 +380,13 @@ impl Build<'_, '_> {
     fn select(&mut self, score: ValueId) -> (Option<ValueId>, Option<ValueId>) {
         let b = self.budget;
         self.patch.scope("select");
-        let (_, order) = self.patch.top_k(score, Size::Known(b.dominant + b.pool), true);
+        let (_, order) = self
+            .patch
+            .top_k(score, Size::Known(b.dominant + b.pool), true);
         let dominant = (b.dominant > 0).then(|| {
-            let best = self.patch.slice(order, Size::Known(0), Size::Known(b.dominant), 1);
+            let best = self
+                .patch
+                .slice(order, Size::Known(0), Size::Known(b.dominant), 1);
             self.patch.sort_ascending(best, Size::Known(b.dominant))
         });
         let pool = (b.contextual > 0).then(|| {
@@ -503,7 +537,9 @@ fn resize(patch: &mut Patch<'_>, tower: &VisionTower, count: i64) -> Result<(), 
             continue;
         }
         let Some(shape) = node.input(1) else { continue };
-        let Some(dims) = consts::ints(model, shape) else { continue };
+        let Some(dims) = consts::ints(model, shape) else {
+            continue;
+        };
         // The last dimension is the width, which may happen to equal N.
         let rows = dims.len().saturating_sub(1);
         if let Some(axis) = dims[..rows].iter().position(|d| *d == old) {
@@ -529,7 +565,10 @@ fn resize(patch: &mut Patch<'_>, tower: &VisionTower, count: i64) -> Result<(), 
         }
         dims
     });
-    let ty = ValueType::Tensor { dtype: *dtype, shape };
+    let ty = ValueType::Tensor {
+        dtype: *dtype,
+        shape,
+    };
     patch.set_type(tower.features, ty);
     Ok(())
 }

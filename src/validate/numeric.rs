@@ -58,7 +58,11 @@ pub fn check(
         all
     };
     for variant in variants {
-        let label = if variant.is_empty() { String::new() } else { format!("{variant}: ") };
+        let label = if variant.is_empty() {
+            String::new()
+        } else {
+            format!("{variant}: ")
+        };
         let mut pair = Pair::open(base, rewritten, recipe, &variant, options)?;
         pair.label = label;
         let vocabulary = pair.vocabulary;
@@ -67,7 +71,15 @@ pub fn check(
             pair.compare(&scenario, options.seed, &mut report)?;
         }
         progress("tract");
-        second::check(base, rewritten, recipe, &variant, &pair.label, options, &mut report)?;
+        second::check(
+            base,
+            rewritten,
+            recipe,
+            &variant,
+            &pair.label,
+            options,
+            &mut report,
+        )?;
     }
     Ok(report)
 }
@@ -92,12 +104,19 @@ struct Pair {
 
 fn fixed(model: &Model, value: crate::ir::ValueId, axis: usize) -> Option<usize> {
     let shape = model.value(value).ty.as_ref()?.shape()?;
-    shape.get(axis)?.known().and_then(|n| usize::try_from(n).ok())
+    shape
+        .get(axis)?
+        .known()
+        .and_then(|n| usize::try_from(n).ok())
 }
 
 /// The lowest floating-point precision among a graph's weights.
 fn precision(model: &Model) -> DataType {
-    let weights = model.graph().initializers.iter().filter_map(|&v| model.value(v).initializer.as_ref());
+    let weights = model
+        .graph()
+        .initializers
+        .iter()
+        .filter_map(|&v| model.value(v).initializer.as_ref());
     let mut lowest = DataType::Float;
     for tensor in weights.filter(|t| t.dims.len() > 1) {
         match tensor.dtype {
@@ -111,8 +130,17 @@ fn precision(model: &Model) -> DataType {
 
 /// Whether a graph computes with quantised numbers.
 fn quantised(model: &Model) -> bool {
-    let ops = ["MatMulInteger", "MatMulNBits", "QuantizeLinear", "DynamicQuantizeLinear"];
-    model.graph().nodes.iter().any(|&n| ops.contains(&model.node(n).op_type.as_str()))
+    let ops = [
+        "MatMulInteger",
+        "MatMulNBits",
+        "QuantizeLinear",
+        "DynamicQuantizeLinear",
+    ];
+    model
+        .graph()
+        .nodes
+        .iter()
+        .any(|&n| ops.contains(&model.node(n).op_type.as_str()))
 }
 
 impl Pair {
@@ -189,7 +217,11 @@ impl Pair {
     }
 
     /// Plain embeddings `[b, L, D]`, and those that the rewritten decoder reads.
-    fn embeddings(&mut self, layout: &Layout, rng: &mut Seeded) -> Result<(Tensor, Tensor), ValidateError> {
+    fn embeddings(
+        &mut self,
+        layout: &Layout,
+        rng: &mut Seeded,
+    ) -> Result<(Tensor, Tensor), ValidateError> {
         if let Some((reference, run)) = &mut self.embed {
             let plain = reference.run(layout.ids.clone())?.to_tensor()?;
             return Ok((plain, run.run(layout.ids.clone())?.to_tensor()?));
@@ -244,7 +276,10 @@ impl Pair {
             seen = ndarray::concatenate(ndarray::Axis(1), &[seen.view(), layout.mask.view()])
                 .map_err(|e| ValidateError::Model(e.to_string()))?;
             let salient = Array2::from_shape_fn(layout.ids.dim(), |(r, i)| {
-                self.salient && layout.mask[[r, i]] == 1 && !layout.visual[[r, i]] && (r + i) % 3 == 0
+                self.salient
+                    && layout.mask[[r, i]] == 1
+                    && !layout.visual[[r, i]]
+                    && (r + i) % 3 == 0
             });
             let positions = positions(&past, &layout.mask);
             let visual = self.visual_for(&layout, past.ncols());
@@ -297,7 +332,9 @@ impl Pair {
     }
 
     fn dtype_like(&self) -> crate::runtime::DType {
-        self.decoder.as_ref().map_or(crate::runtime::DType::F32, |(d, _)| d.dtype())
+        self.decoder
+            .as_ref()
+            .map_or(crate::runtime::DType::F32, |(d, _)| d.dtype())
     }
 
     /// What the rewritten decoder takes for visual: with `marker: static` the
@@ -339,7 +376,12 @@ impl Pair {
             salient: Some(input.salient.clone()),
         };
         let (found, kept) = run_probed(run, &given, cache, self.drops)?;
-        tally.step(&expected, &found.last_logits()?, &kept, &found.cache.lengths());
+        tally.step(
+            &expected,
+            &found.last_logits()?,
+            &kept,
+            &found.cache.lengths(),
+        );
         *cache = found.cache;
         Ok(())
     }
@@ -356,13 +398,20 @@ fn run_probed(
     let mut kept = Vec::new();
     for drop in 1..=drops {
         let name = format!("duet/visual_prune/drop{drop}/kept_indices");
-        let Some(value) = output.extra.iter().find(|(n, _)| *n == name).map(|(_, v)| v) else {
+        let Some(value) = output
+            .extra
+            .iter()
+            .find(|(n, _)| *n == name)
+            .map(|(_, v)| v)
+        else {
             continue;
         };
         let tensor = value.to_tensor()?;
         let width = tensor.shape().last().copied().unwrap_or(0).max(1);
         let indices = tensor.i64s()?;
-        let rows = indices.chunks(width).map(|row| row.iter().map(|i| *i as usize).collect());
+        let rows = indices
+            .chunks(width)
+            .map(|row| row.iter().map(|i| *i as usize).collect());
         kept.push(rows.collect());
     }
     Ok((output, kept))
@@ -379,42 +428,72 @@ struct Tally {
 }
 
 impl Tally {
-    fn features(&mut self, want: &Array2<f32>, found: &Tensor, channel: bool) -> Result<(), ValidateError> {
+    fn features(
+        &mut self,
+        want: &Array2<f32>,
+        found: &Tensor,
+        channel: bool,
+    ) -> Result<(), ValidateError> {
         let all = found.to_array()?.into_dimensionality::<ndarray::Ix2>();
         let all = all.map_err(|e| ValidateError::Model(e.to_string()))?;
         let width = all.ncols() - usize::from(channel);
         if (all.nrows(), width) != want.dim() {
-            self.problems.push(format!("features are {:?}, expected {:?}", all.dim(), want.dim()));
+            self.problems.push(format!(
+                "features are {:?}, expected {:?}",
+                all.dim(),
+                want.dim()
+            ));
             return Ok(());
         }
-        if channel && all.column(width).iter().any(|m| (*m - 1.0).abs() > f32::EPSILON) {
-            self.problems.push("the marker channel of a feature is not 1".into());
+        if channel
+            && all
+                .column(width)
+                .iter()
+                .any(|m| (*m - 1.0).abs() > f32::EPSILON)
+        {
+            self.problems
+                .push("the marker channel of a feature is not 1".into());
         }
         let (worst, _) = difference(want, &all.slice(s![.., ..width]).to_owned());
         self.feature = self.feature.max(worst);
         Ok(())
     }
 
-    fn step(&mut self, want: &StepOut, logits: &Array2<f32>, kept: &[Vec<Vec<usize>>], lengths: &[usize]) {
+    fn step(
+        &mut self,
+        want: &StepOut,
+        logits: &Array2<f32>,
+        kept: &[Vec<Vec<usize>>],
+        lengths: &[usize],
+    ) {
         self.steps += 1;
         let (worst, finite) = difference(&want.logits, logits);
         self.logits = self.logits.max(worst);
         if !finite {
-            self.problems.push(format!("step {}: logits are not finite", self.steps));
+            self.problems
+                .push(format!("step {}: logits are not finite", self.steps));
         }
         if want.lengths != lengths {
-            let problem = format!("step {}: cache lengths {lengths:?}, expected {:?}", self.steps, want.lengths);
+            let problem = format!(
+                "step {}: cache lengths {lengths:?}, expected {:?}",
+                self.steps, want.lengths
+            );
             self.problems.push(problem);
         }
         for (drop, (want, found)) in want.kept.iter().zip(kept).enumerate() {
             if want == found {
                 self.kept += 1;
             } else {
-                self.problems.push(format!("step {}: another set is kept at drop {}", self.steps, drop + 1));
+                self.problems.push(format!(
+                    "step {}: another set is kept at drop {}",
+                    self.steps,
+                    drop + 1
+                ));
             }
         }
         if want.kept.len() != kept.len() {
-            self.problems.push("the kept indices cannot be read off the rewritten graph".into());
+            self.problems
+                .push("the kept indices cannot be read off the rewritten graph".into());
         }
     }
 }
@@ -423,7 +502,10 @@ impl Tally {
 /// finite.
 fn difference(want: &Array2<f32>, found: &Array2<f32>) -> (f64, bool) {
     let mean = want.iter().map(|v| f64::from(*v)).sum::<f64>() / want.len().max(1) as f64;
-    let variance = want.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>();
+    let variance = want
+        .iter()
+        .map(|v| (f64::from(*v) - mean).powi(2))
+        .sum::<f64>();
     let deviation = (variance / want.len().max(1) as f64).sqrt().max(1e-30);
     let worst = want
         .iter()
@@ -431,7 +513,14 @@ fn difference(want: &Array2<f32>, found: &Array2<f32>) -> (f64, bool) {
         .map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs())
         .fold(0.0, f64::max);
     let finite = found.iter().all(|v| v.is_finite());
-    (if finite { worst / deviation } else { f64::INFINITY }, finite)
+    (
+        if finite {
+            worst / deviation
+        } else {
+            f64::INFINITY
+        },
+        finite,
+    )
 }
 
 /// Transformers' position ids: how many tokens came before; 0 for padding.
@@ -460,4 +549,3 @@ fn array3(tensor: &Tensor) -> Result<Array3<f32>, ValidateError> {
     let array = tensor.to_array()?.into_dimensionality();
     array.map_err(|e| ValidateError::Model(e.to_string()))
 }
-

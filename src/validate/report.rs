@@ -35,7 +35,12 @@ impl Report {
         }
     }
 
-    pub(super) fn add(&mut self, check: impl Into<String>, passed: bool, detail: impl Into<String>) {
+    pub(super) fn add(
+        &mut self,
+        check: impl Into<String>,
+        passed: bool,
+        detail: impl Into<String>,
+    ) {
         self.findings.push(Finding {
             check: check.into(),
             passed,

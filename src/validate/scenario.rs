@@ -14,7 +14,10 @@ pub struct Turn {
 impl Turn {
     /// Images of each row.
     pub fn images(&self) -> Vec<usize> {
-        self.rows.iter().map(|segments| segments.len() - 1).collect()
+        self.rows
+            .iter()
+            .map(|segments| segments.len() - 1)
+            .collect()
     }
 }
 
@@ -69,10 +72,20 @@ impl Seeded {
     }
 
     /// Images of smooth blobs and noise, normalised: `[n, channels, height, width]`.
-    pub fn images(&mut self, n: usize, channels: usize, height: usize, width: usize) -> Array4<f32> {
+    pub fn images(
+        &mut self,
+        n: usize,
+        channels: usize,
+        height: usize,
+        width: usize,
+    ) -> Array4<f32> {
         let mut waves = Vec::new();
         for _ in 0..n * channels * 4 {
-            let f = [self.uniform() * 9.0, self.uniform() * 9.0, self.uniform() * 6.3];
+            let f = [
+                self.uniform() * 9.0,
+                self.uniform() * 9.0,
+                self.uniform() * 6.3,
+            ];
             #[allow(clippy::cast_possible_truncation, reason = "noise")]
             waves.push(f.map(|x| x as f32));
         }
@@ -98,14 +111,24 @@ pub fn standard(vocabulary: i64, seed: u64) -> Vec<Scenario> {
             .map(|lengths| lengths.iter().map(|&n| rng.ids(n, vocabulary)).collect())
             .collect(),
     };
-    let single = |name, turn| Scenario { name, turns: vec![turn], decode: 3 };
+    let single = |name, turn| Scenario {
+        name,
+        turns: vec![turn],
+        decode: 3,
+    };
     vec![
         single("one image", turn(&[&[5, 9]])),
         single("two images", turn(&[&[3, 4, 7]])),
         single("image at the end", turn(&[&[6, 0]])),
         single("no image", turn(&[&[8]])),
-        single("batch of two, padded on the left", turn(&[&[5, 9], &[2, 4]])),
-        single("batch with one and two images", turn(&[&[4, 6], &[3, 2, 5]])),
+        single(
+            "batch of two, padded on the left",
+            turn(&[&[5, 9], &[2, 4]]),
+        ),
+        single(
+            "batch with one and two images",
+            turn(&[&[4, 6], &[3, 2, 5]]),
+        ),
         single("batch with a text-only row", turn(&[&[4, 6], &[7]])),
         Scenario {
             name: "a second question on the same cache",

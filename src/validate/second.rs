@@ -60,15 +60,33 @@ pub(super) fn check(
                     let shape = old.model.value(tower.pixels).ty.as_ref()?.shape()?;
                     usize::try_from(shape.get(axis)?.known()?).ok()
                 };
-                let (Some(h), Some(w)) = (size(2), size(3)) else { continue };
+                let (Some(h), Some(w)) = (size(2), size(3)) else {
+                    continue;
+                };
                 let pixels = rng.images(2, size(1).unwrap_or(3), h, w);
-                let pixel_type = old.model.value(tower.pixels).ty.as_ref().and_then(ValueType::dtype);
-                let pixels = Tensor::from(pixels).cast_float(dtype(pixel_type.unwrap_or(DataType::Float)))?;
+                let pixel_type = old
+                    .model
+                    .value(tower.pixels)
+                    .ty
+                    .as_ref()
+                    .and_then(ValueType::dtype);
+                let pixels = Tensor::from(pixels)
+                    .cast_float(dtype(pixel_type.unwrap_or(DataType::Float)))?;
                 let feed = vec![(name(tower.pixels), pixels)];
-                compare(&new.model, &inputs, &outputs, feed, &format!("{label}tract: token_merge"), options, report)?;
+                compare(
+                    &new.model,
+                    &inputs,
+                    &outputs,
+                    feed,
+                    &format!("{label}tract: token_merge"),
+                    options,
+                    report,
+                )?;
             }
             Role::Decoder(decoder) => {
-                let Some(prune) = recipe.pass::<VisualPrune>() else { continue };
+                let Some(prune) = recipe.pass::<VisualPrune>() else {
+                    continue;
+                };
                 let feed = decoder_feed(&old.model, &new.model, decoder, &mut rng)?;
                 for drop in 1..=prune.drops.len() {
                     let scope = format!("duet/visual_prune/drop{drop}");
@@ -82,14 +100,26 @@ pub(super) fn check(
                         port("duet/visual_prune/entry/text_mask", 2, DataType::Bool),
                     ];
                     if drop > 1 {
-                        inputs.push(port(format!("duet/visual_prune/drop{}/kept_indices", drop - 1), 2, DataType::Int64));
+                        inputs.push(port(
+                            format!("duet/visual_prune/drop{}/kept_indices", drop - 1),
+                            2,
+                            DataType::Int64,
+                        ));
                     }
                     let outputs = [
                         port(format!("{scope}/kept_indices"), 2, DataType::Int64),
                         port(format!("{scope}/hidden"), 3, decoder.dtype),
                     ];
                     let check = format!("{label}tract: drop point {drop}");
-                    compare(&new.model, &inputs, &outputs, feed.clone(), &check, options, report)?;
+                    compare(
+                        &new.model,
+                        &inputs,
+                        &outputs,
+                        feed.clone(),
+                        &check,
+                        options,
+                        report,
+                    )?;
                 }
             }
             _ => {}
@@ -117,13 +147,14 @@ fn decoder_feed(
         let tensor = if name == base.name(decoder.embeds) {
             let width = known(2).unwrap_or(1);
             let marked = decoder.width.is_some_and(|w| w as usize + 1 == width);
-            Tensor::from(ndarray::Array3::from_shape_fn((b, l, width), |(r, i, d)| {
-                match (marked && d + 1 == width, layout.visual[[r, i]]) {
+            Tensor::from(ndarray::Array3::from_shape_fn(
+                (b, l, width),
+                |(r, i, d)| match (marked && d + 1 == width, layout.visual[[r, i]]) {
                     (true, true) => 1.0,
                     (true, false) => 0.0,
                     _ => rng.normal(),
-                }
-            }))
+                },
+            ))
             .cast_float(dtype(decoder.dtype))?
         } else if Some(name) == decoder.attention_mask.map(|v| base.name(v)) {
             Tensor::from(layout.mask.clone())
@@ -167,21 +198,39 @@ fn compare(
     let resolve = |ports: &[Port]| -> Option<Vec<(ValueId, ValueType)>> {
         ports
             .iter()
-            .map(|p| Some((model.find(&p.name)?, ValueType::tensor(p.dtype, vec![Dim::Unknown; p.rank]))))
+            .map(|p| {
+                Some((
+                    model.find(&p.name)?,
+                    ValueType::tensor(p.dtype, vec![Dim::Unknown; p.rank]),
+                ))
+            })
             .collect()
     };
     let (Some(all), Some(wanted)) = (resolve(inputs), resolve(outputs)) else {
-        report.add(check, false, "the inserted values are not in the graph under their names");
+        report.add(
+            check,
+            false,
+            "the inserted values are not in the graph under their names",
+        );
         return Ok(());
     };
     // What the sub-graph reads besides: sizes of graph inputs.
     let stop: Vec<ValueId> = all.iter().map(|(v, _)| *v).collect();
     let needed = needed_inputs(model, &wanted, &stop);
-    let mut borders: Vec<(ValueId, ValueType)> =
-        all.into_iter().filter(|(v, _)| needed.contains(v)).collect();
+    let mut borders: Vec<(ValueId, ValueType)> = all
+        .into_iter()
+        .filter(|(v, _)| needed.contains(v))
+        .collect();
     for &input in &model.graph().inputs {
         if needed.contains(&input) && !stop.contains(&input) {
-            borders.push((input, model.value(input).ty.clone().unwrap_or(ValueType::tensor(DataType::Float, vec![]))));
+            borders.push((
+                input,
+                model
+                    .value(input)
+                    .ty
+                    .clone()
+                    .unwrap_or(ValueType::tensor(DataType::Float, vec![])),
+            ));
         }
     }
     let mut probes: Vec<ValueId> = borders.iter().chain(&wanted).map(|(v, _)| *v).collect();
@@ -225,7 +274,11 @@ fn compare(
                 .map(|(a, b)| f64::from((a - b).abs()))
                 .fold(0.0, f64::max);
             let same_shape = want.shape() == found.shape();
-            let limit = if want.dtype() == crate::runtime::DType::F32 { 1e-4 } else { 2e-2 };
+            let limit = if want.dtype() == crate::runtime::DType::F32 {
+                1e-4
+            } else {
+                2e-2
+            };
             ok &= same_shape && worst <= limit;
             detail.push(format!("{short} {:?} within {worst:.1e}", found.shape()));
         } else {
@@ -254,6 +307,10 @@ fn needed_inputs(
             stack.extend(node.inputs.iter().flatten());
         }
     }
-    debug_assert!(seen.is_subset(&ancestors(model, &wanted.iter().map(|(v, _)| *v).collect::<Vec<_>>(), false)));
+    debug_assert!(seen.is_subset(&ancestors(
+        model,
+        &wanted.iter().map(|(v, _)| *v).collect::<Vec<_>>(),
+        false
+    )));
     seen
 }

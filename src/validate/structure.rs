@@ -3,8 +3,8 @@
 
 use std::collections::HashMap;
 
-use super::report::Report;
 use super::ValidateError;
+use super::report::Report;
 use crate::arch::{Role, Vlm};
 use crate::ir::{Dim, Model, TensorData, ValueId, ValueType, verify};
 use crate::onnx::serialize;
@@ -36,7 +36,9 @@ pub fn check(
         let same_tool = new.metadata("duet.version") == Some(env!("CARGO_PKG_VERSION"))
             || new.metadata("duet.version").is_none();
         let detail = match (expected == found, same_tool) {
-            (true, _) => "rewriting the base with the stamped recipe gives this file, byte for byte".into(),
+            (true, _) => {
+                "rewriting the base with the stamped recipe gives this file, byte for byte".into()
+            }
             (false, true) => format!(
                 "rewriting the base with the stamped recipe gives another file ({} bytes, found {})",
                 expected.len(),
@@ -47,7 +49,11 @@ pub fn check(
                 new.metadata("duet.version").unwrap_or("?")
             ),
         };
-        report.add(format!("{file}: reproducible"), expected == found || !same_tool, detail);
+        report.add(
+            format!("{file}: reproducible"),
+            expected == found || !same_tool,
+            detail,
+        );
     }
     Ok(())
 }
@@ -81,7 +87,11 @@ fn interface(old: &Model, new: &Model, name: &str, report: &mut Report) {
         problems.push("IR version or operator sets differ".to_owned());
     }
     let ok = problems.is_empty();
-    let detail = if ok { "names, types and order as in the base".into() } else { problems.join("; ") };
+    let detail = if ok {
+        "names, types and order as in the base".into()
+    } else {
+        problems.join("; ")
+    };
     report.add(name, ok, detail);
 }
 
@@ -95,7 +105,9 @@ fn changed_weights(old: &Model, new: &Model) -> Result<Vec<String>, ValidateErro
     }
     let mut changed = Vec::new();
     for &value in &new.graph().initializers {
-        let Some(tensor) = &new.value(value).initializer else { continue };
+        let Some(tensor) = &new.value(value).initializer else {
+            continue;
+        };
         let Some(old_tensor) = before.get(tensor.name.as_str()) else {
             if !tensor.name.starts_with("duet/") {
                 changed.push(format!("{} (new)", tensor.name));
@@ -127,7 +139,8 @@ pub fn pair(base: Vlm, rewritten: Vlm) -> Result<(Vlm, Vlm), ValidateError> {
                 .parts
                 .iter()
                 .filter(|b| std::mem::discriminant(&b.role) == kind && b.variant == part.variant);
-            same.next().filter(|_| !matches!(part.role, Role::Unknown(_)))
+            same.next()
+                .filter(|_| !matches!(part.role, Role::Unknown(_)))
         });
         let Some(found) = found else {
             return Err(ValidateError::Model(format!(

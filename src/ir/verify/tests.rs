@@ -9,10 +9,20 @@ use super::super::{DataType, Dim, ExternalRef, NoExternal, ValueType};
 use super::*;
 
 fn f32s(dims: &[i64]) -> Option<ValueType> {
-    Some(ValueType::tensor(DataType::Float, dims.iter().map(|d| Dim::Known(*d)).collect()))
+    Some(ValueType::tensor(
+        DataType::Float,
+        dims.iter().map(|d| Dim::Known(*d)).collect(),
+    ))
 }
 
-fn add(loader: &mut Loader, graph: GraphId, op: &str, reads: &[&str], writes: &str, held: &[GraphId]) {
+fn add(
+    loader: &mut Loader,
+    graph: GraphId,
+    op: &str,
+    reads: &[&str],
+    writes: &str,
+    held: &[GraphId],
+) {
     let reads: Vec<String> = reads.iter().map(ToString::to_string).collect();
     let attributes = held.iter().enumerate().map(|(i, g)| Attribute {
         name: format!("body_{i}"),
@@ -21,7 +31,11 @@ fn add(loader: &mut Loader, graph: GraphId, op: &str, reads: &[&str], writes: &s
     let draft = NodeDraft {
         name: format!("{op}_{writes}"),
         op_type: op.into(),
-        domain: if op == "Twice" { "local".into() } else { String::new() },
+        domain: if op == "Twice" {
+            "local".into()
+        } else {
+            String::new()
+        },
         inputs: &reads,
         outputs: &[writes.to_owned()],
         attributes: attributes.collect(),
@@ -41,8 +55,14 @@ fn model() -> Model {
     loader.rename_graph(main, "main".into());
     loader.input(main, "x", f32s(&[2]), None).unwrap();
     loader.input(main, "c", f32s(&[1]), None).unwrap();
-    loader.initializer(main, Tensor::raw("w", DataType::Float, vec![2], vec![0; 8])).unwrap();
-    let outside = ExternalRef { location: "w.bin".into(), offset: None, length: Some(16) };
+    loader
+        .initializer(main, Tensor::raw("w", DataType::Float, vec![2], vec![0; 8]))
+        .unwrap();
+    let outside = ExternalRef {
+        location: "w.bin".into(),
+        offset: None,
+        length: Some(16),
+    };
     let mut far = Tensor::raw("far", DataType::Float, vec![2, 2], vec![]);
     far.data = TensorData::External(outside);
     loader.initializer(main, far).unwrap();
@@ -51,7 +71,9 @@ fn model() -> Model {
     add(&mut loader, a, "Neg", &["h"], "in_a", &[]);
     loader.output(a, "in_a", f32s(&[2]), None);
     let b = loader.graph("b".into(), GraphKind::Body { parent: main });
-    loader.initializer(b, Tensor::raw("own", DataType::Float, vec![2], vec![0; 8])).unwrap();
+    loader
+        .initializer(b, Tensor::raw("own", DataType::Float, vec![2], vec![0; 8]))
+        .unwrap();
     add(&mut loader, b, "Neg", &["own"], "in_b", &[]);
     loader.output(b, "in_b", f32s(&[2]), None);
     add(&mut loader, main, "If", &["c"], "i", &[a, b]);
@@ -81,7 +103,11 @@ fn producer(model: &Model, name: &str) -> NodeId {
 }
 
 fn body(model: &Model, name: &str) -> GraphId {
-    model.graphs().find(|(_, g)| g.name == name && g.kind != GraphKind::Main).unwrap().0
+    model
+        .graphs()
+        .find(|(_, g)| g.name == name && g.kind != GraphKind::Main)
+        .unwrap()
+        .0
 }
 
 fn violations(model: &Model) -> Vec<Violation> {
@@ -102,7 +128,9 @@ fn breaks(invariant: u8, place: &str, problem: &str, change: impl FnOnce(&mut Mo
     let found = violations(&m);
     let numbers: BTreeSet<u8> = found.iter().map(|v| v.invariant).collect();
     assert_eq!(numbers, BTreeSet::from([invariant]), "{found:#?}");
-    let named = found.iter().any(|v| v.place.contains(place) && v.problem.contains(problem));
+    let named = found
+        .iter()
+        .any(|v| v.place.contains(place) && v.problem.contains(problem));
     assert!(named, "expected '{place}': '{problem}' in {found:#?}");
 }
 
@@ -132,12 +160,22 @@ fn invariant_1_what_a_node_reads_is_defined() {
 
 #[test]
 fn invariant_1_what_a_graph_output_names_is_defined() {
-    breaks(1, "graph 'main' (g0), output 'nothing'", "nothing defines it", |m| {
-        let id = ValueId::new(m.values.len());
-        let y = m.value(value(m, "y")).clone();
-        m.values.push(Value { name: "nothing".into(), def: Def::Missing, uses: vec![], ..y });
-        m.graphs[0].outputs.push(id);
-    });
+    breaks(
+        1,
+        "graph 'main' (g0), output 'nothing'",
+        "nothing defines it",
+        |m| {
+            let id = ValueId::new(m.values.len());
+            let y = m.value(value(m, "y")).clone();
+            m.values.push(Value {
+                name: "nothing".into(),
+                def: Def::Missing,
+                uses: vec![],
+                ..y
+            });
+            m.graphs[0].outputs.push(id);
+        },
+    );
 }
 
 #[test]
@@ -197,10 +235,15 @@ fn invariant_3_an_inserted_node_has_a_name_of_its_own() {
 
 #[test]
 fn invariant_4_a_node_comes_after_what_it_reads() {
-    breaks(4, "Twice 'Twice_y'", "reads 'i' before it is computed", |m| {
-        let last = m.graphs[0].nodes.pop().unwrap();
-        m.graphs[0].nodes.insert(1, last);
-    });
+    breaks(
+        4,
+        "Twice 'Twice_y'",
+        "reads 'i' before it is computed",
+        |m| {
+            let last = m.graphs[0].nodes.pop().unwrap();
+            m.graphs[0].nodes.insert(1, last);
+        },
+    );
 }
 
 #[test]
@@ -236,10 +279,15 @@ fn invariant_5_every_recorded_use_is_a_read() {
 
 #[test]
 fn invariant_5_an_output_is_defined_by_its_node() {
-    breaks(5, "Twice 'Twice_y'", "output 0 ('y') is defined elsewhere", |m| {
-        let (y, node) = (value(m, "y"), producer(m, "h"));
-        m.values[y.index()].def = Def::Node { node, slot: 1 };
-    });
+    breaks(
+        5,
+        "Twice 'Twice_y'",
+        "output 0 ('y') is defined elsewhere",
+        |m| {
+            let (y, node) = (value(m, "y"), producer(m, "h"));
+            m.values[y.index()].def = Def::Node { node, slot: 1 };
+        },
+    );
 }
 
 #[test]
@@ -279,13 +327,23 @@ fn invariant_5_an_initializer_has_a_tensor() {
 #[test]
 fn invariant_6_the_operator_set_is_imported() {
     // The body of the function has its own import.
-    breaks(6, "Add 'Add_h'", "no operator set is imported for the standard domain", |m| {
-        m.opset_imports.clear();
-    });
-    breaks(6, "Add 'Add_r'", "no operator set is imported for else.where (Add)", |m| {
-        let node = producer(m, "r");
-        m.node_mut(node).domain = "else.where".into();
-    });
+    breaks(
+        6,
+        "Add 'Add_h'",
+        "no operator set is imported for the standard domain",
+        |m| {
+            m.opset_imports.clear();
+        },
+    );
+    breaks(
+        6,
+        "Add 'Add_r'",
+        "no operator set is imported for else.where (Add)",
+        |m| {
+            let node = producer(m, "r");
+            m.node_mut(node).domain = "else.where".into();
+        },
+    );
 }
 
 #[test]
@@ -304,28 +362,45 @@ fn invariant_6_a_function_counts_under_its_own_domain_only() {
 
 #[test]
 fn invariant_7_inline_tensors_have_the_bytes_they_declare() {
-    for (dims, bytes) in [(vec![2], 7), (vec![3], 8), (vec![i64::MAX, 4], 8), (vec![-2], 8)] {
+    for (dims, bytes) in [
+        (vec![2], 7),
+        (vec![3], 8),
+        (vec![i64::MAX, 4], 8),
+        (vec![-2], 8),
+    ] {
         breaks(7, "initializer 'w'", "found", |m| {
             let w = value(m, "w");
-            m.values[w.index()].initializer = Some(Tensor::raw("w", DataType::Float, dims, vec![0; bytes]));
+            m.values[w.index()].initializer =
+                Some(Tensor::raw("w", DataType::Float, dims, vec![0; bytes]));
         });
     }
-    breaks(7, "initializer 'own'", "float[2] takes 8 bytes, found 0", |m| {
-        let own = value(m, "own");
-        m.values[own.index()].initializer = Some(Tensor::raw("own", DataType::Float, vec![2], vec![]));
-    });
+    breaks(
+        7,
+        "initializer 'own'",
+        "float[2] takes 8 bytes, found 0",
+        |m| {
+            let own = value(m, "own");
+            m.values[own.index()].initializer =
+                Some(Tensor::raw("own", DataType::Float, vec![2], vec![]));
+        },
+    );
 }
 
 #[test]
 fn invariant_7_holds_for_attributes_and_strings() {
-    breaks(7, "Add 'Add_h', attribute 'value'", "takes 16 bytes, found 15", |m| {
-        let node = producer(m, "h");
-        let tensor = Tensor::raw("", DataType::Int64, vec![2], vec![0; 15]);
-        m.node_mut(node).attributes.push(Attribute {
-            name: "value".into(),
-            value: AttrValue::Tensor(tensor),
-        });
-    });
+    breaks(
+        7,
+        "Add 'Add_h', attribute 'value'",
+        "takes 16 bytes, found 15",
+        |m| {
+            let node = producer(m, "h");
+            let tensor = Tensor::raw("", DataType::Int64, vec![2], vec![0; 15]);
+            m.node_mut(node).attributes.push(Attribute {
+                name: "value".into(),
+                value: AttrValue::Tensor(tensor),
+            });
+        },
+    );
     breaks(7, "initializer 'w'", "does not have 1 elements", |m| {
         let w = value(m, "w");
         let mut tensor = Tensor::raw("w", DataType::String, vec![2], vec![]);
@@ -336,7 +411,11 @@ fn invariant_7_holds_for_attributes_and_strings() {
 
 fn set_external(m: &mut Model, dims: Vec<i64>, length: Option<u64>) {
     let far = value(m, "far");
-    let reference = ExternalRef { location: "w.bin".into(), offset: None, length };
+    let reference = ExternalRef {
+        location: "w.bin".into(),
+        offset: None,
+        length,
+    };
     let tensor = m.values[far.index()].initializer.as_mut().unwrap();
     tensor.data = TensorData::External(reference);
     tensor.dims = dims;
@@ -345,9 +424,15 @@ fn set_external(m: &mut Model, dims: Vec<i64>, length: Option<u64>) {
 #[test]
 fn invariant_8_external_lengths_fit_the_dimensions() {
     let at = "initializer 'far'";
-    breaks(8, at, "float[2, 2] takes 16 bytes, length says 15", |m| set_external(m, vec![2, 2], Some(15)));
-    breaks(8, at, "impossible number", |m| set_external(m, vec![i64::MAX, i64::MAX], None));
-    breaks(8, at, "impossible number", |m| set_external(m, vec![-1], Some(4)));
+    breaks(8, at, "float[2, 2] takes 16 bytes, length says 15", |m| {
+        set_external(m, vec![2, 2], Some(15))
+    });
+    breaks(8, at, "impossible number", |m| {
+        set_external(m, vec![i64::MAX, i64::MAX], None)
+    });
+    breaks(8, at, "impossible number", |m| {
+        set_external(m, vec![-1], Some(4))
+    });
     let mut unsaid = model();
     set_external(&mut unsaid, vec![2, 2], None);
     assert_eq!(violations(&unsaid), []);
@@ -379,10 +464,15 @@ fn invariant_9_a_body_has_one_holder() {
 #[test]
 fn invariant_10_the_interface_is_typed() {
     for name in ["x", "y"] {
-        breaks(10, &format!("graph 'main' (g0), '{name}'"), "has no type", |m| {
-            let id = value(m, name);
-            m.values[id.index()].ty = None;
-        });
+        breaks(
+            10,
+            &format!("graph 'main' (g0), '{name}'"),
+            "has no type",
+            |m| {
+                let id = value(m, name);
+                m.values[id.index()].ty = None;
+            },
+        );
     }
 }
 
@@ -428,6 +518,9 @@ fn a_long_report_says_how_much_it_leaves_out() {
         });
     }
     let shown = verify(&m).unwrap_err().to_string();
-    assert!(shown.starts_with("the model breaks 40 invariant(s):"), "{shown}");
+    assert!(
+        shown.starts_with("the model breaks 40 invariant(s):"),
+        "{shown}"
+    );
     assert!(shown.ends_with("and 20 more"), "{shown}");
 }

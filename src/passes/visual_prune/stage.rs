@@ -6,7 +6,9 @@ use super::rank::Ranking;
 use super::{Drop, SALIENT_MASK_INPUT, TextQueries, VisualPrune, marker};
 use crate::arch::Decoder;
 use crate::ir::cone::descendants;
-use crate::ir::{DataType, Dim, Model, NodeId, Patch, PatchPlan, Size, Substitution, ValueId, ValueType};
+use crate::ir::{
+    DataType, Dim, Model, NodeId, Patch, PatchPlan, Size, Substitution, ValueId, ValueType,
+};
 use crate::passes::{Context, Positions};
 
 /// What the layers of one stage read. Shapes: b batch, L tokens of the stage
@@ -110,7 +112,14 @@ impl Plan<'_, '_> {
     /// length behind a drop point.
     fn inputs(&self) -> Result<(), String> {
         let (model, decoder) = (self.model, self.decoder);
-        let rank = |v: ValueId| model.value(v).ty.as_ref().and_then(|t| t.shape()).map(<[_]>::len);
+        let rank = |v: ValueId| {
+            model
+                .value(v)
+                .ty
+                .as_ref()
+                .and_then(|t| t.shape())
+                .map(<[_]>::len)
+        };
         for (value, name) in [
             (decoder.attention_mask, "attention_mask"),
             (decoder.position_ids, "position_ids"),
@@ -118,10 +127,16 @@ impl Plan<'_, '_> {
             if let Some(rank) = value.and_then(rank)
                 && rank != 2
             {
-                return Err(format!("'{name}' has rank {rank}; expected [batch, sequence]"));
+                return Err(format!(
+                    "'{name}' has rank {rank}; expected [batch, sequence]"
+                ));
             }
         }
-        let mut known: HashSet<ValueId> = decoder.layers.iter().flat_map(|l| [l.past.0, l.past.1]).collect();
+        let mut known: HashSet<ValueId> = decoder
+            .layers
+            .iter()
+            .flat_map(|l| [l.past.0, l.past.1])
+            .collect();
         known.insert(decoder.embeds);
         known.extend(decoder.attention_mask);
         known.extend(decoder.position_ids);
@@ -159,7 +174,9 @@ impl Plan<'_, '_> {
                 self.patch.cast(current, DataType::Bool)
             }
             None => {
-                let yes = self.patch.constant(crate::ir::Tensor::bool_scalar("", true));
+                let yes = self
+                    .patch
+                    .constant(crate::ir::Tensor::bool_scalar("", true));
                 let shape = self.patch.op("Shape", &[entry.visual]);
                 self.patch.op("Expand", &[yes, shape])
             }
@@ -401,7 +418,10 @@ impl Plan<'_, '_> {
             }
         }
         let rename = |patch: &mut Patch<'_>, value: ValueId, axis: usize, name: String| {
-            if let Some(ValueType::Tensor { dtype, shape: Some(dims) }) = &model.value(value).ty
+            if let Some(ValueType::Tensor {
+                dtype,
+                shape: Some(dims),
+            }) = &model.value(value).ty
                 && axis < dims.len()
             {
                 let mut dims = dims.clone();
@@ -410,19 +430,36 @@ impl Plan<'_, '_> {
             }
         };
         for (number, stage) in stages.iter().enumerate().skip(1) {
-            let end = stages.get(number + 1).map_or(self.decoder.depth(), |s| s.first);
+            let end = stages
+                .get(number + 1)
+                .map_or(self.decoder.depth(), |s| s.first);
             for layer in &self.decoder.layers[stage.first..end] {
                 for value in [layer.past.0, layer.past.1] {
-                    rename(self.patch, value, 2, format!("past_sequence_length_drop{number}"));
+                    rename(
+                        self.patch,
+                        value,
+                        2,
+                        format!("past_sequence_length_drop{number}"),
+                    );
                 }
                 for value in [layer.present.0, layer.present.1] {
-                    rename(self.patch, value, 2, format!("total_sequence_length_drop{number}"));
+                    rename(
+                        self.patch,
+                        value,
+                        2,
+                        format!("total_sequence_length_drop{number}"),
+                    );
                 }
             }
         }
         let last = stages.len() - 1;
         if behind.contains(&self.decoder.logits) {
-            rename(self.patch, self.decoder.logits, 1, format!("sequence_length_drop{last}"));
+            rename(
+                self.patch,
+                self.decoder.logits,
+                1,
+                format!("sequence_length_drop{last}"),
+            );
         }
     }
 }

@@ -105,7 +105,8 @@ impl ReferenceDecoder {
                 outputs.extend([layer.boundary, layer.query, layer.new_key]);
             }
             let cut = probe::with_outputs(&cut, &outputs)?;
-            let session = probe::open(&cut, &format!("reference decoder, stage {number}"), options)?;
+            let session =
+                probe::open(&cut, &format!("reference decoder, stage {number}"), options)?;
             stages.push(Stage { first, session });
         }
         let names = Names {
@@ -113,8 +114,16 @@ impl ReferenceDecoder {
             mask: decoder.attention_mask.map(name),
             positions: decoder.position_ids.map(name),
             logits: name(decoder.logits),
-            past: decoder.layers.iter().map(|l| (name(l.past.0), name(l.past.1))).collect(),
-            present: decoder.layers.iter().map(|l| (name(l.present.0), name(l.present.1))).collect(),
+            past: decoder
+                .layers
+                .iter()
+                .map(|l| (name(l.past.0), name(l.past.1)))
+                .collect(),
+            present: decoder
+                .layers
+                .iter()
+                .map(|l| (name(l.present.0), name(l.present.1)))
+                .collect(),
             probes: drops
                 .iter()
                 .map(|&d| {
@@ -123,7 +132,11 @@ impl ReferenceDecoder {
                 })
                 .collect(),
         };
-        let dtype = stages[0].session.input(&names.embeds).and_then(|p| p.dtype).unwrap_or(DType::F32);
+        let dtype = stages[0]
+            .session
+            .input(&names.embeds)
+            .and_then(|p| p.dtype)
+            .unwrap_or(DType::F32);
         Ok(Self {
             decoder: decoder.clone(),
             stages,
@@ -159,10 +172,16 @@ impl ReferenceDecoder {
     }
 
     fn zeros(&self, batch: usize, length: usize) -> Result<Value, ValidateError> {
-        let (heads, width) = (self.decoder.kv_heads as usize, self.decoder.head_dim as usize);
+        let (heads, width) = (
+            self.decoder.kv_heads as usize,
+            self.decoder.head_dim as usize,
+        );
         let cache = self.stages[0].session.input(&self.names.past[0].0);
         let dtype = cache.and_then(|p| p.dtype).unwrap_or(self.dtype);
-        Ok(Value::new(Tensor::zeros(dtype, [batch, heads, length, width])?)?)
+        Ok(Value::new(Tensor::zeros(
+            dtype,
+            [batch, heads, length, width],
+        )?)?)
     }
 
     /// Runs new tokens through all stages.
@@ -184,26 +203,39 @@ impl ReferenceDecoder {
             };
             rows.push(oracle::text_rows(row_visual, &real, text)?);
         }
-        let entered: Vec<usize> = visual.iter().map(|v| v.iter().filter(|x| **x).count()).collect();
+        let entered: Vec<usize> = visual
+            .iter()
+            .map(|v| v.iter().filter(|x| **x).count())
+            .collect();
         let schedule: Vec<oracle::Drop> = self
             .prune
             .iter()
             .flat_map(|p| &p.drops)
-            .map(|d| oracle::Drop { after_layer: d.after_layer, keep: d.keep })
+            .map(|d| oracle::Drop {
+                after_layer: d.after_layer,
+                keep: d.keep,
+            })
             .collect();
         let drops = oracle::drop_counts(&entered, &schedule)?;
         let mut embeds = input.embeds.clone();
         let mut mask = input.mask.clone();
         let mut positions = input.positions.clone();
-        let renumber = self.prune.as_ref().is_none_or(|p| p.positions == Positions::Renumber);
+        let renumber = self
+            .prune
+            .as_ref()
+            .is_none_or(|p| p.positions == Positions::Renumber);
         let mut kept_all = Vec::new();
         let mut logits = None;
         for number in 0..self.stages.len() {
             let first = self.stages[number].first;
-            let end = self.stages.get(number + 1).map_or(self.depth(), |s| s.first);
+            let end = self
+                .stages
+                .get(number + 1)
+                .map_or(self.depth(), |s| s.first);
             let past = state.masks[number].ncols();
-            let full_mask = ndarray::concatenate(Axis(1), &[state.masks[number].view(), mask.view()])
-                .map_err(|e| ValidateError::Model(e.to_string()))?;
+            let full_mask =
+                ndarray::concatenate(Axis(1), &[state.masks[number].view(), mask.view()])
+                    .map_err(|e| ValidateError::Model(e.to_string()))?;
             let outputs = self.run(number, state, &embeds, &full_mask, &positions, past, batch)?;
             for layer in first..end {
                 let (key, value) = &self.names.present[layer];
@@ -283,7 +315,10 @@ impl ReferenceDecoder {
         batch: usize,
     ) -> Result<crate::runtime::Outputs, ValidateError> {
         let first = self.stages[number].first;
-        let end = self.stages.get(number + 1).map_or(self.depth(), |s| s.first);
+        let end = self
+            .stages
+            .get(number + 1)
+            .map_or(self.depth(), |s| s.first);
         let filler = self.zeros(batch, past)?;
         let embeds = Value::new(Tensor::from(embeds.clone()).cast_float(self.dtype)?)?;
         let mut feed: Vec<(&str, Value)> = vec![(&self.names.embeds, embeds)];

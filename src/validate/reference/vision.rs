@@ -56,9 +56,17 @@ impl ReferenceVision {
             Some(merge) => {
                 let unknown = |rank| vec![Dim::Unknown; rank];
                 let entry = ValueType::tensor(tower.dtype, unknown(3));
-                let dtype = model.value(tower.features).ty.as_ref().and_then(|t| t.dtype());
+                let dtype = model
+                    .value(tower.features)
+                    .ty
+                    .as_ref()
+                    .and_then(|t| t.dtype());
                 let features = ValueType::tensor(dtype.unwrap_or(DataType::Float), unknown(3));
-                let part = extract(model, &[(tower.entry, entry)], &[(tower.features, features)])?;
+                let part = extract(
+                    model,
+                    &[(tower.entry, entry)],
+                    &[(tower.features, features)],
+                )?;
                 let projector = probe::open(&part, "reference projector", options)?;
                 Some((params(merge, tower)?, projector))
             }
@@ -101,8 +109,12 @@ impl ReferenceVision {
         };
         let hidden = rank3(out.get(&self.names.hidden)?)?;
         let (_, tokens, _) = hidden.dim();
-        let query = self.tower.heads_of(out.get(&self.names.query)?, images, tokens)?;
-        let key = self.tower.heads_of(out.get(&self.names.key)?, images, tokens)?;
+        let query = self
+            .tower
+            .heads_of(out.get(&self.names.query)?, images, tokens)?;
+        let key = self
+            .tower
+            .heads_of(out.get(&self.names.key)?, images, tokens)?;
         #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
         let scale = self.tower.site.scale() as f32;
         let (mut tokens, mut merged) = (Vec::new(), Vec::new());
@@ -204,9 +216,13 @@ pub(in crate::validate) fn per_image(
     let data = features.f32s()?.into_owned();
     let rows = data.len() / width;
     if images == 0 || rows % images != 0 {
-        return Err(ValidateError::Model(format!("features {shape:?} are not those of {images} images")));
+        return Err(ValidateError::Model(format!(
+            "features {shape:?} are not those of {images} images"
+        )));
     }
     let all = Array3::from_shape_vec((images, rows / images, width), data)
         .map_err(|e| ValidateError::Model(e.to_string()))?;
-    Ok((0..images).map(|i| all.slice(s![i, .., ..]).to_owned()).collect())
+    Ok((0..images)
+        .map(|i| all.slice(s![i, .., ..]).to_owned())
+        .collect())
 }
