@@ -236,7 +236,6 @@ fn crates_are_used_only_where_the_rule_allows() {
             let used = words(&code, name).iter().any(|(before, after)| {
                 let imported = before.ends_with("use ") || before.ends_with("extern crate ");
                 let path = after.starts_with("::") && !before.ends_with("::");
-                // Derives and attributes name clap's macros by these.
                 imported || path
             });
             if used && !allowed.contains(&file.module.as_str()) {

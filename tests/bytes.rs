@@ -408,6 +408,56 @@ fn field_order_and_repeats_of_unusual_writers_are_kept() {
     );
 }
 
+#[test]
+fn an_untouched_node_keeps_the_order_of_its_fields() {
+    // Operator and outputs before the inputs, and no name at all.
+    let odd = |out: &[u8]| {
+        let fields = [delimited(4, b"Sqrt"), delimited(2, out), delimited(1, b"x")];
+        delimited(1, &fields.concat())
+    };
+    let mut file = Vec::new();
+    for field in walk(&encode(&small())) {
+        if field.number == GRAPH {
+            let inner = [odd(b"odd"), field.contents, odd(b"edited")].concat();
+            file.extend(delimited(GRAPH, &inner));
+        } else {
+            file.extend(field.whole);
+        }
+    }
+    let before = read_bytes("odd", file.into()).unwrap();
+    let after = patched(&before, |p| {
+        p.rewire(producer(&before, "edited"), 0, find(&before, "a"));
+    });
+    let nodes = contents(&main_graph(&bytes_of(&after)), NODE);
+    assert_eq!(delimited(1, &nodes[0]), odd(b"odd"));
+    assert_ne!(delimited(1, &nodes[4]), odd(b"edited"));
+    assert_eq!(contents(&nodes[4], 1), [b"a"]);
+}
+
+#[test]
+fn nodes_out_of_order_are_put_in_order_where_the_graph_is_written_anew() {
+    let mut proto = small();
+    proto.graph.as_mut().unwrap().node.swap(0, 1);
+    let before = load(&proto);
+    assert_eq!(violations(&before), []);
+    assert_eq!(listing(&before), ["Add(x,w)->a", "Neg(a)->y", "Abs(x)->z"]);
+    // What no patch touches is not put in order either.
+    assert_eq!(bytes_of(&before), encode(&proto));
+    let after = patched(&before, |p| {
+        p.rewire(producer(&before, "z"), 0, find(&before, "a"));
+    });
+    let written = decode(&bytes_of(&after)).graph.unwrap();
+    let order: Vec<&str> = written.node.iter().map(|n| n.op_type()).collect();
+    assert_eq!(order, ["Add", "Neg", "Abs"]);
+    // A cycle has no order: the verifier says where it is.
+    proto.graph.as_mut().unwrap().node[1].input[1] = "y".into();
+    let found = violations(&load(&proto));
+    assert!(
+        !found.is_empty() && found.iter().all(|v| v.invariant == 4),
+        "{found:?}"
+    );
+}
+
 // ---- typed data ----
 
 fn tensor(dtype: DataType, dims: &[i64]) -> TensorProto {

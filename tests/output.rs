@@ -374,13 +374,12 @@ fn nothing_is_left_behind_when_a_write_fails_half_way() {
 #[cfg(target_os = "linux")]
 fn sparse_model(path: &Path, bytes: u64) {
     use std::io::Write;
-    let mut weight = duet_onnx::proto::TensorProto {
+    let weight = duet_onnx::proto::TensorProto {
         data_type: Some(2),
         dims: vec![i64::try_from(bytes).unwrap()],
         name: Some("w".into()),
         ..Default::default()
     };
-    weight.raw_data = None;
     let head = |number: u64, length: u64| {
         let mut out = Vec::new();
         prost::encoding::encode_varint(number << 3 | 2, &mut out);

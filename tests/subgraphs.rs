@@ -120,8 +120,8 @@ fn a_function_may_import_operator_sets_of_its_own() {
     let mut proto = nested();
     proto.functions[0]
         .opset_import
-        .push(opset("com.microsoft", 1));
-    proto.functions[0].node[0].domain = Some("com.microsoft".into());
+        .push(opset("com.example", 1));
+    proto.functions[0].node[0].domain = Some("com.example".into());
     assert_eq!(violations(&load(&proto)), []);
     proto.functions[0].opset_import.pop();
     let found = violations(&load(&proto));
@@ -338,4 +338,93 @@ fn lists_of_graphs_are_carried_and_rewritten() {
         ["duet/t/Sqrt:inner"]
     );
     assert_eq!(held.attribute[0].graphs[1], negates("c1", "x", "c1_out"));
+}
+
+#[test]
+fn a_body_does_not_type_what_it_only_captured() {
+    let mut proto = nested();
+    let main = proto.graph.as_mut().unwrap();
+    main.node[1].attribute[1].g = Some(graph("e", &[], &[value("l", INT64, &[9])], &[], &[]));
+    // The Loop, whose output the body gives out, has to come first.
+    main.node.swap(1, 2);
+    main.value_info.push(two("l"));
+    let m = load(&proto);
+    assert_eq!(violations(&m), []);
+    assert_eq!(m.value(find(&m, "l")).ty, Some(f32s()));
+}
+
+#[test]
+fn an_untouched_body_keeps_its_bytes_inside_a_rewritten_node() {
+    // Fields of several kinds in turns, as no writer of ours puts them.
+    let own = |name: &str| delimited(5, &encode_tensor(&floats(name, &[2], &[1.0, 2.0])));
+    let other = [
+        own("k"),
+        delimited(
+            1,
+            &[
+                delimited(4, b"Add"),
+                delimited(1, b"k"),
+                delimited(1, b"j"),
+                delimited(2, b"e_out"),
+            ]
+            .concat(),
+        ),
+        own("j"),
+        delimited(12, b"\x0a\x05e_out"),
+        delimited(2, b"e"),
+    ]
+    .concat();
+    let mut file = Vec::new();
+    for field in walk(&encode(&nested())) {
+        if field.number != 7 {
+            file.extend(field.whole);
+            continue;
+        }
+        let mut inner = Vec::new();
+        for (at, element) in walk(&field.contents).into_iter().enumerate() {
+            if element.number != 1 || at != 1 {
+                inner.extend(element.whole);
+                continue;
+            }
+            // The If: its else-branch becomes a list with the odd one.
+            let mut held = Vec::new();
+            for part in walk(&element.contents) {
+                if part.number == 5 && text_of(&part.contents, 1) == "else_branch" {
+                    // A list of two bodies, of which the patch reaches the first.
+                    let first = prost::Message::encode_to_vec(&negates("c", "o", "c_out"));
+                    let attribute = [
+                        delimited(1, b"else_branch"),
+                        delimited(11, &first),
+                        delimited(11, &other),
+                        number(20, 10),
+                    ];
+                    held.extend(delimited(5, &attribute.concat()));
+                } else {
+                    held.extend(part.whole);
+                }
+            }
+            inner.extend(delimited(1, &held));
+        }
+        file.extend(delimited(7, &inner));
+    }
+    let m = read_bytes("odd", file.clone().into()).unwrap();
+    assert_eq!(bytes_of(&m), file);
+    let after = patched(&m, |p| {
+        let new = p.op("Sqrt", &[find(&m, "o")]);
+        p.replace_output(1, new, f32s());
+    });
+    let written = bytes_of(&after);
+    let main = decode(&written).graph.unwrap();
+    let held = main.node.iter().find(|n| n.op_type() == "If").unwrap();
+    let inner = body(&body(held, "then_branch").node[0], "then_branch");
+    assert_eq!(
+        inner.node[0].input,
+        ["duet/t/Sqrt:inner"],
+        "the If was written anew"
+    );
+    assert!(written.windows(other.len()).any(|w| w == other));
+}
+
+fn encode_tensor(tensor: &duet_onnx::proto::TensorProto) -> Vec<u8> {
+    prost::Message::encode_to_vec(tensor)
 }

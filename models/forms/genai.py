@@ -45,7 +45,7 @@ from export import export as export_part
 
 @dataclass(frozen=True)
 class Form:
-    """One run of the builder; `tolerance` in standard deviations of the logits, None where none is known."""
+    """One run of the builder; `tolerance` in standard deviations, None for common.UNLIKE_AT_MOST alone."""
 
     model: str
     precision: str

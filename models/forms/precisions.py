@@ -59,7 +59,7 @@ SOURCES = {
     "bf16": ("dynamo18-mha", "dynamo23-gqa"),
 }
 FORMS = {f"{kind}-{source}": (kind, source) for kind, sources in SOURCES.items() for source in sources}
-# Standard deviations of the logits. None: too coarse for a network of random weights to bound.
+# Standard deviations of the logits. Others: only common.UNLIKE_AT_MOST, one logit of thousands may be far off.
 TOLERANCE = {"fp16": 5e-2, "fp16io": 5e-2, "torchfp16": 5e-2}
 
 

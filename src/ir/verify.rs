@@ -11,7 +11,8 @@
 //! 5. definitions and uses agree in both directions;
 //! 6. the operator set of every node's domain is imported (by the model, or by
 //!    the function whose body holds the node), or the node calls a model-local
-//!    function;
+//!    function; ONNX Runtime's own domains need no import where the file itself
+//!    uses them;
 //! 7. an inline tensor (initializer or attribute) has as many bytes as its type
 //!    and dimensions say;
 //! 8. an external tensor has dimensions that can be counted, and states a length

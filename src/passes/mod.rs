@@ -73,9 +73,19 @@ pub struct Entry {
     /// Parameter names.
     pub keys: &'static [&'static str],
     /// Reads its parameters.
-    pub parse: fn(serde_yaml::Value) -> Result<Box<dyn Pass>, serde_yaml::Error>,
+    pub parse: fn(serde_yaml::Value) -> Result<Box<dyn Pass>, String>,
     /// Parameters under which it keeps everything (for the conformance test).
     pub keep_everything: &'static str,
+}
+
+/// Reads a pass's parameters; an error names the key.
+fn parse<P: Pass + serde::de::DeserializeOwned + 'static>(
+    value: serde_yaml::Value,
+) -> Result<Box<dyn Pass>, String> {
+    match serde_path_to_error::deserialize::<_, P>(value) {
+        Ok(pass) => Ok(Box::new(pass)),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// All passes.

@@ -37,7 +37,7 @@ pub(super) const ENTRY: Entry = Entry {
         "cls",
         "placement",
     ],
-    parse: |value| Ok(Box::new(serde_yaml::from_value::<TokenMerge>(value)?)),
+    parse: super::parse::<TokenMerge>,
     keep_everything: "{dominant: 1.0, contextual: 0, cls: drop}",
 };
 

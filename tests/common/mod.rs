@@ -248,6 +248,27 @@ pub(crate) fn nested() -> ModelProto {
     proto
 }
 
+/// ```text
+/// a = Add(x, w); b = Mul(a, v); y = Neg(b); z = Abs(a); unread = Exp(old)
+/// ```
+/// `unread` is dead and `spare` has no reader, before any patch.
+pub(crate) fn chain() -> ModelProto {
+    let two = |name: &str| floats(name, &[2], &[1.0, 2.0]);
+    model(graph(
+        "chain",
+        &[value("x", FLOAT, &[2])],
+        &[value("y", FLOAT, &[2]), value("z", FLOAT, &[2])],
+        &[two("w"), two("v"), two("old"), two("spare")],
+        &[
+            node("Add", &["x", "w"], &["a"]),
+            node("Exp", &["old"], &["unread"]),
+            node("Mul", &["a", "v"], &["b"]),
+            node("Neg", &["b"], &["y"]),
+            node("Abs", &["a"], &["z"]),
+        ],
+    ))
+}
+
 /// The model's file.
 pub(crate) fn encode(model: &ModelProto) -> Bytes {
     model.encode_to_vec().into()

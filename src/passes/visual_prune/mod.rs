@@ -36,7 +36,7 @@ pub(super) const ENTRY: Entry = Entry {
     name: "visual_prune",
     about: "drops visual tokens at chosen decoder layers, ranked by the text's attention (T2V)",
     keys: &["drops", "text", "positions"],
-    parse: |value| Ok(Box::new(serde_yaml::from_value::<VisualPrune>(value)?)),
+    parse: super::parse::<VisualPrune>,
     keep_everything: "{drops: [{after_layer: 2, keep: 1.0}]}",
 };
 

@@ -157,7 +157,7 @@ fn contextual_token_is_the_anchor_plus_the_mean_of_its_members() {
     assert_eq!(merged.tokens.row(2), array![9.5, 95.0]);
     // An anchor without members is itself.
     let alone = selected(&params(2, 1, 1), &[]);
-    assert_eq!(alone.assignment, [Vec::new()]);
+    assert_eq!(alone.assignment, [Vec::<usize>::new()]);
     assert_eq!(alone.tokens.row(2), array![7.0, 70.0]);
 }
 

@@ -1,0 +1,373 @@
+//! The exported fixtures, rewriting them in memory, and running them with a look inside.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use ndarray::Array2;
+
+use duet_onnx::arch::Vlm;
+use duet_onnx::ir::{DataType, Dim, Model, Patch, ValueType, verify};
+use duet_onnx::onnx::{ModelDir, read, serialize};
+use duet_onnx::passes::{Recipe, rewrite};
+use duet_onnx::runtime::{
+    Cache, Decoder, Embedder, Outputs, RuntimeError, Session, SessionOptions, StepInput,
+    StepOutput, Tensor, Value, scatter,
+};
+
+/// Every exported model that ships with the sources.
+pub(crate) const FIXTURES: [&str; 9] = [
+    "ts-eager-mha",
+    "ts-eager-gqa",
+    "ts-sdpa-mha",
+    "ts-sdpa-gqa",
+    "dynamo18-mha",
+    "dynamo18-gqa",
+    "dynamo23-mha",
+    "dynamo23-gqa",
+    "demo",
+];
+
+/// The golden set of a fixture.
+pub(crate) fn set_of(fixture: &str) -> &str {
+    fixture.rsplit('-').next().unwrap_or(fixture)
+}
+
+/// The directory of this package.
+pub(crate) fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The parts of a fixture, recognised.
+pub(crate) fn fixture(name: &str) -> Vlm {
+    let path = root().join("models/llava/fixtures").join(name);
+    let dir = ModelDir::open(&path).unwrap_or_else(|e| panic!("{name}: {e}"));
+    let mut models = Vec::new();
+    for file in &dir.files {
+        let at = dir.path(file);
+        let model = read(&at).unwrap_or_else(|e| panic!("{}: {e}", at.display()));
+        verify(&model).unwrap_or_else(|e| panic!("{}: {e}", at.display()));
+        models.push((file.relative.clone(), file.variant.clone(), model));
+    }
+    let vlm = Vlm::new(models);
+    let found = (
+        vlm.towers().count(),
+        vlm.embeddings().count(),
+        vlm.decoders().count(),
+    );
+    assert_eq!(found, (1, 1, 1), "{name}: vision, embedding, decoder");
+    vlm
+}
+
+/// A recipe of these passes.
+pub(crate) fn recipe(text: &str) -> Recipe {
+    Recipe::parse(text).unwrap_or_else(|e| panic!("{e} in\n{text}"))
+}
+
+/// A recipe's text from its passes, each `name: {parameters}`.
+pub(crate) fn recipe_text(passes: &[(&str, &str)], rest: &str) -> String {
+    let mut text = String::from("version: 1\npasses:\n");
+    for (name, parameters) in passes {
+        text.push_str(&format!("  - {name}: {parameters}\n"));
+    }
+    text.push_str(rest);
+    text
+}
+
+/// The fixture rewritten with a recipe's text.
+pub(crate) fn rewritten(base: &Vlm, text: &str) -> Vlm {
+    let done = rewrite(base.clone(), &recipe(text)).unwrap_or_else(|e| panic!("{e} with\n{text}"));
+    done.vlm
+}
+
+/// How sessions are opened: small models run best on one thread, and the test harness runs several
+/// tests at once.
+pub(crate) fn options() -> SessionOptions {
+    SessionOptions {
+        intra_threads: 1,
+        ..SessionOptions::default()
+    }
+}
+
+/// Loads ONNX Runtime, installing it on a machine that has none.
+#[allow(clippy::print_stderr, reason = "a download is announced, never silent")]
+pub(crate) fn runtime() {
+    duet_onnx::runtime::ensure(&mut |line| eprintln!("{line}")).unwrap_or_else(|e| panic!("{e}"));
+}
+
+/// Opens a model that exists in memory only.
+pub(crate) fn open(model: &Model, name: &Path) -> Session {
+    runtime();
+    let bytes = serialize(verify(model).unwrap_or_else(|e| panic!("{}: {e}", name.display())));
+    let mut options = options();
+    options.data_dir = model.external().directory();
+    Session::from_bytes(&bytes.to_vec(), &name.display().to_string(), &options)
+        .unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// The model with the named inserted values as further outputs, those that it has.
+pub(crate) fn probed(model: &Model, names: &[String]) -> Model {
+    let mut patch = Patch::new(model, "probe");
+    for name in names {
+        if let Some(value) = model.find(name) {
+            let ty = ValueType::tensor(DataType::Int64, vec![Dim::Unknown; 2]);
+            patch.add_output(value, ty);
+        }
+    }
+    let plan = patch.finish();
+    model.clone().apply(plan).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Rows of indices, read off a probe `[rows, width]`.
+pub(crate) fn index_rows(tensor: &Tensor) -> Vec<Vec<usize>> {
+    let [rows, width] = *tensor.shape() else {
+        panic!("indices are {:?}, expected [rows, width]", tensor.shape());
+    };
+    let all = tensor.i64s().expect("indices are integers");
+    let index = |i: usize| usize::try_from(all[i]).expect("an index is not negative");
+    let row = |r: usize| (r * width..(r + 1) * width).map(index).collect();
+    (0..rows).map(row).collect()
+}
+
+/// What the vision encoder gave for some images.
+pub(crate) struct Encoded {
+    /// For each image `[features, width]`, marker channel included.
+    pub(crate) features: Vec<Tensor>,
+    /// Dominant patches of each image, if the model selects any.
+    pub(crate) dominant: Option<Vec<Vec<usize>>>,
+    /// Anchors of each image's contextual tokens, in output order, if it makes any.
+    pub(crate) anchors: Option<Vec<Vec<usize>>>,
+}
+
+/// The three open parts of a model.
+pub(crate) struct Runner {
+    vision: Rc<RefCell<Session>>,
+    pixels: String,
+    embedder: Rc<RefCell<Embedder>>,
+    /// The decoder, with the kept indices of every drop point as further outputs.
+    pub(crate) decoder: Rc<RefCell<Decoder>>,
+}
+
+/// Open parts by what is in them: opening a session takes far longer than running it, and recipes
+/// that differ in one pass only share the parts that the other pass makes.
+#[derive(Default)]
+pub(crate) struct Pool {
+    visions: HashMap<Vec<u8>, Rc<RefCell<Session>>>,
+    embedders: HashMap<Vec<u8>, Rc<RefCell<Embedder>>>,
+    decoders: HashMap<Vec<u8>, Rc<RefCell<Decoder>>>,
+}
+
+const DOMINANT: &str = "duet/token_merge/dominant_indices";
+const ANCHORS: &str = "duet/token_merge/anchor_indices";
+
+/// The name of a drop point's kept indices; drop points count from 1.
+pub(crate) fn kept_name(drop: usize) -> String {
+    format!("duet/visual_prune/drop{drop}/kept_indices")
+}
+
+/// The file's bytes but for the stamp.
+fn contents(model: &Model) -> Vec<u8> {
+    let mut patch = Patch::new(model, "stamp");
+    patch.metadata("duet.recipe", "");
+    let plan = patch.finish();
+    let plain = model.clone().apply(plan).expect("metadata can be set");
+    let bytes = serialize(verify(&plain).unwrap_or_else(|e| panic!("{e}")));
+    bytes.to_vec()
+}
+
+impl Pool {
+    /// Opens a model, rewritten or not.
+    pub(crate) fn open(&mut self, vlm: &Vlm) -> Runner {
+        let (at, tower) = vlm.towers().next().expect("a vision encoder");
+        let part = &vlm.parts[at];
+        let pixels = part.model.name(tower.pixels).to_owned();
+        let vision = self
+            .visions
+            .entry(contents(&part.model))
+            .or_insert_with(|| {
+                let inside = [DOMINANT.to_owned(), ANCHORS.to_owned()];
+                Rc::new(RefCell::new(open(
+                    &probed(&part.model, &inside),
+                    &part.file,
+                )))
+            });
+        let (at, _) = vlm.embeddings().next().expect("a token embedding");
+        let part = &vlm.parts[at];
+        let embedder = self
+            .embedders
+            .entry(contents(&part.model))
+            .or_insert_with(|| {
+                let embedder = Embedder::new(open(&part.model, &part.file));
+                Rc::new(RefCell::new(embedder.unwrap_or_else(|e| panic!("{e}"))))
+            });
+        let (at, decoder) = vlm.decoders().next().expect("a decoder");
+        let part = &vlm.parts[at];
+        let depth = decoder.depth();
+        let decoder = self
+            .decoders
+            .entry(contents(&part.model))
+            .or_insert_with(|| {
+                let inside: Vec<String> = (1..=depth).map(kept_name).collect();
+                let decoder = Decoder::new(open(&probed(&part.model, &inside), &part.file));
+                Rc::new(RefCell::new(decoder.unwrap_or_else(|e| panic!("{e}"))))
+            });
+        Runner {
+            vision: Rc::clone(vision),
+            pixels,
+            embedder: Rc::clone(embedder),
+            decoder: Rc::clone(decoder),
+        }
+    }
+}
+
+impl Runner {
+    /// Opens a model on its own.
+    pub(crate) fn open(vlm: &Vlm) -> Self {
+        Pool::default().open(vlm)
+    }
+
+    /// Features of pixels `[images, 3, height, width]`.
+    pub(crate) fn encode(&self, pixels: Tensor) -> Encoded {
+        let value = Value::new(pixels).expect("pixels");
+        let mut session = self.vision.borrow_mut();
+        let outputs = session.run(&[(&self.pixels, &value)]);
+        let outputs = outputs.unwrap_or_else(|e| panic!("{e}"));
+        let features = outputs.first().and_then(Value::to_tensor);
+        let features = features.expect("features");
+        let [images, rows, width] = *features.shape() else {
+            panic!("features are {:?}", features.shape());
+        };
+        let all = features.f32s().expect("features are numbers");
+        let indices = |name: &str| {
+            let value = outputs.get(name).ok()?;
+            Some(index_rows(&value.to_tensor().expect("indices")))
+        };
+        Encoded {
+            features: (0..images)
+                .map(|i| {
+                    let part = &all[i * rows * width..(i + 1) * rows * width];
+                    Tensor::new([rows, width], part.to_vec()).expect("one image's features")
+                })
+                .collect(),
+            dominant: indices(DOMINANT),
+            anchors: indices(ANCHORS),
+        }
+    }
+
+    /// Embeddings of ids with the features, in order, at the places of `visual`.
+    pub(crate) fn embed(
+        &self,
+        ids: &Array2<i64>,
+        visual: &Array2<bool>,
+        features: &[Tensor],
+    ) -> Value {
+        let embeds = self.embedder.borrow_mut().run(ids.clone());
+        let embeds = embeds.and_then(|e| e.to_tensor()).expect("embeddings");
+        let visual: Vec<bool> = visual.iter().copied().collect();
+        let filled = scatter(embeds, &visual, features).unwrap_or_else(|e| panic!("{e}"));
+        Value::new(filled).expect("embeddings")
+    }
+
+    /// Embeddings of text.
+    pub(crate) fn embed_text(&self, ids: &Array2<i64>) -> Value {
+        self.embed(ids, &Array2::from_elem(ids.dim(), false), &[])
+    }
+
+    /// One run of the decoder, from an empty cache if none is given.
+    pub(crate) fn step(&self, input: &StepInput, cache: Option<&Cache>) -> StepOutput {
+        let mut decoder = self.decoder.borrow_mut();
+        let output = match cache {
+            Some(cache) => decoder.step(input, cache),
+            None => decoder.prefill(input),
+        };
+        output.unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// One run as a client might write it: `mask` and `positions` go to the decoder as they are.
+    pub(crate) fn step_as_given(
+        &self,
+        embeds: Value,
+        mask: Array2<i64>,
+        positions: Array2<i64>,
+        cache: &Cache,
+    ) -> Result<Outputs, RuntimeError> {
+        let mut decoder = self.decoder.borrow_mut();
+        let session = decoder.session_mut();
+        let past: Vec<String> = session
+            .inputs()
+            .iter()
+            .filter(|port| port.name.starts_with("past_key_values."))
+            .map(|port| port.name.clone())
+            .collect();
+        let (mask, positions) = (Value::new(mask.into())?, Value::new(positions.into())?);
+        let mut feed = vec![
+            ("inputs_embeds", &embeds),
+            ("attention_mask", &mask),
+            ("position_ids", &positions),
+        ];
+        feed.extend(past.iter().map(String::as_str).zip(cache.values()));
+        session.run(&feed)
+    }
+}
+
+/// The kept indices of every drop point in a step, for each row.
+pub(crate) fn kept(output: &StepOutput) -> Vec<Vec<Vec<usize>>> {
+    let mut all = Vec::new();
+    for drop in 1.. {
+        let name = kept_name(drop);
+        let Some((_, value)) = output.extra.iter().find(|(n, _)| *n == name) else {
+            return all;
+        };
+        all.push(index_rows(&value.to_tensor().expect("indices")));
+    }
+    all
+}
+
+/// A value's elements.
+pub(crate) fn numbers(value: &Value) -> Vec<f32> {
+    let tensor = value.to_tensor().expect("a tensor");
+    tensor.f32s().expect("numbers").into_owned()
+}
+
+/// Edge of a model's images and width of its features.
+pub(crate) fn sizes(vlm: &Vlm) -> (usize, usize) {
+    let (at, tower) = vlm.towers().next().expect("a vision encoder");
+    let shape = vlm.parts[at].model.value(tower.pixels).ty.as_ref();
+    let edge = shape
+        .and_then(|t| t.shape()?.last()?.known())
+        .expect("the size of images");
+    let width = tower.feature_width.expect("the width of features");
+    (
+        usize::try_from(edge).expect("a size"),
+        usize::try_from(width).expect("a width"),
+    )
+}
+
+/// Largest difference in units of the standard deviation of `want`. Where `want` is NaN, `found` has
+/// to be NaN too (a fully masked row of an unmodified model), else the difference is infinite.
+pub(crate) fn difference(want: &[f32], found: &[f32]) -> f64 {
+    assert_eq!(want.len(), found.len(), "numbers of elements");
+    let finite: Vec<f64> = want
+        .iter()
+        .filter(|v| v.is_finite())
+        .map(|&v| f64::from(v))
+        .collect();
+    let count = finite.len().max(1) as f64;
+    let mean = finite.iter().sum::<f64>() / count;
+    let variance = finite.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / count;
+    let mut worst: f64 = 0.0;
+    for (a, b) in want.iter().zip(found) {
+        let apart = (f64::from(*a) - f64::from(*b)).abs();
+        match (a.is_finite(), b.is_finite()) {
+            (true, true) => worst = worst.max(apart),
+            _ if a.is_nan() && b.is_nan() || a == b => {}
+            _ => return f64::INFINITY,
+        }
+    }
+    if worst == 0.0 {
+        0.0
+    } else {
+        worst / variance.sqrt()
+    }
+}
