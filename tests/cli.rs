@@ -1,6 +1,8 @@
 //! The command line as people and scripts use it: exit codes, messages, what is
 //! written and what is not.
 
+#![allow(clippy::print_stderr, reason = "an installation announces itself")]
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

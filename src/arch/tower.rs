@@ -87,6 +87,13 @@ impl VisionTower {
         if let Some(why) = hidden_network(model) {
             return fail(why);
         }
+        if model.input("input_ids").is_some() {
+            return fail(
+                "it takes input_ids beside the pixels: a whole vision-language model in one file is not \
+                 supported yet; export vision encoder, token embedding and decoder as three files"
+                    .into(),
+            );
+        }
         let reached = descendants(model, &[pixels], true);
         let is_features = |v: &ValueId| {
             let ty = model.value(*v).ty.as_ref().and_then(|t| t.dtype());

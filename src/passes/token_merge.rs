@@ -296,7 +296,7 @@ impl Build<'_, '_> {
             .slice(x, Size::Known(1), Size::Known(i64::MAX), axis)
     }
 
-    fn to_f32(&mut self, x: ValueId) -> ValueId {
+    fn in_f32(&mut self, x: ValueId) -> ValueId {
         if self.tower.dtype == DataType::Float {
             return x;
         }
@@ -308,7 +308,7 @@ impl Build<'_, '_> {
         let tokens = self.budget.patches + self.cls_rows();
         let dims = [-1, tokens, self.tower.heads, self.tower.head_dim];
         let split = self.patch.reshape(projection, &dims);
-        self.to_f32(split)
+        self.in_f32(split)
     }
 
     /// The merged tokens `[n, K, D]`.
@@ -456,15 +456,15 @@ impl Build<'_, '_> {
         let belongs = self.patch.op("Equal", &[nearest, every]);
         let belongs = self.patch.cast(belongs, DataType::Float);
         let member_rows = self.rows(member);
-        let member_rows = self.to_f32(member_rows);
+        let member_rows = self.in_f32(member_rows);
         let sum = self.patch.op("MatMul", &[belongs, member_rows]);
         let count = self.patch.reduce_sum(belongs, &[2], true);
         let one = self.patch.f32(1.0);
         let count = self.patch.op("Max", &[count, one]);
         let mean = self.patch.op("Div", &[sum, count]);
-        let anchor_rows = self.to_f32(anchor_rows);
+        let anchor_rows = self.in_f32(anchor_rows);
         let token = self.patch.op("Add", &[anchor_rows, mean]);
-        self.to_model(token)
+        self.in_model_type(token)
     }
 
     /// Anchors by attention received, each averaged with its w nearest.
@@ -498,7 +498,7 @@ impl Build<'_, '_> {
         let flat = self.patch.reshape(nearest, &[0, b.contextual * width]);
         let neighbour = self.patch.gather_rows(residual, flat);
         let rows = self.rows(neighbour);
-        let rows = self.to_f32(rows);
+        let rows = self.in_f32(rows);
         // D is inferred: the file need not state the tower's width.
         let batch = self.patch.size_of(rows, 0);
         let batch = self.patch.size_value(batch);
@@ -506,14 +506,14 @@ impl Build<'_, '_> {
         let shape = self.patch.concat(&[batch, rest], 0);
         let rows = self.patch.op("Reshape", &[rows, shape]);
         let sum = self.patch.reduce_sum(rows, &[2], false);
-        let anchor_rows = self.to_f32(anchor_rows);
+        let anchor_rows = self.in_f32(anchor_rows);
         let sum = self.patch.op("Add", &[sum, anchor_rows]);
         let count = self.patch.f32((width + 1) as f32);
         let token = self.patch.op("Div", &[sum, count]);
-        self.to_model(token)
+        self.in_model_type(token)
     }
 
-    fn to_model(&mut self, x: ValueId) -> ValueId {
+    fn in_model_type(&mut self, x: ValueId) -> ValueId {
         if self.tower.dtype == DataType::Float {
             return x;
         }

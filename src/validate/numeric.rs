@@ -387,13 +387,16 @@ impl Pair {
     }
 }
 
+/// Kept indices at every drop point, for every row.
+type Kept = Vec<Vec<Vec<usize>>>;
+
 /// A step that also returns the kept indices at every drop point.
 fn run_probed(
     decoder: &mut RunDecoder,
     input: &StepInput,
     cache: &crate::runtime::Cache,
     drops: usize,
-) -> Result<(crate::runtime::StepOutput, Vec<Vec<Vec<usize>>>), ValidateError> {
+) -> Result<(crate::runtime::StepOutput, Kept), ValidateError> {
     let output = decoder.step(input, cache)?;
     let mut kept = Vec::new();
     for drop in 1..=drops {

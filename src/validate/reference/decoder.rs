@@ -226,7 +226,8 @@ impl ReferenceDecoder {
             .is_none_or(|p| p.positions == Positions::Renumber);
         let mut kept_all = Vec::new();
         let mut logits = None;
-        for number in 0..self.stages.len() {
+        // Behind the last stage nothing is dropped.
+        for (number, dropped) in drops.into_iter().chain([0]).enumerate() {
             let first = self.stages[number].first;
             let end = self
                 .stages
@@ -262,7 +263,7 @@ impl ReferenceDecoder {
                 } else {
                     Vec::new()
                 };
-                let keep = oracle::select(&scores, &visual[row], drops[number])?;
+                let keep = oracle::select(&scores, &visual[row], dropped)?;
                 rows[row] = oracle::carry_rows(&rows[row], &keep, &real)?;
                 kept.push(keep);
             }
