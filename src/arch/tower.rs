@@ -10,7 +10,7 @@ use super::attention::{Site, sites};
 use super::residual::articulations;
 use super::{MIN_OPSET, NoMatch, hidden_network};
 use crate::ir::cone::{ancestors, descendants};
-use crate::ir::{DataType, Dim, Model, ValueId, consts};
+use crate::ir::{DataType, Dim, Model, Node, ValueId, consts};
 
 /// A recognised vision tower and projector.
 #[derive(Clone, Debug)]
@@ -41,6 +41,9 @@ pub struct VisionTower {
     pub dtype: DataType,
     /// Width of the features, where the file states it.
     pub feature_width: Option<i64>,
+    /// The first node behind the tower that treats its tokens as a grid (pixel
+    /// shuffle, pooling), by name: fewer tokens make no grid.
+    pub grid: Option<String>,
 }
 
 impl VisionTower {
@@ -161,8 +164,36 @@ impl VisionTower {
             tokens,
             dtype,
             feature_width: stated.and_then(<[Dim]>::last).and_then(Dim::known),
+            grid: grid_node(model, entry, &needed),
         })
     }
+}
+
+/// The first node between `entry` and the features that splits or reorders the
+/// token axis.
+fn grid_node(model: &Model, entry: ValueId, needed: &HashSet<ValueId>) -> Option<String> {
+    let behind = descendants(model, &[entry], true);
+    let on_the_way = |v: &ValueId| *v != entry && behind.contains(v) && needed.contains(v);
+    let rearranges = |node: &Node| match node.op_type.as_str() {
+        "Conv" | "AveragePool" | "MaxPool" | "DepthToSpace" | "SpaceToDepth" | "Resize" => true,
+        "Transpose" => node.attr_ints("perm").is_some_and(|p| p.len() >= 4),
+        "Reshape" => {
+            let shape = node.input(1);
+            let known = shape.and_then(|s| consts::ints(model, s)).map(|d| d.len());
+            let built = shape
+                .and_then(|s| model.producer_node(s))
+                .filter(|n| n.is("Concat"));
+            known
+                .or(built.map(|n| n.inputs.len()))
+                .is_some_and(|rank| rank >= 4)
+        }
+        _ => false,
+    };
+    let mut nodes = model.graph().nodes.iter().filter(|n| {
+        let node = model.node(**n);
+        node.outputs.iter().flatten().any(on_the_way) && rearranges(node)
+    });
+    nodes.next().map(|n| model.describe(*n))
 }
 
 /// Position on the residual line of the last sum of two data paths behind the

@@ -185,6 +185,13 @@ impl Pass for TokenMerge {
         }
         for (index, tower) in vlm.towers() {
             let file = vlm.parts[index].file.display();
+            if let Some(node) = &tower.grid {
+                return fail(format!(
+                    "{file}: behind the tower, {node} treats the tokens as a grid (pixel shuffle or pooling), \
+                     which fewer tokens do not fill; merging in front of it is not supported. visual_prune \
+                     alone works on such models"
+                ));
+            }
             let Some(patches) = tower.patches() else {
                 return fail(format!(
                     "{file}: the number of patch tokens is not fixed in the file (neither by the shape of \
