@@ -19,7 +19,7 @@ use duet_onnx::passes::{
     PassError, REGISTRY, Recipe, SALIENT_MASK_INPUT, TokenMerge, VISUAL_MASK_INPUT, VisualPrune,
     merge_budget, rewrite,
 };
-use duet_onnx::validate::scenario::{Seeded, standard};
+use duet_onnx::validate::scenario::{Scenario, Seeded, standard};
 
 use support::conversation::{Record, Transcript, apart, hold};
 use support::models::{Pool, Runner, fixture, recipe, recipe_text, rewritten, root, sizes};
@@ -70,10 +70,26 @@ fn vocabulary(vlm: &Vlm) -> i64 {
     decoder.vocabulary.expect("the vocabulary's size")
 }
 
+/// Conversations to hold with a model: all kinds with the small ones; some with the full-size one, which
+/// takes many times as long.
+fn scenarios(vlm: &Vlm) -> Vec<Scenario> {
+    let few = [
+        "one image",
+        "two images",
+        "batch of two, padded on the left",
+        "a second image on the same cache",
+    ];
+    let mut all = standard(vocabulary(vlm), 11);
+    if sizes(vlm).0 > 200 {
+        all.retain(|s| few.contains(&s.name));
+        assert_eq!(all.len(), few.len());
+    }
+    all
+}
+
 fn transcripts(vlm: &Vlm, runner: &Runner) -> Vec<Transcript> {
     let (edge, width) = sizes(vlm);
-    let scenarios = standard(vocabulary(vlm), 11);
-    scenarios
+    scenarios(vlm)
         .iter()
         .map(|s| hold(runner, s, edge, width))
         .collect()
@@ -94,7 +110,7 @@ fn keep_everything(name: &str) {
         let text = recipe_text(&passes, "");
         let changed = rewritten(&base, &text);
         let found = transcripts(&base, &pool.open(&changed));
-        for ((want, found), scenario) in want.iter().zip(&found).zip(standard(8, 0)) {
+        for ((want, found), scenario) in want.iter().zip(&found).zip(scenarios(&base)) {
             let worst = apart(want, found);
             let place = format!("{name}, {}:\n{text}", scenario.name);
             assert!(
@@ -119,7 +135,7 @@ fn selections(name: &str) {
         let drops: Vec<usize> = parsed.pass::<VisualPrune>().map_or_else(Vec::new, |p| {
             p.drops.iter().map(|d| d.after_layer).collect()
         });
-        for (transcript, scenario) in transcripts(&base, &runner).iter().zip(standard(8, 0)) {
+        for (transcript, scenario) in transcripts(&base, &runner).iter().zip(scenarios(&base)) {
             let place = format!("{name}, {}:\n{text}", scenario.name);
             let mut before = vec![0; transcript.steps[0].lengths.len()];
             for step in &transcript.steps {

@@ -2,6 +2,7 @@
 
 #![allow(
     dead_code,
+    unused_macros,
     reason = "each test binary uses its part of what is shared here"
 )]
 

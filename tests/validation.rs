@@ -1,0 +1,224 @@
+//! `duet validate`'s core: rewritten models pass every check, and models that were tampered with fail
+//! the check that is there for it.
+
+#[macro_use]
+mod support;
+
+use bytes::Bytes;
+use duet_onnx::arch::{Role, Vlm};
+use duet_onnx::ir::{Model, Patch, TensorData, verify};
+use duet_onnx::onnx::{read_bytes, serialize};
+use duet_onnx::validate::{Options, Report, check};
+
+use support::models::{fixture, kept_name, options, recipe, recipe_text, rewritten, runtime};
+
+const MERGE: &str = "{dominant: 30, contextual: 6}";
+const PRUNE: &str = "{drops: [{after_layer: 2, keep: 0.5}, {after_layer: 5, keep: 0.0}]}";
+
+fn both() -> String {
+    recipe_text(&[("token_merge", MERGE), ("visual_prune", PRUNE)], "")
+}
+
+/// The other choices: another selector and budget, CLS left out, salient text, positions kept, the mark
+/// as an input.
+fn other() -> String {
+    let merge = "{dominant: 0.2, contextual: 5, selector: local, cls: drop}";
+    let prune = "{drops: [{after_layer: 3, keep: 0.4}], text: salient, positions: keep}";
+    recipe_text(
+        &[("token_merge", merge), ("visual_prune", prune)],
+        "marker: input\n",
+    )
+}
+
+fn validated(base: &Vlm, changed: &Vlm, text: &str) -> Report {
+    runtime();
+    let options = Options {
+        session: options(),
+        seed: 4,
+    };
+    let report = check(base, changed, &recipe(text), &options, &mut |_| ());
+    report.unwrap_or_else(|e| panic!("{e}\n{text}"))
+}
+
+fn failures(report: &Report) -> Vec<String> {
+    let failed = report.findings.iter().filter(|f| !f.passed);
+    failed
+        .map(|f| format!("{}: {}", f.check, f.detail))
+        .collect()
+}
+
+fn rewritten_models_are_valid(name: &str) {
+    let base = fixture(name);
+    for text in [both(), other()] {
+        let report = validated(&base, &rewritten(&base, &text), &text);
+        assert!(report.passed(), "{name}: {:#?}\n{text}", failures(&report));
+        let says = |what: &str| report.findings.iter().any(|f| f.check.contains(what));
+        for what in [
+            "interface",
+            "weights",
+            "reproducible",
+            "one image",
+            "second question",
+            "tract",
+        ] {
+            assert!(says(what), "{name}: nothing was said about '{what}'");
+        }
+        assert!(
+            report.worst_logits <= 1e-4 && report.worst_features <= 1e-4,
+            "{name}"
+        );
+    }
+}
+
+on_every_fixture!(rewritten_models_are_valid);
+
+/// The file of a role, changed by `change`.
+fn tampered(vlm: &Vlm, role: fn(&Role) -> bool, change: impl Fn(&Model) -> Model) -> Vlm {
+    let mut vlm = vlm.clone();
+    let part = vlm
+        .parts
+        .iter_mut()
+        .find(|p| role(&p.role))
+        .expect("a file of this role");
+    part.model = change(&part.model);
+    verify(&part.model).expect("tampering leaves a well-formed graph");
+    vlm
+}
+
+fn decoder(role: &Role) -> bool {
+    matches!(role, Role::Decoder(_))
+}
+
+fn vision(role: &Role) -> bool {
+    matches!(role, Role::Vision(_))
+}
+
+/// What each of the fixtures here is tampered with.
+const TAMPERED: [&str; 2] = ["ts-sdpa-mha", "dynamo23-gqa"];
+
+/// Findings that have failed must include these, and running the models beside each other shows it too.
+fn fails(report: &Report, checks: &[&str], what: &str) {
+    assert!(!report.passed(), "{what} was not noticed");
+    let failed = failures(report);
+    for check in checks {
+        let found = failed.iter().any(|f| f.contains(check));
+        assert!(found, "{what}: expected '{check}' among {failed:#?}");
+    }
+    let ran = failed
+        .iter()
+        .any(|f| f.starts_with("one image") || f.starts_with("two images"));
+    assert!(ran, "{what}: the numbers do not show it: {failed:#?}");
+}
+
+#[test]
+fn another_recipes_file_under_this_recipes_stamp_is_noticed() {
+    for name in TAMPERED {
+        let base = fixture(name);
+        let claimed = both();
+        let milder = PRUNE.replace("keep: 0.5", "keep: 0.6");
+        let real = recipe_text(&[("token_merge", MERGE), ("visual_prune", &milder)], "");
+        let swapped = tampered(&rewritten(&base, &real), decoder, |model| {
+            let mut patch = Patch::new(model, "stamp");
+            patch.metadata("duet.recipe", &claimed);
+            let plan = patch.finish();
+            model.clone().apply(plan).expect("metadata can be set")
+        });
+        let report = validated(&base, &swapped, &claimed);
+        fails(
+            &report,
+            &["reproducible", "cache lengths", "another set is kept"],
+            name,
+        );
+    }
+}
+
+#[test]
+fn a_changed_weight_is_noticed() {
+    for name in TAMPERED {
+        let base = fixture(name);
+        let text = both();
+        for role in [decoder as fn(&Role) -> bool, vision] {
+            let changed = tampered(&rewritten(&base, &text), role, |model| {
+                // A matrix whose every number counts, found by its own bytes in the file.
+                let inline = |v: &&duet_onnx::ir::ValueId| {
+                    let tensor = model.value(**v).initializer.as_ref();
+                    tensor.is_some_and(|t| {
+                        t.dims.len() == 2
+                            && matches!(&t.data, TensorData::Raw(b) if b.len() >= 4096)
+                    })
+                };
+                let value = model
+                    .graph()
+                    .initializers
+                    .iter()
+                    .find(inline)
+                    .expect("a matrix");
+                let tensor = model.value(*value).initializer.as_ref().expect("a matrix");
+                let bytes = tensor.bytes(model.external()).expect("inline");
+                let mut file = serialize(verify(model).expect("rewritten")).to_vec();
+                let at = file
+                    .windows(bytes.len())
+                    .position(|w| w == &bytes[..])
+                    .expect("the weight is in the file");
+                for number in file[at..at + bytes.len()].chunks_exact_mut(4) {
+                    let value = f32::from_le_bytes(number.try_into().expect("4 bytes"));
+                    number.copy_from_slice(&(value * 1.05).to_le_bytes());
+                }
+                read_bytes("tampered", Bytes::from(file)).expect("still a model")
+            });
+            let report = validated(&base, &changed, &text);
+            fails(&report, &["weights", "reproducible"], name);
+        }
+    }
+}
+
+#[test]
+fn a_gather_index_off_by_one_is_noticed() {
+    for name in TAMPERED {
+        let base = fixture(name);
+        let text = both();
+        let off = tampered(&rewritten(&base, &text), decoder, |model| {
+            let kept = model.find(&kept_name(1)).expect("kept indices");
+            let readers = model.value(kept).uses.clone();
+            let mut patch = Patch::new(model, "tampered");
+            let (one, zero) = (patch.i64(1), patch.i64(0));
+            let less = patch.op("Sub", &[kept, one]);
+            let less = patch.op("Max", &[less, zero]);
+            for reader in readers {
+                patch.rewire(reader.node, reader.slot, less);
+            }
+            let plan = patch.finish();
+            model.clone().apply(plan).expect("the patch applies")
+        });
+        let report = validated(&base, &off, &text);
+        fails(&report, &["reproducible"], name);
+        // What it says it kept is right; what it went on with is not.
+        let failed = failures(&report);
+        assert!(failed.iter().all(|f| !f.contains("weights")), "{failed:#?}");
+    }
+}
+
+#[test]
+fn a_scale_on_a_merged_token_is_noticed() {
+    for name in TAMPERED {
+        let base = fixture(name);
+        let text = recipe_text(&[("token_merge", MERGE)], "");
+        let scaled = tampered(&rewritten(&base, &text), vision, |model| {
+            let merged = model
+                .find("duet/token_merge/merged_tokens")
+                .expect("merged tokens");
+            let readers = model.value(merged).uses.clone();
+            let mut patch = Patch::new(model, "tampered");
+            let factor = patch.f32(1.01);
+            let more = patch.op("Mul", &[merged, factor]);
+            for reader in readers {
+                patch.rewire(reader.node, reader.slot, more);
+            }
+            let plan = patch.finish();
+            model.clone().apply(plan).expect("the patch applies")
+        });
+        let report = validated(&base, &scaled, &text);
+        fails(&report, &["reproducible"], name);
+        assert!(report.worst_features > 1e-4, "{}", report.worst_features);
+    }
+}
