@@ -505,7 +505,9 @@ impl PruneCase {
             }
         }
         // Anything may be called salient; only real text counts.
-        tokens.salient.mapv_inplace(|_| rng.bits() % 3 == 0);
+        tokens
+            .salient
+            .mapv_inplace(|_| rng.bits().is_multiple_of(3));
         tokens
     }
 }
@@ -513,13 +515,16 @@ impl PruneCase {
 /// Queries and keys at a drop point, for the tokens that are there.
 type Operands<'a> = dyn FnMut(usize, &Tokens) -> (Array4<f32>, Array4<f32>) + 'a;
 
+/// Indices kept at each drop point, for each row.
+type Kept = Vec<Vec<Vec<usize>>>;
+
 /// What the oracle keeps at each drop point, for each row; `None` if a choice is not clear.
 fn oracle_kept(
     case: &PruneCase,
     tokens: &Tokens,
     scales: &[f32],
     inputs: &mut Operands<'_>,
-) -> Result<Option<Vec<Vec<Vec<usize>>>>, OracleError> {
+) -> Result<Option<Kept>, OracleError> {
     let schedule: Vec<oracle::Drop> = case
         .drops
         .iter()
@@ -550,10 +555,10 @@ fn oracle_kept(
     for (number, &lost) in losses.iter().enumerate() {
         let (query, key) = inputs(number, &now);
         let mut kept = Vec::new();
-        for row in 0..rows {
+        for (row, asks) in asking.iter_mut().enumerate() {
             let (visual, real) = (flags(&now.visual, row), flags(&now.real, row));
             let (q, k) = (query.index_axis(Axis(0), row), key.index_axis(Axis(0), row));
-            let scores = oracle::rank(q, k, scales[number], &real, &asking[row], &visual)?;
+            let scores = oracle::rank(q, k, scales[number], &real, asks, &visual)?;
             let chosen = oracle::select(&scores, &visual, lost)?;
             let places = (0..visual.len()).filter(|i| visual[*i]);
             let (mut stay, mut leave) = (f32::INFINITY, f32::NEG_INFINITY);
@@ -567,7 +572,7 @@ fn oracle_kept(
             if lost > 0 && stay != leave && stay - leave <= APART * leave {
                 return Ok(None);
             }
-            asking[row] = oracle::carry_rows(&asking[row], &chosen, &real)?;
+            *asks = oracle::carry_rows(asks, &chosen, &real)?;
             kept.push(chosen);
         }
         let gather = |x: &Array2<bool>| {
