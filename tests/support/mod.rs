@@ -9,6 +9,7 @@
 pub(crate) mod conversation;
 pub(crate) mod goldens;
 pub(crate) mod models;
+pub(crate) mod parts;
 
 /// Makes a test for every fixture out of `fn check(fixture: &str)`, in a module of the same name, so
 /// that a failure names its fixture and fixtures run side by side.
