@@ -10,12 +10,14 @@ mod decoder;
 mod embedding;
 mod residual;
 mod scalar;
+mod sets;
 mod tower;
 mod vlm;
 
 pub use attention::{Operand, Site, sites};
 pub use decoder::{Decoder, DecoderLayer};
-pub use embedding::Embedding;
+pub use embedding::{Embedding, Scatter};
+pub use sets::{FileSet, Kind, ROLE_KEY};
 pub use tower::VisionTower;
 pub use vlm::{Part, Role, Vlm};
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{ArchError, Decoder, Embedding, NoMatch, VisionTower};
+use super::{ArchError, Decoder, Embedding, Kind, NoMatch, VisionTower};
 use crate::ir::Model;
 
 /// What a model file is.
@@ -21,11 +21,16 @@ pub enum Role {
 impl Role {
     /// A word for messages.
     pub fn name(&self) -> &'static str {
+        self.kind().name()
+    }
+
+    /// The role without what was found.
+    pub fn kind(&self) -> Kind {
         match self {
-            Self::Vision(_) => "vision encoder",
-            Self::Embedding(_) => "token embedding",
-            Self::Decoder(_) => "decoder",
-            Self::Unknown(_) => "not recognised",
+            Self::Vision(_) => Kind::Vision,
+            Self::Embedding(_) => Kind::Embedding,
+            Self::Decoder(_) => Kind::Decoder,
+            Self::Unknown(_) => Kind::Unknown,
         }
     }
 

@@ -11,11 +11,23 @@
 //! decoder: [b, L, D+1] ──Slice──▶ embeds [b, L, D]
 //!                      └─Slice──▶ > 0.5 ──▶ visual [b, L] bool
 //! ```
+//!
+//! An embedding graph that takes the features and puts them in their places
+//! itself (ONNX Runtime GenAI's) is widened inside: the features' channel is split
+//! off, and what moves the features moves the marks a second time, with zeros in
+//! place of the text. All four tensors between the files are then one wider, as
+//! GenAI needs, which allocates them all by one `hidden_size`:
+//!
+//! ```text
+//! embed:   features [n, K, D+1] ─┬─Slice──▶ [n, K, D] ──▶ the graph as it was ──▶ [b, L, D] ─┐
+//!                                └─Slice─▶ Expand ──▶ its copying nodes, again ──▶ [.., :1] ─┴─Concat─▶
+//! ```
 
 use serde::{Deserialize, Serialize};
 
 use super::{Context, PassError};
-use crate::arch::{Decoder, Vlm};
+use crate::arch::{Decoder, Embedding, Vlm};
+use crate::ir::cone::Substitution;
 use crate::ir::{DataType, Dim, Model, Patch, Size, Tensor, ValueId, ValueType};
 
 /// Name of the extra decoder input with `marker: input`.
@@ -88,16 +100,67 @@ pub(super) fn append_channel(patch: &mut Patch<'_>, index: usize, mark: f64) {
     let value = patch.constant(Tensor::float_scalar("", dtype, mark));
     let channel = patch.op("Expand", &[value, channel_shape]);
     let marked = patch.concat(&[output, channel], -1);
-    let shape = shape.map(|mut dims| {
-        if let Some(last) = dims.last_mut() {
-            *last = match &*last {
-                Dim::Known(n) => Dim::Known(n + 1),
-                _ => Dim::Unknown,
-            };
-        }
-        dims
+    let ty = wider(&ValueType::Tensor { dtype, shape });
+    patch.replace_output(index, marked, ty);
+}
+
+/// The type with one more channel.
+fn wider(ty: &ValueType) -> ValueType {
+    let mut ty = ty.clone();
+    if let ValueType::Tensor {
+        shape: Some(dims), ..
+    } = &mut ty
+        && let Some(last) = dims.last_mut()
+    {
+        *last = match &*last {
+            Dim::Known(n) => Dim::Known(n + 1),
+            _ => Dim::Unknown,
+        };
+    }
+    ty
+}
+
+/// Makes an embedding graph give out the marker channel: 0 for every token that
+/// it looks up, and for features it takes in what they carry.
+///
+/// # Errors
+/// A node on the features' way that holds a sub-graph.
+pub(super) fn mark_embedding(patch: &mut Patch<'_>, embedding: &Embedding) -> Result<(), String> {
+    let Some(scatter) = &embedding.scatter else {
+        append_channel(patch, 0, 0.0);
+        return Ok(());
+    };
+    let model = patch.model();
+    let features = scatter.features;
+    let axis = i64::try_from(scatter.rank).unwrap_or(i64::MAX) - 1;
+    let width = Size::Known(-1);
+    let plain = patch.slice(features, Size::Known(0), width, axis);
+    let mark = patch.slice(features, width, Size::Known(i64::MAX), axis);
+    let shape = patch.op("Shape", &[plain]);
+    let marks = patch.op("Expand", &[mark, shape]);
+    let mut subst: Substitution = scatter.steering.iter().map(|&v| (v, v)).collect();
+    subst.insert(features, marks);
+    for &(other, dtype) in &scatter.others {
+        let zero = patch.constant(Tensor::float_scalar("", dtype, 0.0));
+        let shape = patch.op("Shape", &[other]);
+        subst.insert(other, patch.op("Expand", &[zero, shape]));
+    }
+    let placed = patch
+        .clone_cone(embedding.output, &mut subst)
+        .map_err(|node| format!("{node} holds a sub-graph on the image features' way"))?;
+    let channel = patch.slice(placed, Size::Known(0), Size::Known(1), 2);
+    let marked = patch.concat(&[embedding.output, channel], -1);
+    patch.rewire_all(features, plain);
+    if let Some(ty) = &model.value(features).ty {
+        patch.set_type(features, wider(ty));
+    }
+    let ty = model.value(embedding.output).ty.clone();
+    let ty = ty.unwrap_or(ValueType::Tensor {
+        dtype: embedding.dtype,
+        shape: None,
     });
-    patch.replace_output(index, marked, ValueType::Tensor { dtype, shape });
+    patch.replace_output(0, marked, wider(&ty));
+    Ok(())
 }
 
 /// Inserts the decoder's side and returns its new entry.
@@ -114,23 +177,8 @@ pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context)
             let flat = patch.squeeze(channel, &[2]);
             let half = patch.constant(Tensor::float_scalar("", decoder.dtype, 0.5));
             let visual = patch.op("Greater", &[flat, half]);
-            if let Some(ValueType::Tensor { dtype, shape }) = &model.value(embeds).ty {
-                let shape = shape.clone().map(|mut dims| {
-                    if let Some(last) = dims.last_mut() {
-                        *last = match &*last {
-                            Dim::Known(n) => Dim::Known(n + 1),
-                            _ => Dim::Unknown,
-                        };
-                    }
-                    dims
-                });
-                patch.set_type(
-                    embeds,
-                    ValueType::Tensor {
-                        dtype: *dtype,
-                        shape,
-                    },
-                );
+            if let Some(ty) = &model.value(embeds).ty {
+                patch.set_type(embeds, wider(ty));
             }
             Entry {
                 embeds: split,

@@ -22,9 +22,9 @@
 use serde::Deserialize;
 
 use super::recipe::Count;
-use super::{Context, Entry, Pass, PassError};
+use super::{Context, Entry, Pass, PassError, recount};
 use crate::arch::{NoMatch, VisionTower, Vlm};
-use crate::ir::{DataType, Dim, Model, Patch, PatchPlan, Size, ValueId, ValueType, consts, int};
+use crate::ir::{DataType, Dim, Model, Patch, PatchPlan, Size, ValueId, ValueType, int};
 
 pub(super) const ENTRY: Entry = Entry {
     name: "token_merge",
@@ -239,6 +239,7 @@ impl Pass for TokenMerge {
             resize(&mut patch, tower, budget.total()).map_err(unsupported)?;
             plans.push((index, patch.finish()));
         }
+        plans.extend(recount::fed_embeddings(self, vlm));
         Ok(plans)
     }
 
@@ -536,31 +537,7 @@ fn resize(patch: &mut Patch<'_>, tower: &VisionTower, count: i64) -> Result<(), 
     let Some(old) = tower.features_per_image() else {
         return Err("the number of features is not fixed".into());
     };
-    let behind = crate::ir::cone::descendants(model, &[tower.entry], false);
-    patch.scope("shape");
-    for &id in &model.graph().nodes {
-        let node = model.node(id);
-        if !node.is("Reshape") || !node.input(0).is_some_and(|v| behind.contains(&v)) {
-            continue;
-        }
-        let Some(shape) = node.input(1) else { continue };
-        let Some(dims) = consts::ints(model, shape) else {
-            continue;
-        };
-        // The last dimension is the width, which may happen to equal N.
-        let rows = dims.len().saturating_sub(1);
-        if let Some(axis) = dims[..rows].iter().position(|d| *d == old) {
-            let mut dims = dims.clone();
-            dims[axis] = count;
-            let new = patch.i64s(&dims);
-            patch.rewire(id, 1, new);
-        }
-    }
-    for &value in &behind {
-        if model.value(value).ty.is_some() && !model.is_output(value) && value != tower.entry {
-            patch.forget_type(value);
-        }
-    }
+    recount::behind(patch, tower.entry, old, count);
     let Some(ValueType::Tensor { dtype, shape }) = &model.value(tower.features).ty else {
         return Ok(());
     };
