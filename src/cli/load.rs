@@ -1,13 +1,14 @@
 //! Models and recipes as the command line names them.
 
-use std::path::{Path, PathBuf};
+use std::collections::BTreeSet;
+use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, bail};
 
 use super::Global;
-use crate::arch::Vlm;
-use crate::ir::{Model, verify};
-use crate::onnx::{ModelDir, ModelFile, read};
+use crate::arch::{Kind, Part, Role, Vlm};
+use crate::ir::{TensorData, verify};
+use crate::onnx::{ModelDir, read};
 use crate::passes::{Recipe, earlier_recipe};
 
 /// Recipes that ship with the program: the files of `passes/`.
@@ -44,11 +45,27 @@ pub(super) fn recipe(name: &str) -> anyhow::Result<Recipe> {
     )
 }
 
-/// A file with its graph.
-pub(super) type Loaded = (ModelFile, Model);
+/// A model as the command line uses it.
+#[derive(Debug)]
+pub(super) struct Selected {
+    pub(super) dir: ModelDir,
+    /// The files that were chosen, and those that are no part of a model.
+    pub(super) vlm: Vlm,
+    /// Files of variants that were not chosen, with the reason.
+    pub(super) left_out: Vec<LeftOut>,
+}
 
-/// The directory and every graph in it, verified.
-pub(super) fn graphs(path: &Path) -> anyhow::Result<(ModelDir, Vec<Loaded>)> {
+/// A file that is not used.
+#[derive(Debug)]
+pub(super) struct LeftOut {
+    pub(super) file: PathBuf,
+    pub(super) why: &'static str,
+    /// Data files that it refers to, relative to the root.
+    pub(super) data: BTreeSet<PathBuf>,
+}
+
+/// The directory and every graph in it, verified and recognised.
+fn everything(path: &Path) -> anyhow::Result<(ModelDir, Vlm)> {
     if !path.exists() {
         bail!(
             "{} does not exist; expected a model directory or an .onnx file",
@@ -61,39 +78,233 @@ pub(super) fn graphs(path: &Path) -> anyhow::Result<(ModelDir, Vec<Loaded>)> {
         let at = dir.path(file);
         let model = read(&at)?;
         verify(&model).with_context(|| format!("{} is not a well-formed model", at.display()))?;
-        models.push((file.clone(), model));
+        models.push((file.relative.clone(), file.variant.clone(), model));
     }
-    Ok((dir, models))
+    let mut vlm = Vlm::new(models);
+    vlm.set_strangers_aside();
+    name_besides(&mut vlm);
+    Ok((dir, vlm))
 }
 
-/// The recognised parts of a model.
-///
-/// Files that an earlier `--beside` put next to their originals are left out
-/// where the original is there too.
-pub(super) fn vlm(path: &Path, global: &Global) -> anyhow::Result<(ModelDir, Vlm)> {
-    let (dir, models) = graphs(path)?;
-    let originals: Vec<String> = models
+/// Files that an earlier `--beside` put next to their originals are variants of
+/// these, named after the suffix.
+fn name_besides(vlm: &mut Vlm) {
+    let originals: Vec<(PathBuf, String)> = vlm
+        .parts
         .iter()
-        .filter(|(_, m)| earlier_recipe(m).is_none())
-        .map(|(f, _)| stem(&f.relative))
+        .filter(|p| earlier_recipe(&p.model).is_none())
+        .map(|p| (p.file.clone(), p.variant.clone()))
         .collect();
-    let mut parts = Vec::new();
-    for (file, model) in models {
-        let own = stem(&file.relative);
-        let beside = earlier_recipe(&model).is_some()
-            && originals
-                .iter()
-                .any(|o| own.len() > o.len() && own.starts_with(&format!("{o}_")));
-        if beside {
-            global.detail(format!(
-                "{}: rewritten before, left out",
-                file.relative.display()
-            ));
+    for part in &mut vlm.parts {
+        if earlier_recipe(&part.model).is_none() {
             continue;
         }
-        parts.push((file.relative, file.variant, model));
+        let suffix = |original: &Path| {
+            let same_folder = original.parent() == part.file.parent();
+            let rest = stem(&part.file).strip_prefix(&stem(original))?.to_owned();
+            rest.strip_prefix('_')
+                .filter(|_| same_folder)
+                .map(str::to_owned)
+        };
+        let found = originals.iter().filter_map(|(o, v)| Some((suffix(o)?, v)));
+        // The longest original: vision_encoder_fp16, not vision_encoder.
+        if let Some((suffix, variant)) = found.min_by_key(|(suffix, _)| suffix.len()) {
+            part.variant = if variant.is_empty() {
+                suffix
+            } else {
+                format!("{variant}_{suffix}")
+            };
+        }
     }
-    Ok((dir, Vlm::new(parts)))
+}
+
+/// Whether a file was written by `--beside` next to an original that is there.
+fn is_beside(part: &Part, vlm: &Vlm) -> bool {
+    earlier_recipe(&part.model).is_some()
+        && vlm.parts.iter().any(|o| {
+            let own = stem(&part.file);
+            earlier_recipe(&o.model).is_none()
+                && o.file.parent() == part.file.parent()
+                && own.starts_with(&format!("{}_", stem(&o.file)))
+        })
+}
+
+/// The recognised parts of a model: all variants, or the named ones, each with
+/// what a client would pair it with.
+///
+/// Files that an earlier `--beside` put next to their originals are left out.
+///
+/// # Errors
+/// No such variant; files between which nothing decides; a variant of a module
+/// that is not recognised though others of the module are.
+pub(super) fn select(
+    path: &Path,
+    variants: &[String],
+    global: &Global,
+) -> anyhow::Result<Selected> {
+    let (dir, vlm) = look(path, global)?;
+    let mut left_out = Vec::new();
+    if let Some((kind, files)) = vlm.ambiguous() {
+        let names: Vec<String> = files
+            .iter()
+            .map(|i| vlm.parts[*i].file.display().to_string())
+            .collect();
+        bail!(
+            "{}: each of {} is a {}, and nothing says which belongs to the model; name one file, or put the \
+             model's own files into a directory of their own",
+            path.display(),
+            names.join(" and "),
+            kind.name()
+        );
+    }
+    let modules: BTreeSet<(Option<PathBuf>, String)> = vlm
+        .parts
+        .iter()
+        .filter(|p| p.kind() != Kind::Unknown)
+        .map(family)
+        .collect();
+    let chosen: Option<BTreeSet<usize>> = if variants.is_empty() {
+        None
+    } else {
+        let mut files = BTreeSet::new();
+        for name in variants {
+            let variant = variant(&vlm, name, path)?;
+            files.extend(vlm.set(&variant).files());
+            // One that is not recognised is chosen all the same, and refused below.
+            let own = vlm.parts.iter().enumerate();
+            files.extend(
+                own.filter(|(_, p)| p.variant == variant && modules.contains(&family(p)))
+                    .map(|(i, _)| i),
+            );
+        }
+        Some(files)
+    };
+    let mut kept = Vlm::default();
+    for (index, part) in vlm.parts.into_iter().enumerate() {
+        let ours = part.kind() != Kind::Unknown || modules.contains(&family(&part));
+        if ours && chosen.as_ref().is_some_and(|c| !c.contains(&index)) {
+            left_out.push(LeftOut {
+                data: data_files(&part),
+                file: part.file,
+                why: "its variant was not chosen",
+            });
+            continue;
+        }
+        if let (true, Role::Unknown(reasons)) = (ours, &part.role)
+            && part.kind() == Kind::Unknown
+        {
+            let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+            bail!(
+                "{}: another precision of it is recognised, but this file is not, and rewritten and \
+                 original files do not go together; choose others with --variant\n  {}",
+                part.file.display(),
+                reasons.join("\n  ")
+            );
+        }
+        kept.parts.push(part);
+    }
+    Ok(Selected {
+        dir,
+        vlm: kept,
+        left_out,
+    })
+}
+
+/// Everything that can be recognised, whether it goes together or not.
+///
+/// Files that an earlier `--beside` put next to their originals are left out.
+pub(super) fn look(path: &Path, global: &Global) -> anyhow::Result<(ModelDir, Vlm)> {
+    let (dir, mut all) = everything(path)?;
+    drop_besides(&mut all, &mut |part| {
+        global.detail(format!(
+            "{}: rewritten before, left out",
+            part.file.display()
+        ));
+    });
+    Ok((dir, all))
+}
+
+fn drop_besides(vlm: &mut Vlm, each: &mut dyn FnMut(&Part)) {
+    let besides: Vec<bool> = vlm.parts.iter().map(|p| is_beside(p, vlm)).collect();
+    let mut beside = besides.into_iter();
+    vlm.parts.retain(|part| {
+        let leave = beside.next().unwrap_or(false);
+        if leave {
+            each(part);
+        }
+        !leave
+    });
+}
+
+/// The model that `rewritten` was made from. Only what `rewritten` holds has to
+/// be there; other precisions may be.
+pub(super) fn base_of(path: &Path, rewritten: &Vlm) -> anyhow::Result<Vlm> {
+    let (_, mut base) = everything(path)?;
+    drop_besides(&mut base, &mut |_| ());
+    let held: BTreeSet<&Path> = rewritten.parts.iter().map(|p| p.file.as_path()).collect();
+    if base.parts.iter().any(|p| held.contains(p.file.as_path())) {
+        base.parts.retain(|p| held.contains(p.file.as_path()));
+    }
+    Ok(base)
+}
+
+/// What the precisions of a module have in common.
+fn family(part: &Part) -> (Option<PathBuf>, String) {
+    (part.file.parent().map(Path::to_owned), part.module())
+}
+
+/// A variant by the name that people use.
+fn variant(vlm: &Vlm, name: &str, path: &Path) -> anyhow::Result<String> {
+    let named: BTreeSet<&str> = vlm.parts.iter().map(|p| p.variant.as_str()).collect();
+    if named.contains(name) {
+        return Ok(name.to_owned());
+    }
+    // As transformers.js calls them.
+    let meant = match name {
+        "fp32" | "default" | "plain" => "",
+        "q8" => "quantized",
+        other => other,
+    };
+    if vlm.variants().iter().any(|v| v == meant) || named.contains(meant) {
+        return Ok(meant.to_owned());
+    }
+    let names: Vec<&str> = named.iter().map(|v| variant_name(v)).collect();
+    bail!(
+        "{}: no file of variant '{name}'; there are {}",
+        path.display(),
+        names.join(", ")
+    )
+}
+
+/// A variant's name for people.
+pub(super) fn variant_name(variant: &str) -> &str {
+    if variant.is_empty() {
+        "default"
+    } else {
+        variant
+    }
+}
+
+/// External data files of a part, relative to the model's root.
+pub(super) fn data_files(part: &Part) -> BTreeSet<PathBuf> {
+    let folder = part.file.parent().map(PathBuf::from).unwrap_or_default();
+    let model = &part.model;
+    let graphs = model.graphs().flat_map(|(_, g)| &g.initializers);
+    let initializers = graphs.filter_map(|&v| model.value(v).initializer.as_ref());
+    let nodes = model.graphs().flat_map(|(_, g)| &g.nodes);
+    let attributes = nodes.flat_map(|&n| &model.node(n).attributes);
+    let constants = attributes.filter_map(|a| match &a.value {
+        crate::ir::AttrValue::Tensor(tensor) => Some(tensor),
+        _ => None,
+    });
+    initializers
+        .chain(constants)
+        .filter_map(|t| match &t.data {
+            TensorData::External(reference) => Some(folder.join(&reference.location)),
+            _ => None,
+        })
+        .map(|p| p.components().filter(|c| *c != Component::CurDir).collect())
+        .collect()
 }
 
 fn stem(path: &Path) -> String {
@@ -101,7 +312,7 @@ fn stem(path: &Path) -> String {
         .map_or(String::new(), |s| s.to_string_lossy().into_owned())
 }
 
-/// The three files that answer a question, chosen by what they take and give.
+/// The three files that answer a question, chosen by what they are.
 #[derive(Debug)]
 pub(super) struct Trio {
     pub(super) vision: PathBuf,
@@ -109,51 +320,50 @@ pub(super) struct Trio {
     pub(super) decoder: PathBuf,
 }
 
-/// Finds the vision encoder, embedding and decoder of a variant.
-pub(super) fn trio(path: &Path, variant: Option<&str>) -> anyhow::Result<(ModelDir, Trio)> {
-    let (dir, models) = graphs(path)?;
-    let pick = |what: &str, fits: fn(&Model) -> bool| -> anyhow::Result<PathBuf> {
-        let all: Vec<&Loaded> = models.iter().filter(|(_, m)| fits(m)).collect();
-        let found = match variant {
-            Some(v) => all
-                .iter()
-                .find(|(f, _)| stem(&f.relative).ends_with(&format!("_{v}"))),
-            None => all.iter().find(|(f, m)| {
-                let shadowed = all.iter().any(|(o, _)| {
-                    let (o, own) = (stem(&o.relative), stem(&f.relative));
-                    own.len() > o.len()
-                        && own.starts_with(&format!("{o}_"))
-                        && earlier_recipe(m).is_some()
-                });
-                f.variant.is_empty() && !shadowed
-            }),
-        };
-        match found.or(if variant.is_none() { all.first() } else { None }) {
-            Some((file, _)) => Ok(dir.path(file)),
-            None => bail!(
-                "{}: no {what}{} among {}",
-                path.display(),
-                variant.map_or(String::new(), |v| format!(" of variant '{v}'")),
-                models
-                    .iter()
-                    .map(|(f, _)| f.relative.display().to_string())
-                    .collect::<Vec<_>>()
-                    .join(", ")
-            ),
+/// Finds the vision encoder, embedding and decoder of a variant (or of the
+/// suffix of an earlier `--beside`).
+pub(super) fn trio(path: &Path, name: Option<&str>) -> anyhow::Result<(ModelDir, Trio)> {
+    let (dir, vlm) = everything(path)?;
+    let wanted = match name {
+        Some(name) => variant(&vlm, name, path)?,
+        None => {
+            let plain = |p: &&Part| p.kind() != Kind::Unknown && !is_beside(p, &vlm);
+            let parts = vlm.parts.iter().filter(plain);
+            let all: BTreeSet<&str> = parts.map(|p| p.variant.as_str()).collect();
+            match all.iter().collect::<Vec<_>>()[..] {
+                [] => String::new(),
+                [only] => (*only).to_owned(),
+                [first, ..] if first.is_empty() => String::new(),
+                _ => bail!(
+                    "{}: which variant? Choose with --variant among {}",
+                    path.display(),
+                    all.into_iter().collect::<Vec<_>>().join(", ")
+                ),
+            }
         }
     };
+    let set = vlm.set(&wanted);
+    let pick = |kind: Kind, what: &str| -> anyhow::Result<PathBuf> {
+        let Some(index) = set.get(kind) else {
+            let each = vlm.parts.iter().map(|p| {
+                let found = match p.kind() {
+                    Kind::Unknown => "not recognised".to_owned(),
+                    kind => format!("the {}", kind.name()),
+                };
+                format!("{} ({found})", p.file.display())
+            });
+            bail!(
+                "{}: no {what} among {}; duet inspect says why",
+                path.display(),
+                each.collect::<Vec<_>>().join(", ")
+            )
+        };
+        Ok(dir.root.join(&vlm.parts[index].file))
+    };
     let trio = Trio {
-        vision: pick("vision encoder (pixel_values → image_features)", |m| {
-            m.input("pixel_values").is_some() && m.output("logits").is_none()
-        })?,
-        embed: pick("token embedding (input_ids → inputs_embeds)", |m| {
-            m.input("input_ids").is_some()
-                && m.graph().outputs.len() == 1
-                && m.output("logits").is_none()
-        })?,
-        decoder: pick("decoder (inputs_embeds → logits, present.*)", |m| {
-            m.input("inputs_embeds").is_some() && m.output("logits").is_some()
-        })?,
+        vision: pick(Kind::Vision, "vision encoder (pixels → features)")?,
+        embed: pick(Kind::Embedding, "token embedding (ids → embeddings)")?,
+        decoder: pick(Kind::Decoder, "decoder (embeddings → logits, cache)")?,
     };
     Ok((dir, trio))
 }

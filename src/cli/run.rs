@@ -27,8 +27,8 @@ pub(super) struct Arguments {
     /// Tokens to generate at most
     #[arg(long, default_value_t = 128, value_name = "N")]
     max_new_tokens: usize,
-    /// Precision or other suffix of the files to use (fp16, q4, …)
-    #[arg(long, value_name = "SUFFIX")]
+    /// Precision of the files to use (fp16, q4, default, …), or the suffix of an earlier --beside
+    #[arg(long, value_name = "NAME")]
     variant: Option<String>,
     /// Sample with this temperature instead of taking the likeliest token
     #[arg(long, value_name = "T")]

@@ -7,7 +7,7 @@ use super::reference::{ReferenceDecoder, ReferenceVision, State, StepIn, StepOut
 use super::report::Report;
 use super::scenario::{Layout, Scenario, Seeded, lay_out, standard};
 use super::{ValidateError, second, structure};
-use crate::arch::{Role, Vlm};
+use crate::arch::{FileSet, Role, Vlm};
 use crate::ir::{DataType, Model};
 use crate::passes::{Marker, Recipe, TextQueries, TokenMerge, VisualPrune};
 use crate::runtime::{
@@ -51,19 +51,15 @@ pub fn check(
     let mut report = Report::new();
     progress("structure");
     structure::check(base, rewritten, recipe, &mut report)?;
-    let variants: Vec<String> = {
-        let mut all: Vec<String> = base.parts.iter().map(|p| p.variant.clone()).collect();
-        all.sort();
-        all.dedup();
-        all
-    };
-    for variant in variants {
-        let label = if variant.is_empty() {
-            String::new()
-        } else {
-            format!("{variant}: ")
+    let sets = base.sets();
+    for set in &sets {
+        let variant = set.variant.clone();
+        let label = match (sets.len(), variant.is_empty()) {
+            (1, true) => String::new(),
+            (_, true) => "default: ".to_owned(),
+            (_, false) => format!("{variant}: "),
         };
-        let mut pair = Pair::open(base, rewritten, recipe, &variant, options)?;
+        let mut pair = Pair::open(base, rewritten, recipe, set, options)?;
         pair.label = label;
         let vocabulary = pair.vocabulary;
         for scenario in standard(vocabulary, options.seed) {
@@ -92,7 +88,10 @@ struct Pair {
     decoder: Option<(ReferenceDecoder, RunDecoder)>,
     /// Plain width of embeddings.
     width: usize,
+    /// Features of an image where no tower says how many there are.
     features: usize,
+    /// Token that the embedding graph itself replaces by features.
+    placeholder: Option<i64>,
     vocabulary: i64,
     channel: bool,
     dtype: DataType,
@@ -148,7 +147,7 @@ impl Pair {
         base: &Vlm,
         rewritten: &Vlm,
         recipe: &Recipe,
-        variant: &str,
+        set: &FileSet,
         options: &Options,
     ) -> Result<Self, ValidateError> {
         let session = &options.session;
@@ -161,6 +160,7 @@ impl Pair {
             decoder: None,
             width: 0,
             features: 8,
+            placeholder: None,
             vocabulary: 32,
             channel: prune.is_some() && recipe.context.marker == Marker::Channel,
             dtype: DataType::Float,
@@ -169,10 +169,8 @@ impl Pair {
             drops: prune.map_or(0, |p| p.drops.len()),
             span: recipe.context.span,
         };
-        for (old, new) in base.parts.iter().zip(&rewritten.parts) {
-            if old.variant != variant {
-                continue;
-            }
+        for index in set.files() {
+            let (old, new) = (&base.parts[index], &rewritten.parts[index]);
             let name = new.file.display().to_string();
             pair.quantised |= quantised(&old.model);
             match &old.role {
@@ -190,7 +188,18 @@ impl Pair {
                         pair.width = width as usize;
                     }
                 }
-                Role::Embedding(_) => {
+                Role::Embedding(embedding) => {
+                    if let Some(scatter) = &embedding.scatter {
+                        pair.placeholder = scatter.placeholder;
+                        if scatter.placeholder.is_none() {
+                            return Err(ValidateError::Model(format!(
+                                "{name}: which token id takes the image features cannot be told from the \
+                                 graph (no Equal with a constant)"
+                            )));
+                        }
+                        let stated = fixed(&old.model, scatter.features, 1);
+                        pair.features = stated.filter(|_| scatter.rank == 3).unwrap_or(8);
+                    }
                     let reference = Embedder::new(probe::open(&old.model, &name, session)?)?;
                     let run = Embedder::new(probe::open(&new.model, &name, session)?)?;
                     pair.embed = Some((reference, run));
@@ -216,20 +225,42 @@ impl Pair {
         Ok(pair)
     }
 
-    /// Plain embeddings `[b, L, D]`, and those that the rewritten decoder reads.
+    /// Plain embeddings `[b, L, D]`, and those that the rewritten decoder reads,
+    /// with the features of the images in their places.
     fn embeddings(
         &mut self,
         layout: &Layout,
+        plain: Vec<Tensor>,
+        marked: Vec<Tensor>,
         rng: &mut Seeded,
     ) -> Result<(Tensor, Tensor), ValidateError> {
-        if let Some((reference, run)) = &mut self.embed {
-            let plain = reference.run(layout.ids.clone())?.to_tensor()?;
-            return Ok((plain, run.run(layout.ids.clone())?.to_tensor()?));
-        }
         let (b, l) = layout.ids.dim();
-        let plain = Array3::from_shape_fn((b, l, self.width), |_| rng.normal());
-        let plain = Tensor::from(plain);
-        Ok((plain.clone(), plain))
+        let (old, new) = match (&mut self.embed, self.placeholder) {
+            (Some((reference, run)), Some(token)) => {
+                // Text must not hold the token by chance.
+                let ids = Array2::from_shape_fn((b, l), |at| match layout.ids[at] {
+                    _ if layout.visual[at] => token,
+                    id if id == token => i64::from(token == 0),
+                    id => id,
+                });
+                let old = reference.run_with(ids.clone(), &plain)?.to_tensor()?;
+                return Ok((old, run.run_with(ids, &marked)?.to_tensor()?));
+            }
+            (Some((reference, run)), None) => {
+                let old = reference.run(layout.ids.clone())?.to_tensor()?;
+                (old, run.run(layout.ids.clone())?.to_tensor()?)
+            }
+            (None, _) => {
+                let noise = Array3::from_shape_fn((b, l, self.width), |_| rng.normal());
+                (Tensor::from(noise.clone()), Tensor::from(noise))
+            }
+        };
+        let flat: Vec<bool> = layout.visual.iter().copied().collect();
+        let dtype = self.dtype_like();
+        Ok((
+            scatter(old, &flat, &cast(plain, &dtype)?)?,
+            scatter(new, &flat, &cast(marked, &dtype)?)?,
+        ))
     }
 
     #[allow(clippy::too_many_lines, reason = "one comparison, step by step")]
@@ -268,10 +299,7 @@ impl Pair {
             }
             let rows: Vec<usize> = plain.iter().map(|t| t.shape()[0]).collect();
             let layout = lay_out(turn, &rows);
-            let (base_embeds, run_embeds) = self.embeddings(&layout, &mut rng)?;
-            let flat: Vec<bool> = layout.visual.iter().copied().collect();
-            let base_embeds = scatter(base_embeds, &flat, &cast(plain, &self.dtype_like())?)?;
-            let run_embeds = scatter(run_embeds, &flat, &cast(marked, &self.dtype_like())?)?;
+            let (base_embeds, run_embeds) = self.embeddings(&layout, plain, marked, &mut rng)?;
             let past = seen.clone();
             seen = ndarray::concatenate(ndarray::Axis(1), &[seen.view(), layout.mask.view()])
                 .map_err(|e| ValidateError::Model(e.to_string()))?;
@@ -301,7 +329,8 @@ impl Pair {
                     source: Vec::new(),
                     ids,
                 };
-                let (base_embeds, run_embeds) = self.embeddings(&layout, &mut rng)?;
+                let (base_embeds, run_embeds) =
+                    self.embeddings(&layout, Vec::new(), Vec::new(), &mut rng)?;
                 let positions = positions_of(&seen, &layout.mask);
                 seen = ndarray::concatenate(ndarray::Axis(1), &[seen.view(), layout.mask.view()])
                     .map_err(|e| ValidateError::Model(e.to_string()))?;
