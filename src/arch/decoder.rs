@@ -262,7 +262,7 @@ impl Caches {
 
 /// (layer, is key) of a cache name such as `present.3.key`,
 /// `past_key_values.3.value` or `past_key_3`.
-fn cache_name(name: &str, what: &str) -> Option<(usize, bool)> {
+pub(super) fn cache_name(name: &str, what: &str) -> Option<(usize, bool)> {
     let rest = name.strip_prefix(what)?;
     let digits: String = rest
         .chars()

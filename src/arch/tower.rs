@@ -7,6 +7,7 @@
 use std::collections::HashSet;
 
 use super::attention::{Site, sites};
+use super::decoder::cache_name;
 use super::residual::articulations;
 use super::{MIN_OPSET, NoMatch, hidden_network};
 use crate::ir::cone::{ancestors, descendants};
@@ -71,7 +72,9 @@ impl VisionTower {
             Some((ty.dtype()?, ty.shape()?.len()))
         };
         let is_image = |&v: &ValueId| {
-            let constant = model.value(v).initializer.is_some();
+            // A cache has the rank of an image.
+            let cache = cache_name(model.name(v), "past").is_some();
+            let constant = cache || model.value(v).initializer.is_some();
             let fits = |(dtype, rank): (DataType, usize)| {
                 (dtype.is_float() || dtype == DataType::Uint8) && (4..=5).contains(&rank)
             };

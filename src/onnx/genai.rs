@@ -121,7 +121,8 @@ fn filenames(config: &Value) -> Vec<(String, String)> {
 ///
 /// GenAI allocates image features and embeddings by `model.decoder.hidden_size`,
 /// so with a marker channel, which makes these tensors one wider, it becomes
-/// `width + 1`; nothing else in GenAI reads it in a vision-language model.
+/// `width + 1`. (In GenAI 0.18, `src/models/multi_modal_features.cpp` and
+/// `embeddings.cpp`; besides these only speculative decoding reads it.)
 /// `renamed` maps file names to those that the config is to name instead.
 ///
 /// # Errors

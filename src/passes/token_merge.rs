@@ -262,7 +262,7 @@ impl Pass for TokenMerge {
     }
 
     fn summary(&self, vlm: &Vlm) -> String {
-        let lines: Vec<String> = vlm
+        let mut lines: Vec<String> = vlm
             .towers()
             .filter_map(|(_, tower)| {
                 let b = merge_budget(self, tower.patches()?, tower.cls);
@@ -277,6 +277,8 @@ impl Pass for TokenMerge {
                 ))
             })
             .collect();
+        // The precisions of one tower say the same.
+        lines.dedup();
         lines.join("; ")
     }
 }
