@@ -14,7 +14,7 @@ mod tower;
 mod vlm;
 
 pub use attention::{Operand, Site, sites};
-pub use decoder::{Decoder, DecoderLayer};
+pub use decoder::{Decoder, DecoderLayer, Layout, Projection, Rotary, cache_heads};
 pub use embedding::Embedding;
 pub use tower::VisionTower;
 pub use vlm::{Part, Role, Vlm};

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 
 use super::Global;
-use crate::arch::Vlm;
+use crate::arch::{Vlm, cache_heads};
 use crate::ir::{Model, verify};
 use crate::onnx::{ModelDir, ModelFile, read};
 use crate::passes::{Recipe, earlier_recipe};
+use crate::runtime::CacheHeads;
 
 /// Recipes that ship with the program: the files of `passes/`.
 pub(super) const RECIPES: &[(&str, &str)] = &[
@@ -107,6 +108,8 @@ pub(super) struct Trio {
     pub(super) vision: PathBuf,
     pub(super) embed: PathBuf,
     pub(super) decoder: PathBuf,
+    /// Heads of the decoder's cache, which its interface need not declare.
+    pub(super) heads: Option<CacheHeads>,
 }
 
 /// Finds the vision encoder, embedding and decoder of a variant.
@@ -142,6 +145,11 @@ pub(super) fn trio(path: &Path, variant: Option<&str>) -> anyhow::Result<(ModelD
             ),
         }
     };
+    let decoder = pick("decoder (inputs_embeds → logits, present.*)", |m| {
+        m.input("inputs_embeds").is_some() && m.output("logits").is_some()
+    })?;
+    let chosen = models.iter().find(|(f, _)| dir.path(f) == decoder);
+    let heads = chosen.and_then(|(_, m)| cache_heads(m));
     let trio = Trio {
         vision: pick("vision encoder (pixel_values → image_features)", |m| {
             m.input("pixel_values").is_some() && m.output("logits").is_none()
@@ -151,9 +159,16 @@ pub(super) fn trio(path: &Path, variant: Option<&str>) -> anyhow::Result<(ModelD
                 && m.graph().outputs.len() == 1
                 && m.output("logits").is_none()
         })?,
-        decoder: pick("decoder (inputs_embeds → logits, present.*)", |m| {
-            m.input("inputs_embeds").is_some() && m.output("logits").is_some()
-        })?,
+        decoder,
+        heads: heads.and_then(heads_of),
     };
     Ok((dir, trio))
+}
+
+/// What the runtime is told of a cache's heads.
+pub(super) fn heads_of((count, width): (i64, i64)) -> Option<CacheHeads> {
+    Some(CacheHeads {
+        count: usize::try_from(count).ok()?,
+        width: usize::try_from(width).ok()?,
+    })
 }
