@@ -67,13 +67,9 @@ pub fn check(
         pair.label = label;
         let vocabulary = pair.vocabulary;
         for scenario in standard(vocabulary, options.seed) {
-            if scenario.padded && !pair.padding {
-                report.add(
-                    format!("{}{}", pair.label, scenario.name),
-                    true,
-                    "left out: the decoder's attention takes the length of each row but no mask \
-                     (GroupQueryAttention), so rows of a batch cannot be padded on the left",
-                );
+            if let Some(why) = pair.beyond(&scenario) {
+                let check = format!("{}{}", pair.label, scenario.name);
+                report.add(check, true, format!("left out: {why}"));
                 continue;
             }
             progress(scenario.name);
@@ -109,6 +105,8 @@ struct Pair {
     salient: bool,
     /// Whether rows may be padded on the left.
     padding: bool,
+    /// Why a cache cannot be followed by several new tokens, if so.
+    single_steps: Option<String>,
     drops: usize,
     span: Option<crate::passes::StaticSpan>,
 }
@@ -178,6 +176,7 @@ impl Pair {
             quantised: false,
             salient: prune.is_some_and(|p| p.text == TextQueries::Salient),
             padding: true,
+            single_steps: None,
             drops: prune.map_or(0, |p| p.drops.len()),
             span: recipe.context.span,
         };
@@ -208,7 +207,9 @@ impl Pair {
                     pair.embed = Some((reference, run));
                 }
                 Role::Decoder(decoder) => {
-                    let reference = ReferenceDecoder::open(&old.model, decoder, prune, session)?;
+                    let mut reference =
+                        ReferenceDecoder::open(&old.model, decoder, prune, session)?;
+                    pair.single_steps = reference.continues()?;
                     let mut model = new.model.clone();
                     for drop in 1..=pair.drops {
                         let kept = format!("duet/visual_prune/drop{drop}/kept_indices");
@@ -232,6 +233,21 @@ impl Pair {
             }
         }
         Ok(pair)
+    }
+
+    /// Why the unmodified decoder cannot run a scenario, if it cannot.
+    fn beyond(&self, scenario: &Scenario) -> Option<String> {
+        if scenario.padded && !self.padding {
+            return Some(
+                "the decoder's attention takes the length of each row but no mask \
+                 (GroupQueryAttention), so rows of a batch cannot be padded on the left"
+                    .into(),
+            );
+        }
+        let why = self.single_steps.as_ref().filter(|_| scenario.turns.len() > 1)?;
+        Some(format!(
+            "the unmodified decoder does not take several new tokens on top of a cache ({why})"
+        ))
     }
 
     /// Plain embeddings `[b, L, D]`, and those that the rewritten decoder reads.

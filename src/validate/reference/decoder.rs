@@ -128,13 +128,14 @@ impl ReferenceDecoder {
                 if let Some(rotary) = layer.rotary {
                     // Copies: a table may be a weight, which cannot be given out.
                     for value in [rotary.cos, rotary.sin, rotary.lengths] {
-                        outputs.push(patch.op("Identity", &[value]));
+                        let copy = patch.op("Identity", &[value]);
+                        patch.add_output(copy, probe::INFERRED);
+                        outputs.push(copy);
                     }
                 }
             }
             let plan = patch.finish();
             let cut = model.clone().apply(plan)?;
-            outputs.dedup();
             let cut = probe::with_outputs(&cut, &outputs)?;
             if let Some(&next) = drops.get(number) {
                 probes.push(Probe::of(&cut, &decoder.layers[next], &outputs));
@@ -211,6 +212,27 @@ impl ReferenceDecoder {
             dtype,
             [batch, heads, length, width],
         )?)?)
+    }
+
+    /// Whether the unmodified decoder takes several new tokens on top of a cache;
+    /// if not, what ONNX Runtime says.
+    ///
+    /// # Errors
+    /// ONNX Runtime refuses an input tensor.
+    pub fn continues(&mut self) -> Result<Option<String>, ValidateError> {
+        let (past, new) = (3, 2);
+        let width = self.decoder.width.unwrap_or(1) as usize;
+        let state = State {
+            caches: (0..self.depth())
+                .map(|_| Ok((self.zeros(1, past)?, self.zeros(1, past)?)))
+                .collect::<Result<_, ValidateError>>()?,
+            masks: Vec::new(),
+        };
+        let entry = [Array3::zeros((1, new, width))];
+        let mask = Array2::ones((1, past + new));
+        let positions = Array2::from_shape_fn((1, new), |(_, i)| (past + i) as i64);
+        let run = self.run(0, &state, &entry, &mask, &positions, past, 1);
+        Ok(run.err().map(|e| e.to_string()))
     }
 
     /// Runs new tokens through all stages.
