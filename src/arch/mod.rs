@@ -15,7 +15,7 @@ mod tower;
 mod vlm;
 
 pub use attention::{Operand, Site, sites};
-pub use decoder::{Decoder, DecoderLayer};
+pub use decoder::{Decoder, DecoderLayer, Layout, Projection, Rotary, cache_heads};
 pub use embedding::{Embedding, Scatter};
 pub use sets::{FileSet, Kind, ROLE_KEY};
 pub use tower::VisionTower;

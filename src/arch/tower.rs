@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 
 use super::attention::{Site, sites};
-use super::decoder::cache_name;
+use super::decoder::CacheNames;
 use super::residual::articulations;
 use super::{MIN_OPSET, NoMatch, hidden_network};
 use crate::ir::cone::{ancestors, descendants};
@@ -73,7 +73,7 @@ impl VisionTower {
         };
         let is_image = |&v: &ValueId| {
             // A cache has the rank of an image.
-            let cache = cache_name(model.name(v), "past").is_some();
+            let cache = CacheNames::takes(model.name(v));
             let constant = cache || model.value(v).initializer.is_some();
             let fits = |(dtype, rank): (DataType, usize)| {
                 (dtype.is_float() || dtype == DataType::Uint8) && (4..=5).contains(&rank)

@@ -6,10 +6,11 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::{Context, bail};
 
 use super::Global;
-use crate::arch::{Kind, Part, Role, Vlm};
+use crate::arch::{Kind, Part, Role, Vlm, cache_heads};
 use crate::ir::{TensorData, verify};
 use crate::onnx::{ModelDir, read};
 use crate::passes::{Recipe, earlier_recipe};
+use crate::runtime::CacheHeads;
 
 /// Recipes that ship with the program: the files of `passes/`.
 pub(super) const RECIPES: &[(&str, &str)] = &[
@@ -318,6 +319,8 @@ pub(super) struct Trio {
     pub(super) vision: PathBuf,
     pub(super) embed: PathBuf,
     pub(super) decoder: PathBuf,
+    /// Heads of the decoder's cache, which its interface need not declare.
+    pub(super) heads: Option<CacheHeads>,
 }
 
 /// Finds the vision encoder, embedding and decoder of a variant (or of the
@@ -360,10 +363,21 @@ pub(super) fn trio(path: &Path, name: Option<&str>) -> anyhow::Result<(ModelDir,
         };
         Ok(dir.root.join(&vlm.parts[index].file))
     };
+    let decoder = set.decoder.map(|i| &vlm.parts[i].model);
+    let heads = decoder.and_then(cache_heads).and_then(heads_of);
     let trio = Trio {
+        heads,
         vision: pick(Kind::Vision, "vision encoder (pixels → features)")?,
         embed: pick(Kind::Embedding, "token embedding (ids → embeddings)")?,
         decoder: pick(Kind::Decoder, "decoder (embeddings → logits, cache)")?,
     };
     Ok((dir, trio))
+}
+
+/// What the runtime is told of a cache's heads.
+pub(super) fn heads_of((count, width): (i64, i64)) -> Option<CacheHeads> {
+    Some(CacheHeads {
+        count: usize::try_from(count).ok()?,
+        width: usize::try_from(width).ok()?,
+    })
 }

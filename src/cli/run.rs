@@ -107,7 +107,8 @@ fn open(arguments: &Arguments) -> anyhow::Result<VlmPipeline> {
         decoder: trio.decoder,
         configs: dir.root,
     };
-    Ok(VlmPipeline::open(&files, &arguments.engine.options())?)
+    let options = arguments.engine.options();
+    Ok(VlmPipeline::open_with_heads(&files, &options, trio.heads)?)
 }
 
 pub(super) fn millis(duration: Duration) -> f64 {

@@ -16,14 +16,17 @@ use crate::passes::{Context, Positions};
 pub(super) struct Stage {
     /// First layer (from 0).
     pub(super) first: usize,
-    /// Residual tensor `[b, L, D]` that enters it.
-    pub(super) hidden: ValueId,
+    /// What enters it, `[b, L, D]` each: a value for each one of the boundary.
+    pub(super) hidden: Vec<ValueId>,
     /// Attention mask `[b, S]` in the graph's own type.
     mask: Option<ValueId>,
     /// Bool `[b, L]`: no padding.
     pub(super) real: ValueId,
     /// Position ids `[b, L]`.
     positions: Option<ValueId>,
+    /// Positions of the rotary embedding inside the attention operators, int64
+    /// `[b, L]`, where they are carried through the drops (`positions: keep`).
+    pub(super) rotary: Option<ValueId>,
     /// Bool `[b, L]`.
     pub(super) visual: ValueId,
     /// Bool `[b, L]`: the tokens that ask.
@@ -83,9 +86,9 @@ impl Cuts {
         let data = descendants(model, &[decoder.embeds], true);
         let mut behind = Vec::new();
         for drop in drops {
-            let boundary = decoder.layers[drop.after_layer].boundary;
-            let mut set = descendants(model, &[boundary], false);
-            set.remove(&boundary);
+            let boundary = &decoder.layers[drop.after_layer].boundary;
+            let mut set = descendants(model, boundary, false);
+            set.retain(|v| !boundary.contains(v));
             behind.push(set);
         }
         Ok(Self { behind, data })
@@ -189,10 +192,11 @@ impl Plan<'_, '_> {
         }
         let mut stage = Stage {
             first: 0,
-            hidden: entry.embeds,
+            hidden: vec![entry.embeds],
             mask: decoder.attention_mask,
             real,
             positions: decoder.position_ids,
+            rotary: None,
             visual,
             text,
             length,
@@ -249,7 +253,7 @@ impl Plan<'_, '_> {
         entered: ValueId,
     ) -> Result<Stage, String> {
         let first = drop.after_layer;
-        let boundary = self.decoder.layers[first].boundary;
+        let boundary = &self.decoder.layers[first].boundary;
         self.patch.scope(&format!("drop{number}"));
         // Each row could lose n − ⌊r·n⌋; all lose the smallest of these.
         let lost = {
@@ -271,7 +275,7 @@ impl Plan<'_, '_> {
             stage: before,
             number,
         }
-        .scores(boundary)?;
+        .scores()?;
         // Text and padding always stay: a probability never reaches 2.
         let p = &mut *self.patch;
         let two = p.f32(2.0);
@@ -279,8 +283,20 @@ impl Plan<'_, '_> {
         let (_, best) = p.top_k(scores, length, true);
         let kept = p.sort_ascending(best, length);
         p.name_value(kept, &format!("drop{number}/kept_indices"));
-        let hidden = p.gather_rows(boundary, kept);
-        p.name_value(hidden, &format!("drop{number}/hidden"));
+        let hidden: Vec<ValueId> = boundary
+            .iter()
+            .enumerate()
+            .map(|(i, &value)| {
+                let hidden = p.gather_rows(value, kept);
+                let name = if i == 0 {
+                    "hidden".into()
+                } else {
+                    format!("hidden_{}", i + 1)
+                };
+                p.name_value(hidden, &format!("drop{number}/{name}"));
+                hidden
+            })
+            .collect();
         let real = p.gather_rows(before.real, kept);
         let visual = p.gather_rows(before.visual, kept);
         let text = p.gather_rows(before.text, kept);
@@ -319,6 +335,7 @@ impl Plan<'_, '_> {
             mask,
             real,
             positions,
+            rotary: before.rotary.map(|r| p.gather_rows(r, kept)),
             visual,
             text,
             length,
@@ -341,13 +358,11 @@ impl Plan<'_, '_> {
         let subst = &mut stage.subst;
         if number > 0 {
             // Residual tensors of earlier stages are read for their shape only.
-            let boundary = decoder.layers[stage.first].boundary;
-            for &residual in &decoder.residuals {
-                subst.insert(residual, stage.hidden);
-                if residual == boundary {
-                    break;
-                }
+            let boundary = &decoder.layers[stage.first].boundary;
+            for cut in decoder.residuals.iter().take_while(|c| *c != boundary) {
+                subst.extend(cut.iter().map(|v| (*v, stage.hidden[0])));
             }
+            subst.extend(boundary.iter().copied().zip(stage.hidden.iter().copied()));
         }
         if let (Some(old), Some(new)) = (decoder.attention_mask, stage.mask) {
             subst.insert(old, new);
@@ -397,7 +412,7 @@ impl Plan<'_, '_> {
         if self.cuts.data.contains(&value) && !stage.subst.contains_key(&value) {
             return Err(format!(
                 "'{}', which {} reads, carries token data across the drop point after layer {} beside the \
-                 residual stream; expected one residual tensor",
+                 residual stream; expected the residual stream alone",
                 model.name(value),
                 model.describe(node),
                 stage.first
@@ -423,6 +438,8 @@ impl Plan<'_, '_> {
                 shape: Some(dims),
             }) = &model.value(value).ty
                 && axis < dims.len()
+                // (Logits of the last row only stay one row.)
+                && !matches!(dims[axis], Dim::Known(_))
             {
                 let mut dims = dims.clone();
                 dims[axis] = Dim::param(name);

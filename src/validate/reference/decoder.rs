@@ -4,8 +4,8 @@ use ndarray::{Array2, Array3, Array4, Axis, s};
 
 use super::super::oracle::{self, Text};
 use super::super::{ValidateError, probe};
-use crate::arch::Decoder;
-use crate::ir::{Model, Patch};
+use crate::arch::{Decoder, DecoderLayer, Layout, Projection};
+use crate::ir::{Dim, Model, Patch, ValueId, ValueType};
 use crate::passes::{Positions, TextQueries, VisualPrune};
 use crate::runtime::{DType, Session, SessionOptions, Tensor, Value};
 
@@ -65,8 +65,21 @@ struct Names {
     logits: String,
     past: Vec<(String, String)>,
     present: Vec<(String, String)>,
-    /// Residual tensor, query and key at each drop point.
-    probes: Vec<(String, String, String)>,
+    /// What each stage's entry reads besides the embeddings: a tensor for each
+    /// further value of its boundary.
+    extra: Vec<Vec<String>>,
+    /// What is looked at, at each drop point.
+    probes: Vec<Probe>,
+}
+
+/// Names of what the ranking at a drop point is computed from.
+struct Probe {
+    /// What the next layer is entered by.
+    boundary: Vec<String>,
+    query: String,
+    key: String,
+    /// Tables and lengths of a rotary embedding inside the attention.
+    rotary: Option<[String; 3]>,
 }
 
 impl ReferenceDecoder {
@@ -84,27 +97,49 @@ impl ReferenceDecoder {
             .map(|p| p.drops.iter().map(|d| d.after_layer).collect())
             .unwrap_or_default();
         let name = |v| model.name(v).to_owned();
-        let mut stages = Vec::new();
+        let (mut stages, mut extra, mut probes) = (Vec::new(), Vec::new(), Vec::new());
         for number in 0..=drops.len() {
             let first = if number == 0 { 0 } else { drops[number - 1] };
             let mut patch = Patch::new(model, "cut");
+            let mut more = Vec::new();
             if number > 0 {
-                let boundary = decoder.layers[first].boundary;
-                // In the residual stream's own type, which may not be the input's.
-                let hidden = match model.opset("") {
-                    Some(15..) => patch.op("CastLike", &[decoder.embeds, boundary]),
-                    _ => decoder.embeds,
-                };
-                patch.rewire_all(boundary, hidden);
+                for (i, &boundary) in decoder.layers[first].boundary.iter().enumerate() {
+                    let source = if i == 0 {
+                        decoder.embeds
+                    } else {
+                        more.push(format!("duet/cut/entry_{}", i + 1));
+                        let dims = vec![Dim::Unknown; 3];
+                        patch.add_input(&more[i - 1], ValueType::tensor(decoder.dtype, dims))
+                    };
+                    // In the residual stream's own type, which may not be the input's.
+                    let hidden = match model.opset("") {
+                        Some(15..) => patch.op("CastLike", &[source, boundary]),
+                        _ => source,
+                    };
+                    patch.rewire_all(boundary, hidden);
+                }
             }
-            let plan = patch.finish();
-            let cut = model.clone().apply(plan)?;
+            extra.push(more);
             let mut outputs = Vec::new();
             if let Some(&next) = drops.get(number) {
                 let layer = &decoder.layers[next];
-                outputs.extend([layer.boundary, layer.query, layer.new_key]);
+                outputs.extend(&layer.boundary);
+                outputs.extend([layer.query.value, layer.new_key.value]);
+                if let Some(rotary) = layer.rotary {
+                    // Copies: a table may be a weight, which cannot be given out.
+                    for value in [rotary.cos, rotary.sin, rotary.lengths] {
+                        let copy = patch.op("Identity", &[value]);
+                        patch.add_output(copy, probe::INFERRED);
+                        outputs.push(copy);
+                    }
+                }
             }
+            let plan = patch.finish();
+            let cut = model.clone().apply(plan)?;
             let cut = probe::with_outputs(&cut, &outputs)?;
+            if let Some(&next) = drops.get(number) {
+                probes.push(Probe::of(&cut, &decoder.layers[next], &outputs));
+            }
             let session =
                 probe::open(&cut, &format!("reference decoder, stage {number}"), options)?;
             stages.push(Stage { first, session });
@@ -124,13 +159,8 @@ impl ReferenceDecoder {
                 .iter()
                 .map(|l| (name(l.present.0), name(l.present.1)))
                 .collect(),
-            probes: drops
-                .iter()
-                .map(|&d| {
-                    let l = &decoder.layers[d];
-                    (name(l.boundary), name(l.query), name(l.new_key))
-                })
-                .collect(),
+            extra,
+            probes,
         };
         let dtype = stages[0]
             .session
@@ -184,6 +214,27 @@ impl ReferenceDecoder {
         )?)?)
     }
 
+    /// Whether the unmodified decoder takes several new tokens on top of a cache;
+    /// if not, what ONNX Runtime says.
+    ///
+    /// # Errors
+    /// ONNX Runtime refuses an input tensor.
+    pub fn continues(&mut self) -> Result<Option<String>, ValidateError> {
+        let (past, new) = (3, 2);
+        let width = self.decoder.width.unwrap_or(1) as usize;
+        let state = State {
+            caches: (0..self.depth())
+                .map(|_| Ok((self.zeros(1, past)?, self.zeros(1, past)?)))
+                .collect::<Result<_, ValidateError>>()?,
+            masks: Vec::new(),
+        };
+        let entry = [Array3::zeros((1, new, width))];
+        let mask = Array2::ones((1, past + new));
+        let positions = Array2::from_shape_fn((1, new), |(_, i)| (past + i) as i64);
+        let run = self.run(0, &state, &entry, &mask, &positions, past, 1);
+        Ok(run.err().map(|e| e.to_string()))
+    }
+
     /// Runs new tokens through all stages.
     ///
     /// # Errors
@@ -217,7 +268,7 @@ impl ReferenceDecoder {
             })
             .collect();
         let drops = oracle::drop_counts(&entered, &schedule)?;
-        let mut embeds = input.embeds.clone();
+        let mut entry = vec![input.embeds.clone()];
         let mut mask = input.mask.clone();
         let mut positions = input.positions.clone();
         let renumber = self
@@ -237,7 +288,7 @@ impl ReferenceDecoder {
             let full_mask =
                 ndarray::concatenate(Axis(1), &[state.masks[number].view(), mask.view()])
                     .map_err(|e| ValidateError::Model(e.to_string()))?;
-            let outputs = self.run(number, state, &embeds, &full_mask, &positions, past, batch)?;
+            let outputs = self.run(number, state, &entry, &full_mask, &positions, past, batch)?;
             for layer in first..end {
                 let (key, value) = &self.names.present[layer];
                 state.caches[layer] = (outputs.get(key)?.clone(), outputs.get(value)?.clone());
@@ -247,19 +298,25 @@ impl ReferenceDecoder {
                 state.masks[number] = full_mask;
                 break;
             }
-            let (boundary, query, key) = &self.names.probes[number];
-            let hidden: Array3<f32> = array(outputs.get(boundary)?)?;
-            let query: Array4<f32> = array(outputs.get(query)?)?;
-            let key: Array4<f32> = array(outputs.get(key)?)?;
+            let probe = &self.names.probes[number];
+            let hidden: Vec<Array3<f32>> = probe
+                .boundary
+                .iter()
+                .map(|b| array(outputs.get(b)?))
+                .collect::<Result<_, ValidateError>>()?;
+            let (query, key) = self.operands(probe, end, past, &outputs)?;
             let layer = &self.decoder.layers[end];
             let mut kept = Vec::new();
             for row in 0..batch {
                 let real: Vec<bool> = mask.row(row).iter().map(|m| *m != 0).collect();
                 let scores = if visual[row].iter().any(|v| *v) {
                     #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
-                    let scale = layer.scale as f32;
+                    let scaling = oracle::Scaling {
+                        scale: layer.scale as f32,
+                        softcap: layer.softcap as f32,
+                    };
                     let (q, k) = (query.index_axis(Axis(0), row), key.index_axis(Axis(0), row));
-                    oracle::rank(q, k, scale, &real, &rows[row], &visual[row])?
+                    oracle::rank(q, k, scaling, &real, &rows[row], &visual[row])?
                 } else {
                     Vec::new()
                 };
@@ -273,7 +330,11 @@ impl ReferenceDecoder {
             let length = kept[0].len();
             let mut next_mask = Array2::zeros((batch, length));
             let mut next_positions = Array2::zeros((batch, length));
-            let mut next_embeds = Array3::zeros((batch, length, hidden.dim().2));
+            let width = |h: &Array3<f32>| h.dim().2;
+            let mut next_entry: Vec<Array3<f32>> = hidden
+                .iter()
+                .map(|h| Array3::zeros((batch, length, width(h))))
+                .collect();
             for (row, keep) in kept.iter().enumerate() {
                 let old = positions.row(row).to_vec();
                 let new = if renumber {
@@ -285,13 +346,14 @@ impl ReferenceDecoder {
                 for (slot, &from) in keep.iter().enumerate() {
                     next_mask[[row, slot]] = mask[[row, from]];
                     next_positions[[row, slot]] = new[slot];
-                    next_embeds
-                        .slice_mut(s![row, slot, ..])
-                        .assign(&hidden.slice(s![row, from, ..]));
+                    for (next, hidden) in next_entry.iter_mut().zip(&hidden) {
+                        next.slice_mut(s![row, slot, ..])
+                            .assign(&hidden.slice(s![row, from, ..]));
+                    }
                 }
                 visual[row] = keep.iter().map(|&i| visual[row][i]).collect();
             }
-            (mask, positions, embeds) = (next_mask, next_positions, next_embeds);
+            (mask, positions, entry) = (next_mask, next_positions, next_entry);
             kept_all.push(kept);
         }
         Ok(StepOut {
@@ -299,6 +361,47 @@ impl ReferenceDecoder {
             kept: kept_all,
             lengths: state.caches.iter().map(|(k, _)| k.shape()[2]).collect(),
         })
+    }
+
+    /// Queries and keys `[b, heads, L, head_dim]` of layer `next`, whose attention
+    /// sees `past` tokens before them.
+    fn operands(
+        &self,
+        probe: &Probe,
+        next: usize,
+        past: usize,
+        outputs: &crate::runtime::Outputs,
+    ) -> Result<(Array4<f32>, Array4<f32>), ValidateError> {
+        let layer = &self.decoder.layers[next];
+        let width = self.decoder.head_dim as usize;
+        let mut query = split(outputs.get(&probe.query)?, &layer.query, width)?;
+        let (Some(names), Some(rotary)) = (&probe.rotary, layer.rotary) else {
+            let key = split(outputs.get(&probe.key)?, &layer.new_key, width)?;
+            return Ok((query, key));
+        };
+        // The operator gives its turned keys out, behind those of the past; only
+        // the queries have to be turned here.
+        let present: Array4<f32> = array(outputs.get(&self.names.present[next].0)?)?;
+        let key = present.slice(s![.., .., past.., ..]).to_owned();
+        let (cos, sin): (Array2<f32>, Array2<f32>) = (
+            array(outputs.get(&names[0])?)?,
+            array(outputs.get(&names[1])?)?,
+        );
+        let lengths = outputs.get(&names[2])?.to_tensor()?.i64s()?.to_vec();
+        for (row, mut heads) in query.outer_iter_mut().enumerate() {
+            let length = heads.dim().1 as i64;
+            let start = (lengths[row] + 1 - length).max(0);
+            let positions: Vec<i64> = (start..start + length).collect();
+            let turned = oracle::rotate(
+                heads.view(),
+                cos.view(),
+                sin.view(),
+                &positions,
+                rotary.interleaved,
+            )?;
+            heads.assign(&turned);
+        }
+        Ok((query, key))
     }
 
     /// Runs one stage. Layers of other stages are fed caches of this stage's
@@ -309,7 +412,7 @@ impl ReferenceDecoder {
         &mut self,
         number: usize,
         state: &State,
-        embeds: &Array3<f32>,
+        entry: &[Array3<f32>],
         mask: &Array2<i64>,
         positions: &Array2<i64>,
         past: usize,
@@ -321,8 +424,12 @@ impl ReferenceDecoder {
             .get(number + 1)
             .map_or(self.depth(), |s| s.first);
         let filler = self.zeros(batch, past)?;
-        let embeds = Value::new(Tensor::from(embeds.clone()).cast_float(self.dtype)?)?;
-        let mut feed: Vec<(&str, Value)> = vec![(&self.names.embeds, embeds)];
+        let mut feed: Vec<(&str, Value)> = Vec::new();
+        let names = [&self.names.embeds].into_iter().chain(&self.names.extra[number]);
+        for (name, tensor) in names.zip(entry) {
+            let value = Value::new(Tensor::from(tensor.clone()).cast_float(self.dtype)?)?;
+            feed.push((name, value));
+        }
         if let Some(name) = &self.names.mask {
             feed.push((name, Value::new(Tensor::from(mask.clone()))?));
         }
@@ -339,6 +446,48 @@ impl ReferenceDecoder {
         let inputs: Vec<(&str, &Value)> = feed.iter().map(|(n, v)| (*n, v)).collect();
         Ok(self.stages[number].session.run(&inputs)?)
     }
+}
+
+impl Probe {
+    /// `outputs` are what was asked for: boundary, query, key and, last, copies of
+    /// what the rotary embedding reads.
+    fn of(cut: &Model, layer: &DecoderLayer, outputs: &[ValueId]) -> Self {
+        let name = |v: ValueId| cut.name(v).to_owned();
+        Self {
+            boundary: layer.boundary.iter().copied().map(name).collect(),
+            query: name(layer.query.value),
+            key: name(layer.new_key.value),
+            rotary: match (layer.rotary, outputs) {
+                (Some(_), [.., cos, sin, lengths]) => {
+                    Some([name(*cos), name(*sin), name(*lengths)])
+                }
+                _ => None,
+            },
+        }
+    }
+}
+
+/// The heads of a projection, `[b, heads, L, width]`.
+fn split(
+    value: &Value,
+    projection: &Projection,
+    width: usize,
+) -> Result<Array4<f32>, ValidateError> {
+    let Layout::Rows { start, heads } = projection.layout else {
+        return array(value);
+    };
+    if projection.bias.is_some() {
+        return Err(ValidateError::Model(
+            "an attention with a bias of its own cannot be validated".into(),
+        ));
+    }
+    let rows: Array3<f32> = array(value)?;
+    let (start, heads) = (start as usize, heads as usize);
+    let (batch, length, _) = rows.dim();
+    Ok(Array4::from_shape_fn(
+        (batch, heads, length, width),
+        |(b, h, l, d)| rows[[b, l, start + h * width + d]],
+    ))
 }
 
 fn array<D: ndarray::Dimension>(value: &Value) -> Result<ndarray::Array<f32, D>, ValidateError> {
