@@ -6,13 +6,13 @@ use super::probe;
 use super::reference::{ReferenceDecoder, ReferenceVision, State, StepIn, StepOut};
 use super::report::Report;
 use super::scenario::{Layout, Scenario, Seeded, lay_out, standard};
-use super::{ValidateError, second, structure};
+use super::{ValidateError, embed, second, structure};
 use crate::arch::{FileSet, Role, Vlm};
 use crate::ir::{DataType, Model};
 use crate::passes::{Marker, Recipe, TextQueries, TokenMerge, VisualPrune};
 use crate::runtime::{
-    CacheHeads, Decoder as RunDecoder, Embedder, SessionOptions, StepInput, Tensor, Value, VisionEncoder,
-    scatter,
+    CacheHeads, Decoder as RunDecoder, Embedder, SessionOptions, StepInput, Tensor, Value,
+    VisionEncoder, scatter,
 };
 
 /// How to validate.
@@ -201,17 +201,12 @@ impl Pair {
                 }
                 Role::Embedding(embedding) => {
                     if let Some(scatter) = &embedding.scatter {
-                        pair.placeholder = scatter.placeholder;
-                        if scatter.placeholder.is_none() {
-                            return Err(ValidateError::Model(format!(
-                                "{name}: which token id takes the image features cannot be told from the \
-                                 graph (no Equal with a constant)"
-                            )));
-                        }
+                        pair.placeholder = Some(embed::placeholder(scatter, &name)?);
                         let stated = fixed(&old.model, scatter.features, 1);
                         pair.features = stated.filter(|_| scatter.rank == 3).unwrap_or(8);
                     }
-                    let reference = Embedder::new(probe::open(&old.model, &name, session)?)?;
+                    let plain = embed::any_count(&old.model, embedding)?;
+                    let reference = Embedder::new(probe::open(&plain, &name, session)?)?;
                     let run = Embedder::new(probe::open(&new.model, &name, session)?)?;
                     pair.embed = Some((reference, run));
                 }
@@ -253,7 +248,10 @@ impl Pair {
                     .into(),
             );
         }
-        let why = self.single_steps.as_ref().filter(|_| scenario.turns.len() > 1)?;
+        let why = self
+            .single_steps
+            .as_ref()
+            .filter(|_| scenario.turns.len() > 1)?;
         Some(format!(
             "the unmodified decoder does not take several new tokens on top of a cache ({why})"
         ))
@@ -268,32 +266,21 @@ impl Pair {
         marked: Vec<Tensor>,
         rng: &mut Seeded,
     ) -> Result<(Tensor, Tensor), ValidateError> {
-        let (b, l) = layout.ids.dim();
-        let (old, new) = match (&mut self.embed, self.placeholder) {
-            (Some((reference, run)), Some(token)) => {
-                // Text must not hold the token by chance.
-                let ids = Array2::from_shape_fn((b, l), |at| match layout.ids[at] {
-                    _ if layout.visual[at] => token,
-                    id if id == token => i64::from(token == 0),
-                    id => id,
-                });
-                let old = reference.run_with(ids.clone(), &plain)?.to_tensor()?;
-                return Ok((old, run.run_with(ids, &marked)?.to_tensor()?));
-            }
-            (Some((reference, run)), None) => {
-                let old = reference.run(layout.ids.clone())?.to_tensor()?;
-                (old, run.run(layout.ids.clone())?.to_tensor()?)
-            }
-            (None, _) => {
-                let noise = Array3::from_shape_fn((b, l, self.width), |_| rng.normal());
-                (Tensor::from(noise.clone()), Tensor::from(noise))
-            }
-        };
-        let flat: Vec<bool> = layout.visual.iter().copied().collect();
         let dtype = self.dtype_like();
+        let (plain, marked) = (cast(plain, &dtype)?, cast(marked, &dtype)?);
+        if let Some((reference, run)) = &mut self.embed {
+            let token = self.placeholder;
+            return Ok((
+                embed::embed(reference, layout, token, &plain)?,
+                embed::embed(run, layout, token, &marked)?,
+            ));
+        }
+        let (b, l) = layout.ids.dim();
+        let noise = Tensor::from(Array3::from_shape_fn((b, l, self.width), |_| rng.normal()));
+        let flat: Vec<bool> = layout.visual.iter().copied().collect();
         Ok((
-            scatter(old, &flat, &cast(plain, &dtype)?)?,
-            scatter(new, &flat, &cast(marked, &dtype)?)?,
+            scatter(noise.clone(), &flat, &plain)?,
+            scatter(noise, &flat, &marked)?,
         ))
     }
 

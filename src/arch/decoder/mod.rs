@@ -295,4 +295,3 @@ fn linear_depth(model: &Model, node: &Node) -> Option<i64> {
         _ => None,
     }
 }
-

@@ -168,7 +168,9 @@ impl Ranking<'_, '_> {
         subst: &mut crate::ir::Substitution,
     ) -> Result<ValueId, String> {
         self.patch.clone_cone(value, subst).map_err(|at| {
-            format!("{at} holds a sub-graph between the residual stream and the keys of the next layer")
+            format!(
+                "{at} holds a sub-graph between the residual stream and the keys of the next layer"
+            )
         })
     }
 
@@ -227,7 +229,11 @@ impl Ranking<'_, '_> {
             return self.clone(positions, subst);
         }
         let lengths = self.clone(rotary.lengths, subst)?;
-        Ok(positions_from_lengths(self.patch, lengths, self.stage.length))
+        Ok(positions_from_lengths(
+            self.patch,
+            lengths,
+            self.stage.length,
+        ))
     }
 
     /// Rotates the first columns of `x [b, H, L, d]`. Pairs of neighbours come
@@ -260,11 +266,7 @@ impl Ranking<'_, '_> {
 /// Positions of the tokens processed now from the operator's `seqlens_k` (length
 /// with the past, less 1), int64 `[b, L]`. A row padded on the right has a shorter
 /// length, and its first prompt still starts at 0.
-pub(super) fn positions_from_lengths(
-    p: &mut Patch<'_>,
-    lengths: ValueId,
-    length: Size,
-) -> ValueId {
+pub(super) fn positions_from_lengths(p: &mut Patch<'_>, lengths: ValueId, length: Size) -> ValueId {
     let total = p.cast(lengths, DataType::Int64);
     let total = p.reshape(total, &[-1, 1]);
     let new = p.size_value(length);
