@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::{Context, bail};
 
 use super::Global;
-use crate::arch::{Kind, Part, Role, Vlm, cache_heads};
+use crate::arch::{Kind, NoMatch, Part, Role, Vlm, cache_heads};
 use crate::ir::{TensorData, verify};
 use crate::onnx::{ModelDir, read};
 use crate::passes::{Recipe, earlier_recipe};
@@ -84,7 +84,28 @@ fn everything(path: &Path) -> anyhow::Result<(ModelDir, Vlm)> {
     let mut vlm = Vlm::new(models);
     vlm.set_strangers_aside();
     name_besides(&mut vlm);
+    set_others_aside(&mut vlm);
     Ok((dir, vlm))
+}
+
+/// Where a part of the model was rewritten, a file of the same kind that was not
+/// is another model's: it was carried over.
+fn set_others_aside(vlm: &mut Vlm) {
+    let rewritten: BTreeSet<Kind> = vlm
+        .parts
+        .iter()
+        .filter(|p| earlier_recipe(&p.model).is_some() && !is_beside(p, vlm))
+        .map(Part::kind)
+        .collect();
+    for part in &mut vlm.parts {
+        let kind = part.kind();
+        if earlier_recipe(&part.model).is_none() && rewritten.contains(&kind) {
+            part.role = Role::Unknown(vec![NoMatch {
+                looked_for: format!("a {} of this model", kind.name()),
+                found: "it was not rewritten, and another one here was".into(),
+            }]);
+        }
+    }
 }
 
 /// Files that an earlier `--beside` put next to their originals are variants of

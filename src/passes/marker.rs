@@ -195,17 +195,19 @@ pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context)
             let span = context
                 .span
                 .unwrap_or(super::StaticSpan { start: 0, count: 0 });
-            // Positions of the tokens processed now, counted from the start of
-            // the conversation: the span lies in the first prompt only.
+            // The span lies in the first prompt only: behind a cache there is
+            // none, also where the prompt was shorter than the span.
             let past = patch.size_of(decoder.layers[0].past.0, 2);
-            let length = patch.size_of(embeds, 1);
-            let here = patch.iota(length);
             let past = patch.size_value(past);
-            let at = patch.op("Add", &[here, past]);
+            let zero = patch.i64(0);
+            let first = patch.op("Equal", &[past, zero]);
+            let length = patch.size_of(embeds, 1);
+            let at = patch.iota(length);
             let (start, end) = (patch.i64(span.start), patch.i64(span.start + span.count));
             let from = patch.op("GreaterOrEqual", &[at, start]);
             let to = patch.op("Less", &[at, end]);
             let inside = patch.op("And", &[from, to]);
+            let inside = patch.op("And", &[inside, first]);
             let shape = patch.op("Shape", &[embeds]);
             let rows = patch.slice(shape, Size::Known(0), Size::Known(2), 0);
             let visual = patch.op("Expand", &[inside, rows]);

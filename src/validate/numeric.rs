@@ -394,8 +394,8 @@ impl Pair {
             return layout.visual.clone();
         };
         Array2::from_shape_fn(layout.visual.dim(), |(r, i)| {
-            let at = (past + i) as i64;
-            (span.start..span.start + span.count).contains(&at) && layout.mask[[r, i]] == 1
+            let inside = (span.start..span.start + span.count).contains(&(i as i64));
+            past == 0 && inside && layout.mask[[r, i]] == 1
         })
     }
 
