@@ -81,7 +81,21 @@ impl VisionTower {
             !constant && rank(v).is_some_and(fits)
         };
         let Some(pixels) = graph.inputs.iter().copied().find(is_image) else {
-            return fail("no floating-point input of rank 4 or 5 (pixel_values)".into());
+            let cached = graph
+                .inputs
+                .iter()
+                .any(|v| CacheNames::takes(model.name(*v)));
+            let embeds = graph
+                .inputs
+                .iter()
+                .any(|v| rank(*v).is_some_and(|(dtype, rank)| dtype.is_float() && rank == 3));
+            return fail(if cached && !embeds {
+                "no floating-point input of rank 4 or 5 (pixel_values); a language model that takes \
+                 input_ids and no pixels has no visual tokens"
+                    .into()
+            } else {
+                "no floating-point input of rank 4 or 5 (pixel_values)".into()
+            });
         };
         if model.opset("").unwrap_or(0) < MIN_OPSET {
             let found = model.opset("").unwrap_or(0);
