@@ -383,3 +383,50 @@ fn a_genai_config_that_lies_is_refused() {
     assert!(ran.stderr.contains("hidden_size is 48"), "{}", ran.stderr);
     assert!(!place.path("out").exists());
 }
+
+/// A fixture's file whose interface has other names.
+fn renamed(name: &str, names: &[(&str, &str)]) -> Vec<u8> {
+    let mut proto = common::decode(&std::fs::read(part("ts-eager-gqa", name)).expect("a fixture"));
+    let graph = proto.graph.as_mut().expect("a graph");
+    let new = |old: &str| {
+        let found = names.iter().find(|(from, _)| *from == old);
+        found.map(|(_, to)| (*to).to_owned())
+    };
+    for value in graph.input.iter_mut().chain(&mut graph.output) {
+        if let Some(to) = new(value.name()) {
+            value.name = Some(to);
+        }
+    }
+    for node in &mut graph.node {
+        for value in node.input.iter_mut().chain(&mut node.output) {
+            if let Some(to) = new(value) {
+                *value = to;
+            }
+        }
+    }
+    encode(&proto).to_vec()
+}
+
+#[test]
+fn tensors_may_have_other_names_too() {
+    let place = Place::new(BOTH);
+    place.configs("model");
+    let names = [
+        ("pixel_values", "x"),
+        ("image_features", "y"),
+        ("input_ids", "tokens"),
+        ("inputs_embeds", "hidden_in"),
+        ("logits", "scores"),
+    ];
+    for (name, to) in PARTS.into_iter().zip(["1", "2", "3"]) {
+        place.write(&format!("model/{to}.onnx"), &renamed(name, &names));
+    }
+    place.rewritten(&[]);
+    place.valid();
+    let usual = nameless(BOTH);
+    usual.rewritten(&[]);
+    let (new, old) = (place.answer("out", &[]), usual.answer("out", &[]));
+    assert_eq!(new["tokens"], old["tokens"]);
+    assert_eq!(new["cache_lengths"], old["cache_lengths"]);
+    assert_eq!(place.answer("model", &[])["visual_tokens"], 81);
+}

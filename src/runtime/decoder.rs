@@ -168,6 +168,10 @@ pub struct Decoder {
     slots: Vec<Slot>,
     /// Which slots are keys, in the order of the layers.
     keys: Vec<usize>,
+    /// Name of the input of embeddings.
+    embeds: String,
+    /// Name of the output of logits.
+    logits: String,
 }
 
 impl Decoder {
@@ -191,18 +195,19 @@ impl Decoder {
             expected: expected.to_string(),
             found,
         };
-        if session.output(LOGITS).is_none() {
+        let cached = |port: &Port| port.name.starts_with("present");
+        let Some(logits) = by_name_or_kind(session.outputs(), LOGITS, |p| !cached(p)) else {
             return Err(wrong(
-                "a decoder with an output `logits`",
+                "a decoder with an output `logits`, or with one floating-point output besides the cache",
                 ports(session.outputs()),
             ));
-        }
-        if session.input(EMBEDS).is_none() {
+        };
+        let Some(embeds) = by_name_or_kind(session.inputs(), EMBEDS, |p| p.dims.len() == 3) else {
             return Err(wrong(
-                "a decoder with an input `inputs_embeds`",
+                "a decoder with an input `inputs_embeds`, or with one floating-point input of rank 3",
                 ports(session.inputs()),
             ));
-        }
+        };
         let mut slots = Vec::new();
         for port in session.inputs() {
             if let Some(rest) = port.name.strip_prefix("past_key_values.") {
@@ -210,7 +215,8 @@ impl Decoder {
                 continue;
             }
             let name = port.name.as_str();
-            let known = [EMBEDS, IDS, MASK, POSITIONS, VISUAL, SALIENT, USE_CACHE].contains(&name)
+            let known = name == embeds
+                || [IDS, MASK, POSITIONS, VISUAL, SALIENT, USE_CACHE].contains(&name)
                 || KEEP_LOGITS.contains(&name);
             if !known {
                 return Err(wrong(
@@ -228,6 +234,8 @@ impl Decoder {
             session,
             slots,
             keys,
+            embeds,
+            logits,
         })
     }
 
@@ -259,7 +267,7 @@ impl Decoder {
     /// Element type and width of the embeddings that the decoder reads; the width is `None` if the model does
     /// not declare it.
     pub fn embeds(&self) -> (Option<DType>, Option<usize>) {
-        let port = self.session.input(EMBEDS);
+        let port = self.session.input(&self.embeds);
         let width = port.and_then(|port| port.dims.get(2)?.fixed());
         (port.and_then(|port| port.dtype), width)
     }
@@ -344,7 +352,7 @@ impl Decoder {
         let mask = concatenate(Axis(1), &[cache.mask.view(), step_mask.view()])
             .map_err(|e| RuntimeError::Tensor(e.to_string()))?;
 
-        let mut feed: Vec<(String, Value)> = vec![(EMBEDS.into(), input.embeds.clone())];
+        let mut feed: Vec<(String, Value)> = vec![(self.embeds.clone(), input.embeds.clone())];
         for port in self.session.inputs() {
             let value = match port.name.as_str() {
                 IDS => {
@@ -398,14 +406,15 @@ impl Decoder {
             .iter()
             .map(|slot| outputs.get(&slot.present).cloned())
             .collect::<Result<_>>()?;
-        let known = |name: &str| name == LOGITS || self.slots.iter().any(|s| s.present == name);
+        let known =
+            |name: &str| name == self.logits || self.slots.iter().any(|s| s.present == name);
         let extra = outputs
             .iter()
             .filter(|(name, _)| !known(name))
             .map(|(name, value)| (name.to_owned(), value.clone()))
             .collect();
         Ok(StepOutput {
-            logits: outputs.get(LOGITS)?.clone(),
+            logits: outputs.get(&self.logits)?.clone(),
             extra,
             cache: Cache {
                 values,
@@ -415,6 +424,19 @@ impl Decoder {
             },
             elapsed,
         })
+    }
+}
+
+/// The port of this name, or the only floating-point one that fits.
+fn by_name_or_kind(ports: &[Port], name: &str, fits: impl Fn(&Port) -> bool) -> Option<String> {
+    if ports.iter().any(|p| p.name == name) {
+        return Some(name.to_owned());
+    }
+    let float = |p: &&Port| p.dtype.is_some_and(DType::is_float) && fits(p);
+    let mut all = ports.iter().filter(float);
+    match (all.next(), all.next()) {
+        (Some(only), None) => Some(only.name.clone()),
+        _ => None,
     }
 }
 
@@ -622,7 +644,7 @@ mod tests {
     fn other_models_are_refused_by_name() {
         let error = open(&models::top_two_rows()).unwrap_err().to_string();
         assert!(
-            error.contains("`logits`") && error.contains("kept"),
+            error.contains("inputs_embeds") && error.contains("`scores`"),
             "{error}"
         );
     }
