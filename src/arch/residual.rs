@@ -22,7 +22,9 @@ pub(super) type Cut = Vec<ValueId>;
 /// Values between `source` and `sink` that carry all data alone, in order, both
 /// included.
 pub(super) fn articulations(model: &Model, source: ValueId, sink: ValueId) -> Vec<ValueId> {
-    let single = cuts(model, source, sink).into_iter().filter(|c| c.len() == 1);
+    let single = cuts(model, source, sink)
+        .into_iter()
+        .filter(|c| c.len() == 1);
     single.flatten().collect()
 }
 

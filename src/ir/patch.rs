@@ -238,6 +238,15 @@ impl<'m> Patch<'m> {
         if let Some(&id) = key.as_ref().and_then(|k| self.constants.get(k)) {
             return id;
         }
+        let id = self.own_constant(tensor);
+        if let Some(key) = key {
+            self.constants.insert(key, id);
+        }
+        id
+    }
+
+    /// Adds a constant that is shared with nothing.
+    pub(in crate::ir) fn own_constant(&mut self, tensor: Tensor) -> ValueId {
         let scope = std::mem::take(&mut self.scope);
         let name = self.unique(if tensor.name.is_empty() {
             "const"
@@ -250,11 +259,7 @@ impl<'m> Patch<'m> {
             origin: None,
             ..tensor
         };
-        let id = self.push_value(name, Def::Initializer, Some(tensor));
-        if let Some(key) = key {
-            self.constants.insert(key, id);
-        }
-        id
+        self.push_value(name, Def::Initializer, Some(tensor))
     }
 
     /// Adds a graph input after the existing ones.

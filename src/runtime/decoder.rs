@@ -419,12 +419,7 @@ impl Decoder {
 }
 
 /// The pair of a past input and its present output.
-fn slot(
-    session: &Session,
-    port: &Port,
-    rest: &str,
-    heads: Option<CacheHeads>,
-) -> Result<Slot> {
+fn slot(session: &Session, port: &Port, rest: &str, heads: Option<CacheHeads>) -> Result<Slot> {
     let wrong = |expected: String, found: String| RuntimeError::Interface {
         model: session.model().to_string(),
         expected,
@@ -466,9 +461,8 @@ fn slot(
 /// Which slots hold keys, in the order of the layers that their names state. Interfaces list keys and values in
 /// turns, or all keys before all values.
 fn keys(slots: &[Slot]) -> Vec<usize> {
-    let layer = |name: &str| -> Option<usize> {
-        name.rsplit('.').find_map(|part| part.parse().ok())
-    };
+    let layer =
+        |name: &str| -> Option<usize> { name.rsplit('.').find_map(|part| part.parse().ok()) };
     let mut keys: Vec<(Option<usize>, usize)> = slots
         .iter()
         .enumerate()

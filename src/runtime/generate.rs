@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use ndarray::Array2;
 
-use super::decoder::{CacheHeads, Cache, Decoder, StepInput};
+use super::decoder::{Cache, CacheHeads, Decoder, StepInput};
 use super::error::{Result, RuntimeError};
 use super::image::{ImageProcessor, Pixels};
 use super::salient::salient_mask;

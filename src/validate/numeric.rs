@@ -11,8 +11,8 @@ use crate::arch::{Role, Vlm};
 use crate::ir::{DataType, Model};
 use crate::passes::{Marker, Recipe, TextQueries, TokenMerge, VisualPrune};
 use crate::runtime::{
-    CacheHeads, Decoder as RunDecoder, Embedder, SessionOptions, StepInput, Tensor, Value, VisionEncoder,
-    scatter,
+    CacheHeads, Decoder as RunDecoder, Embedder, SessionOptions, StepInput, Tensor, Value,
+    VisionEncoder, scatter,
 };
 
 /// How to validate.
@@ -137,12 +137,15 @@ fn precision(model: &Model) -> DataType {
     lowest
 }
 
-/// Whether a graph computes with quantised numbers.
+/// Whether a graph computes with quantised numbers. (Weights that are only stored
+/// so count too: the runtime may fuse `DequantizeLinear` and `MatMul` into a kernel
+/// that rounds activations.)
 fn quantised(model: &Model) -> bool {
     let ops = [
         "MatMulInteger",
         "MatMulNBits",
         "QuantizeLinear",
+        "DequantizeLinear",
         "DynamicQuantizeLinear",
     ];
     model
@@ -244,7 +247,10 @@ impl Pair {
                     .into(),
             );
         }
-        let why = self.single_steps.as_ref().filter(|_| scenario.turns.len() > 1)?;
+        let why = self
+            .single_steps
+            .as_ref()
+            .filter(|_| scenario.turns.len() > 1)?;
         Some(format!(
             "the unmodified decoder does not take several new tokens on top of a cache ({why})"
         ))

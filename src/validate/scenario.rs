@@ -149,7 +149,10 @@ pub fn standard(vocabulary: i64, seed: u64) -> Vec<Scenario> {
             decode: 2,
             padded: false,
         },
-        single("batch of two rows of one length", turn(&[&[5, 9], &[3, 11]])),
+        single(
+            "batch of two rows of one length",
+            turn(&[&[5, 9], &[3, 11]]),
+        ),
     ]
 }
 

@@ -138,7 +138,11 @@ fn group_query(model: &Model, id: NodeId, stated: Stated) -> Result<Attention, S
             lengths,
             positions: node.input(9),
             interleaved: node.attr_int("rotary_interleaved").unwrap_or(0) != 0,
-            width: columns(model, cos).map_or(width, |c| 2 * c).min(width),
+            // A table that is computed states no width; then all is rotated.
+            width: columns(model, cos)
+                .filter(|c| *c > 0)
+                .map_or(width, |c| 2 * c)
+                .min(width),
         })
     };
     Ok(Attention {
@@ -165,7 +169,10 @@ fn multi_head(model: &Model, id: NodeId, stated: Stated) -> Result<Attention, St
             .into());
     };
     if node.input(2).is_none() {
-        return Err("has packed keys and values, which is not supported; export with separate inputs".into());
+        return Err(
+            "has packed keys and values, which is not supported; export with separate inputs"
+                .into(),
+        );
     }
     if let Some(slot) = [8, 9].into_iter().find(|s| node.input(*s).is_some()) {
         return Err(format!(
@@ -204,10 +211,7 @@ fn standard(model: &Model, id: NodeId, stated: Stated) -> Result<Attention, Stri
     let width = stated.width;
     // Rank 3 needs the head counts, rank 4 must not have them.
     let (query, key) = match (heads, kv_heads) {
-        (Some(h), Some(kv)) => (
-            Projection::rows(query, 0, h),
-            Projection::rows(key, 0, kv),
-        ),
+        (Some(h), Some(kv)) => (Projection::rows(query, 0, h), Projection::rows(key, 0, kv)),
         _ => (Projection::heads(query), Projection::heads(key)),
     };
     Ok(Attention {

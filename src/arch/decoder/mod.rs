@@ -294,4 +294,3 @@ fn linear_depth(model: &Model, node: &Node) -> Option<i64> {
         _ => None,
     }
 }
-

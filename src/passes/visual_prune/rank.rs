@@ -168,7 +168,9 @@ impl Ranking<'_, '_> {
         subst: &mut crate::ir::Substitution,
     ) -> Result<ValueId, String> {
         self.patch.clone_cone(value, subst).map_err(|at| {
-            format!("{at} holds a sub-graph between the residual stream and the keys of the next layer")
+            format!(
+                "{at} holds a sub-graph between the residual stream and the keys of the next layer"
+            )
         })
     }
 
@@ -195,8 +197,8 @@ impl Ranking<'_, '_> {
         p.transpose(rows, &[0, 2, 1, 3])
     }
 
-    /// Cosines and sines of the tokens' current positions, `[b, 1, L, width / 2]`
-    /// fp32.
+    /// What rotates `x [b, H, L, d]` as x·cos + x[partner]·sin: cosines and signed
+    /// sines of the tokens' current positions, `[b, 1, L, d]` fp32.
     fn turn(
         &mut self,
         rotary: Rotary,
@@ -206,15 +208,29 @@ impl Ranking<'_, '_> {
             Some(kept) => kept,
             None => self.places(rotary, subst)?,
         };
-        let mut rows = Vec::new();
-        for table in [rotary.cos, rotary.sin] {
-            let table = self.clone(table, subst)?;
-            let p = &mut *self.patch;
+        let pairs = Pairs::of(rotary, self.decoder.head_dim);
+        let mut rows = |s: &mut Self, table: ValueId| -> Result<ValueId, String> {
+            let table = s.clone(table, subst)?;
+            let p = &mut *s.patch;
             let row = p.gather(table, positions, 0);
             let row = p.cast(row, DataType::Float);
-            rows.push(p.unsqueeze(row, &[1]));
+            let columns = p.i64s(&pairs.pair);
+            let row = p.gather(row, columns, 2);
+            Ok(p.unsqueeze(row, &[1]))
+        };
+        let (mut cos, sin) = (rows(self, rotary.cos)?, rows(self, rotary.sin)?);
+        let p = &mut *self.patch;
+        if pairs.sign.contains(&0.0) {
+            // Columns that are not rotated: their cosine is 1.
+            let rotated: Vec<f32> = pairs.sign.iter().map(|s| s.abs()).collect();
+            let others: Vec<f32> = rotated.iter().map(|r| 1.0 - r).collect();
+            let (rotated, others) = (floats(p, &rotated), floats(p, &others));
+            cos = p.op("Mul", &[cos, rotated]);
+            cos = p.op("Add", &[cos, others]);
         }
-        Ok((rows[0], rows[1]))
+        let sign = floats(p, &pairs.sign);
+        let sin = p.op("Mul", &[sin, sign]);
+        Ok((cos, sin))
     }
 
     /// Positions at which the operator rotates, int64 `[b, L]`.
@@ -227,44 +243,72 @@ impl Ranking<'_, '_> {
             return self.clone(positions, subst);
         }
         let lengths = self.clone(rotary.lengths, subst)?;
-        Ok(positions_from_lengths(self.patch, lengths, self.stage.length))
+        Ok(positions_from_lengths(
+            self.patch,
+            lengths,
+            self.stage.length,
+        ))
     }
 
-    /// Rotates the first columns of `x [b, H, L, d]`. Pairs of neighbours come
-    /// out as halves: queries and keys are permuted alike, so their products stay.
+    /// Rotates `x [b, H, L, d]`.
     fn rotate(&mut self, x: ValueId, rotary: Rotary, turn: (ValueId, ValueId)) -> ValueId {
-        let (all, width) = (self.decoder.head_dim, rotary.width);
-        let half = width / 2;
+        let pairs = Pairs::of(rotary, self.decoder.head_dim);
         let p = &mut *self.patch;
-        let part = |p: &mut Patch<'_>, from: i64, step: i64| {
-            let columns: Vec<i64> = (0..half).map(|i| from + i * step).collect();
-            let columns = p.i64s(&columns);
-            p.gather(x, columns, 3)
-        };
-        let (a, b) = if rotary.interleaved {
-            (part(p, 0, 2), part(p, 1, 2))
-        } else {
-            (part(p, 0, 1), part(p, half, 1))
-        };
-        let (cos, sin) = turn;
-        let (ac, bs) = (p.op("Mul", &[a, cos]), p.op("Mul", &[b, sin]));
-        let (bc, as_) = (p.op("Mul", &[b, cos]), p.op("Mul", &[a, sin]));
-        let mut parts = vec![p.op("Sub", &[ac, bs]), p.op("Add", &[bc, as_])];
-        if width < all {
-            parts.push(p.slice(x, Size::Known(width), Size::Known(all), 3));
-        }
-        p.concat(&parts, 3)
+        let partner = p.i64s(&pairs.partner);
+        let partner = p.gather(x, partner, 3);
+        let own = p.op("Mul", &[x, turn.0]);
+        let other = p.op("Mul", &[partner, turn.1]);
+        p.op("Add", &[own, other])
     }
+}
+
+/// How a head's columns are paired for rotation: (a, b) → (a·cos − b·sin,
+/// b·cos + a·sin). By column.
+struct Pairs {
+    /// Column of the table.
+    pair: Vec<i64>,
+    /// The other column of the pair.
+    partner: Vec<i64>,
+    /// Sign of the sine; 0 where nothing is rotated.
+    sign: Vec<f32>,
+}
+
+impl Pairs {
+    fn of(rotary: Rotary, width: i64) -> Self {
+        let half = rotary.width / 2;
+        let each = |column: i64| -> (i64, i64, f32) {
+            let (pair, second) = if rotary.interleaved {
+                (column / 2, column % 2 == 1)
+            } else {
+                (column % half, column >= half)
+            };
+            let step = if rotary.interleaved { 1 } else { half };
+            match (column < 2 * half, second) {
+                (false, _) => (0, column, 0.0),
+                (true, false) => (pair, column + step, -1.0),
+                (true, true) => (pair, column - step, 1.0),
+            }
+        };
+        let all: Vec<(i64, i64, f32)> = (0..width).map(each).collect();
+        Self {
+            pair: all.iter().map(|c| c.0).collect(),
+            partner: all.iter().map(|c| c.1).collect(),
+            sign: all.iter().map(|c| c.2).collect(),
+        }
+    }
+}
+
+/// A vector of constants.
+fn floats(p: &mut Patch<'_>, values: &[f32]) -> ValueId {
+    let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let dims = vec![values.len() as i64];
+    p.constant(crate::ir::Tensor::raw("", DataType::Float, dims, bytes))
 }
 
 /// Positions of the tokens processed now from the operator's `seqlens_k` (length
 /// with the past, less 1), int64 `[b, L]`. A row padded on the right has a shorter
 /// length, and its first prompt still starts at 0.
-pub(super) fn positions_from_lengths(
-    p: &mut Patch<'_>,
-    lengths: ValueId,
-    length: Size,
-) -> ValueId {
+pub(super) fn positions_from_lengths(p: &mut Patch<'_>, lengths: ValueId, length: Size) -> ValueId {
     let total = p.cast(lengths, DataType::Int64);
     let total = p.reshape(total, &[-1, 1]);
     let new = p.size_value(length);

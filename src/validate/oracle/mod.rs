@@ -27,8 +27,8 @@ pub use merge::{
     merge_selected, metric, patch_scores, received_attention,
 };
 pub use prune::{
-    Drop, Scaling, Text, average_visual_tokens, carry_rows, check_schedule, drop_counts, rank, renumber,
-    select, text_rows, visual_tokens_per_layer,
+    Drop, Scaling, Text, average_visual_tokens, carry_rows, check_schedule, drop_counts, rank,
+    renumber, select, text_rows, visual_tokens_per_layer,
 };
 pub use rotary::rotate;
 

@@ -151,7 +151,8 @@ pub fn rank(
             let q = query.slice(s![head, row, ..]);
             for (at, logit) in probability.iter_mut().enumerate() {
                 *logit = if at <= row && real[at] {
-                    let score = f64::from(scaling.scale) * dot(q, key.slice(s![head / group, at, ..]));
+                    let score =
+                        f64::from(scaling.scale) * dot(q, key.slice(s![head / group, at, ..]));
                     match f64::from(scaling.softcap) {
                         0.0 => score,
                         cap => cap * (score / cap).tanh(),

@@ -70,7 +70,10 @@ mod tests {
     #[test]
     fn quarter_turns_move_columns() {
         // Position 0 turns by nothing, position 1 by 90 degrees; the last column is no pair's.
-        let (cos, sin) = (arr2(&[[1.0, 1.0], [0.0, 0.0]]), arr2(&[[0.0, 0.0], [1.0, 1.0]]));
+        let (cos, sin) = (
+            arr2(&[[1.0, 1.0], [0.0, 0.0]]),
+            arr2(&[[0.0, 0.0], [1.0, 1.0]]),
+        );
         let x = Array3::from_shape_fn((1, 2, 5), |(_, _, d)| d as f32 + 1.0);
         let halves = rotate(x.view(), cos.view(), sin.view(), &[0, 1], false).unwrap();
         assert_eq!(halves.as_slice().unwrap()[..5], [1.0, 2.0, 3.0, 4.0, 5.0]);
@@ -83,7 +86,8 @@ mod tests {
     fn what_does_not_fit_is_an_error() {
         let table = Array2::<f32>::ones((2, 2));
         let x = Array3::<f32>::ones((1, 1, 4));
-        let turn = |positions: &[i64]| rotate(x.view(), table.view(), table.view(), positions, false);
+        let turn =
+            |positions: &[i64]| rotate(x.view(), table.view(), table.view(), positions, false);
         assert!(matches!(turn(&[2]), Err(OracleError::Index { .. })));
         assert!(matches!(turn(&[-1]), Err(OracleError::Index { .. })));
         assert!(matches!(turn(&[0, 1]), Err(OracleError::Shape { .. })));

@@ -425,7 +425,9 @@ impl ReferenceDecoder {
             .map_or(self.depth(), |s| s.first);
         let filler = self.zeros(batch, past)?;
         let mut feed: Vec<(&str, Value)> = Vec::new();
-        let names = [&self.names.embeds].into_iter().chain(&self.names.extra[number]);
+        let names = [&self.names.embeds]
+            .into_iter()
+            .chain(&self.names.extra[number]);
         for (name, tensor) in names.zip(entry) {
             let value = Value::new(Tensor::from(tensor.clone()).cast_float(self.dtype)?)?;
             feed.push((name, value));
