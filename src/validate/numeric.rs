@@ -240,7 +240,7 @@ impl Pair {
 
     /// Why the unmodified decoder cannot run a scenario, if it cannot.
     fn beyond(&self, scenario: &Scenario) -> Option<String> {
-        if scenario.padded && !self.padding {
+        if scenario.padded() && !self.padding {
             return Some(
                 "the decoder's attention takes the length of each row but no mask \
                  (GroupQueryAttention), so rows of a batch cannot be padded on the left"
