@@ -19,6 +19,15 @@ pub(in crate::ir) enum Edit {
         slot: usize,
         to: ValueId,
     },
+    Connect {
+        node: NodeId,
+        slot: usize,
+        to: ValueId,
+    },
+    SetAttribute {
+        node: NodeId,
+        attribute: Attribute,
+    },
     ReplaceOutput {
         index: usize,
         to: ValueId,
@@ -290,6 +299,17 @@ impl<'m> Patch<'m> {
     /// Makes input `slot` of a node of the model read `to`.
     pub fn rewire(&mut self, node: NodeId, slot: usize, to: ValueId) {
         self.edits.push(Edit::Rewire { node, slot, to });
+    }
+
+    /// Makes input `slot` of a node of the model read `to`, whether or not the node
+    /// had that (optional) input before.
+    pub fn connect(&mut self, node: NodeId, slot: usize, to: ValueId) {
+        self.edits.push(Edit::Connect { node, slot, to });
+    }
+
+    /// Sets an attribute of a node of the model.
+    pub fn set_attribute(&mut self, node: NodeId, attribute: Attribute) {
+        self.edits.push(Edit::SetAttribute { node, attribute });
     }
 
     /// Makes every node of the model that reads `from` read `to`.

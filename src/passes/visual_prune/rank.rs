@@ -12,8 +12,9 @@
 //! Where the attention operator itself splits a packed projection or rotates
 //! queries and keys, that is done here with standard operators.
 
+use super::rotary::{self, Turn, clone};
 use super::stage::{Stage, last_real};
-use crate::arch::{Decoder, DecoderLayer, Layout, Projection, Rotary};
+use crate::arch::{Decoder, DecoderLayer, Layout, Projection};
 use crate::ir::cone::ancestors;
 use crate::ir::{DataType, Model, Patch, Size, ValueId};
 
@@ -129,7 +130,7 @@ impl Ranking<'_, '_> {
         }
         let mut operands = Vec::new();
         for (what, projection) in [("query", layer.query), ("key", layer.new_key)] {
-            let value = self.clone(projection.value, &mut subst)?;
+            let value = clone(self.patch, projection.value, &mut subst)?;
             if value == projection.value {
                 return Err(format!(
                     "the {what} '{}' does not depend on '{}'",
@@ -141,7 +142,14 @@ impl Ranking<'_, '_> {
         }
         let turn = match layer.rotary {
             None => None,
-            Some(rotary) => Some(self.turn(rotary, &mut subst)?),
+            Some(rotary) => {
+                let positions = match self.stage.rotary {
+                    Some(kept) => kept,
+                    None => rotary::places(self.patch, rotary, &mut subst, self.stage.length)?,
+                };
+                let width = self.decoder.head_dim;
+                Some(Turn::of(self.patch, rotary, width, positions, &mut subst)?)
+            }
         };
         // One tensor may hold both: then the keys' name is that of a copy.
         if operands[0].2 == operands[1].2 {
@@ -151,27 +159,15 @@ impl Ranking<'_, '_> {
             self.patch
                 .name_value(value, &format!("drop{number}/{what}"));
             let split = self.split(projection, value);
-            match (turn, layer.rotary) {
-                (Some(turn), Some(rotary)) => self.rotate(split, rotary, turn),
-                _ => split,
+            match &turn {
+                Some(turn) => turn.rotate(self.patch, split),
+                None => split,
             }
         });
         match (ready.next(), ready.next()) {
             (Some(query), Some(key)) => Ok((query, key)),
             _ => Err("no queries and keys".into()),
         }
-    }
-
-    fn clone(
-        &mut self,
-        value: ValueId,
-        subst: &mut crate::ir::Substitution,
-    ) -> Result<ValueId, String> {
-        self.patch.clone_cone(value, subst).map_err(|at| {
-            format!(
-                "{at} holds a sub-graph between the residual stream and the keys of the next layer"
-            )
-        })
     }
 
     /// The heads of a projection `[b, H, L, d]`, fp32.
@@ -196,129 +192,6 @@ impl Ranking<'_, '_> {
         let rows = p.reshape(rows, &[0, 0, heads, width]);
         p.transpose(rows, &[0, 2, 1, 3])
     }
-
-    /// What rotates `x [b, H, L, d]` as x·cos + x[partner]·sin: cosines and signed
-    /// sines of the tokens' current positions, `[b, 1, L, d]` fp32.
-    fn turn(
-        &mut self,
-        rotary: Rotary,
-        subst: &mut crate::ir::Substitution,
-    ) -> Result<(ValueId, ValueId), String> {
-        let positions = match self.stage.rotary {
-            Some(kept) => kept,
-            None => self.places(rotary, subst)?,
-        };
-        let pairs = Pairs::of(rotary, self.decoder.head_dim);
-        let mut rows = |s: &mut Self, table: ValueId| -> Result<ValueId, String> {
-            let table = s.clone(table, subst)?;
-            let p = &mut *s.patch;
-            let row = p.gather(table, positions, 0);
-            let row = p.cast(row, DataType::Float);
-            let columns = p.i64s(&pairs.pair);
-            let row = p.gather(row, columns, 2);
-            Ok(p.unsqueeze(row, &[1]))
-        };
-        let (mut cos, sin) = (rows(self, rotary.cos)?, rows(self, rotary.sin)?);
-        let p = &mut *self.patch;
-        if pairs.sign.contains(&0.0) {
-            // Columns that are not rotated: their cosine is 1.
-            let rotated: Vec<f32> = pairs.sign.iter().map(|s| s.abs()).collect();
-            let others: Vec<f32> = rotated.iter().map(|r| 1.0 - r).collect();
-            let (rotated, others) = (floats(p, &rotated), floats(p, &others));
-            cos = p.op("Mul", &[cos, rotated]);
-            cos = p.op("Add", &[cos, others]);
-        }
-        let sign = floats(p, &pairs.sign);
-        let sin = p.op("Mul", &[sin, sign]);
-        Ok((cos, sin))
-    }
-
-    /// Positions at which the operator rotates, int64 `[b, L]`.
-    fn places(
-        &mut self,
-        rotary: Rotary,
-        subst: &mut crate::ir::Substitution,
-    ) -> Result<ValueId, String> {
-        if let Some(positions) = rotary.positions {
-            return self.clone(positions, subst);
-        }
-        let lengths = self.clone(rotary.lengths, subst)?;
-        Ok(positions_from_lengths(
-            self.patch,
-            lengths,
-            self.stage.length,
-        ))
-    }
-
-    /// Rotates `x [b, H, L, d]`.
-    fn rotate(&mut self, x: ValueId, rotary: Rotary, turn: (ValueId, ValueId)) -> ValueId {
-        let pairs = Pairs::of(rotary, self.decoder.head_dim);
-        let p = &mut *self.patch;
-        let partner = p.i64s(&pairs.partner);
-        let partner = p.gather(x, partner, 3);
-        let own = p.op("Mul", &[x, turn.0]);
-        let other = p.op("Mul", &[partner, turn.1]);
-        p.op("Add", &[own, other])
-    }
-}
-
-/// How a head's columns are paired for rotation: (a, b) → (a·cos − b·sin,
-/// b·cos + a·sin). By column.
-struct Pairs {
-    /// Column of the table.
-    pair: Vec<i64>,
-    /// The other column of the pair.
-    partner: Vec<i64>,
-    /// Sign of the sine; 0 where nothing is rotated.
-    sign: Vec<f32>,
-}
-
-impl Pairs {
-    fn of(rotary: Rotary, width: i64) -> Self {
-        let half = rotary.width / 2;
-        let each = |column: i64| -> (i64, i64, f32) {
-            let (pair, second) = if rotary.interleaved {
-                (column / 2, column % 2 == 1)
-            } else {
-                (column % half, column >= half)
-            };
-            let step = if rotary.interleaved { 1 } else { half };
-            match (column < 2 * half, second) {
-                (false, _) => (0, column, 0.0),
-                (true, false) => (pair, column + step, -1.0),
-                (true, true) => (pair, column - step, 1.0),
-            }
-        };
-        let all: Vec<(i64, i64, f32)> = (0..width).map(each).collect();
-        Self {
-            pair: all.iter().map(|c| c.0).collect(),
-            partner: all.iter().map(|c| c.1).collect(),
-            sign: all.iter().map(|c| c.2).collect(),
-        }
-    }
-}
-
-/// A vector of constants.
-fn floats(p: &mut Patch<'_>, values: &[f32]) -> ValueId {
-    let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-    let dims = vec![values.len() as i64];
-    p.constant(crate::ir::Tensor::raw("", DataType::Float, dims, bytes))
-}
-
-/// Positions of the tokens processed now from the operator's `seqlens_k` (length
-/// with the past, less 1), int64 `[b, L]`. A row padded on the right has a shorter
-/// length, and its first prompt still starts at 0.
-pub(super) fn positions_from_lengths(p: &mut Patch<'_>, lengths: ValueId, length: Size) -> ValueId {
-    let total = p.cast(lengths, DataType::Int64);
-    let total = p.reshape(total, &[-1, 1]);
-    let new = p.size_value(length);
-    let one = p.i64s(&[1]);
-    let new = p.op("Sub", &[new, one]);
-    let past = p.op("Sub", &[total, new]);
-    let zero = p.i64s(&[0]);
-    let past = p.op("Max", &[past, zero]);
-    let places = p.iota(length);
-    p.op("Add", &[past, places])
 }
 
 /// Places from the first token of any row that asks to the last: int64 `[T]`.
