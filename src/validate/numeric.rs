@@ -136,12 +136,15 @@ fn precision(model: &Model) -> DataType {
     lowest
 }
 
-/// Whether a graph computes with quantised numbers.
+/// Whether a graph computes with quantised numbers. (Weights that are only stored
+/// so count too: the runtime may fuse `DequantizeLinear` and `MatMul` into a kernel
+/// that rounds activations.)
 fn quantised(model: &Model) -> bool {
     let ops = [
         "MatMulInteger",
         "MatMulNBits",
         "QuantizeLinear",
+        "DequantizeLinear",
         "DynamicQuantizeLinear",
     ];
     model
@@ -241,7 +244,7 @@ impl Pair {
 
     /// Why the unmodified decoder cannot run a scenario, if it cannot.
     fn beyond(&self, scenario: &Scenario) -> Option<String> {
-        if scenario.padded && !self.padding {
+        if scenario.padded() && !self.padding {
             return Some(
                 "the decoder's attention takes the length of each row but no mask \
                  (GroupQueryAttention), so rows of a batch cannot be padded on the left"

@@ -30,8 +30,19 @@ pub struct Scenario {
     pub turns: Vec<Turn>,
     /// Decode steps after each turn.
     pub decode: usize,
-    /// Whether a row is shorter than another, and so padded on the left.
-    pub padded: bool,
+}
+
+impl Scenario {
+    /// Whether a row is shorter than another, and so padded on the left (images
+    /// have the same number of features each).
+    pub fn padded(&self) -> bool {
+        let length = |row: &Vec<Vec<i64>>| (row.len(), row.iter().map(Vec::len).sum::<usize>());
+        self.turns.iter().any(|turn| {
+            let mut lengths = turn.rows.iter().map(length);
+            let first = lengths.next();
+            lengths.any(|other| Some(other) != first)
+        })
+    }
 }
 
 /// A small generator of reproducible numbers (SplitMix64): the scenarios have to
@@ -117,37 +128,30 @@ pub fn standard(vocabulary: i64, seed: u64) -> Vec<Scenario> {
         name,
         turns: vec![turn],
         decode: 3,
-        padded: false,
-    };
-    let padded = |name, turn| Scenario {
-        padded: true,
-        ..single(name, turn)
     };
     vec![
         single("one image", turn(&[&[5, 9]])),
         single("two images", turn(&[&[3, 4, 7]])),
         single("image at the end", turn(&[&[6, 0]])),
         single("no image", turn(&[&[8]])),
-        padded(
+        single(
             "batch of two, padded on the left",
             turn(&[&[5, 9], &[2, 4]]),
         ),
-        padded(
+        single(
             "batch with one and two images",
             turn(&[&[4, 6], &[3, 2, 5]]),
         ),
-        padded("batch with a text-only row", turn(&[&[4, 6], &[7]])),
+        single("batch with a text-only row", turn(&[&[4, 6], &[7]])),
         Scenario {
             name: "a second question on the same cache",
             turns: vec![turn(&[&[5, 9]]), turn(&[&[6]])],
             decode: 2,
-            padded: false,
         },
         Scenario {
             name: "a second image on the same cache",
             turns: vec![turn(&[&[5, 9]]), turn(&[&[4, 6]])],
             decode: 2,
-            padded: false,
         },
         single(
             "batch of two rows of one length",

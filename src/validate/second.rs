@@ -141,7 +141,7 @@ fn decoder_feed(
 ) -> Result<Vec<(String, Tensor)>, ValidateError> {
     // A batch, padded if the model takes padding.
     let all = standard(8, 1);
-    let fits = |s: &&Scenario| s.turns[0].rows.len() == 2 && s.padded == decoder.takes_padding();
+    let fits = |s: &&Scenario| s.turns[0].rows.len() == 2 && s.padded() == decoder.takes_padding();
     let Some(scenario) = all.iter().find(fits) else {
         return Err(ValidateError::Model("no scenario fits the decoder".into()));
     };

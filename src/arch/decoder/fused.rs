@@ -138,7 +138,11 @@ fn group_query(model: &Model, id: NodeId, stated: Stated) -> Result<Attention, S
             lengths,
             positions: node.input(9),
             interleaved: node.attr_int("rotary_interleaved").unwrap_or(0) != 0,
-            width: columns(model, cos).map_or(width, |c| 2 * c).min(width),
+            // A table that is computed states no width; then all is rotated.
+            width: columns(model, cos)
+                .filter(|c| *c > 0)
+                .map_or(width, |c| 2 * c)
+                .min(width),
         })
     };
     Ok(Attention {

@@ -12,8 +12,9 @@
 //! Where the attention operator itself splits a packed projection or rotates
 //! queries and keys, that is done here with standard operators.
 
+use super::rotary::{self, Turn, clone};
 use super::stage::{Stage, last_real};
-use crate::arch::{Decoder, DecoderLayer, Layout, Projection, Rotary};
+use crate::arch::{Decoder, DecoderLayer, Layout, Projection};
 use crate::ir::cone::ancestors;
 use crate::ir::{DataType, Model, Patch, Size, ValueId};
 
@@ -129,7 +130,7 @@ impl Ranking<'_, '_> {
         }
         let mut operands = Vec::new();
         for (what, projection) in [("query", layer.query), ("key", layer.new_key)] {
-            let value = self.clone(projection.value, &mut subst)?;
+            let value = clone(self.patch, projection.value, &mut subst)?;
             if value == projection.value {
                 return Err(format!(
                     "the {what} '{}' does not depend on '{}'",
@@ -141,7 +142,14 @@ impl Ranking<'_, '_> {
         }
         let turn = match layer.rotary {
             None => None,
-            Some(rotary) => Some(self.turn(rotary, &mut subst)?),
+            Some(rotary) => {
+                let positions = match self.stage.rotary {
+                    Some(kept) => kept,
+                    None => rotary::places(self.patch, rotary, &mut subst, self.stage.length)?,
+                };
+                let width = self.decoder.head_dim;
+                Some(Turn::of(self.patch, rotary, width, positions, &mut subst)?)
+            }
         };
         // One tensor may hold both: then the keys' name is that of a copy.
         if operands[0].2 == operands[1].2 {
@@ -151,27 +159,15 @@ impl Ranking<'_, '_> {
             self.patch
                 .name_value(value, &format!("drop{number}/{what}"));
             let split = self.split(projection, value);
-            match (turn, layer.rotary) {
-                (Some(turn), Some(rotary)) => self.rotate(split, rotary, turn),
-                _ => split,
+            match &turn {
+                Some(turn) => turn.rotate(self.patch, split),
+                None => split,
             }
         });
         match (ready.next(), ready.next()) {
             (Some(query), Some(key)) => Ok((query, key)),
             _ => Err("no queries and keys".into()),
         }
-    }
-
-    fn clone(
-        &mut self,
-        value: ValueId,
-        subst: &mut crate::ir::Substitution,
-    ) -> Result<ValueId, String> {
-        self.patch.clone_cone(value, subst).map_err(|at| {
-            format!(
-                "{at} holds a sub-graph between the residual stream and the keys of the next layer"
-            )
-        })
     }
 
     /// The heads of a projection `[b, H, L, d]`, fp32.
@@ -196,87 +192,6 @@ impl Ranking<'_, '_> {
         let rows = p.reshape(rows, &[0, 0, heads, width]);
         p.transpose(rows, &[0, 2, 1, 3])
     }
-
-    /// Cosines and sines of the tokens' current positions, `[b, 1, L, width / 2]`
-    /// fp32.
-    fn turn(
-        &mut self,
-        rotary: Rotary,
-        subst: &mut crate::ir::Substitution,
-    ) -> Result<(ValueId, ValueId), String> {
-        let positions = match self.stage.rotary {
-            Some(kept) => kept,
-            None => self.places(rotary, subst)?,
-        };
-        let mut rows = Vec::new();
-        for table in [rotary.cos, rotary.sin] {
-            let table = self.clone(table, subst)?;
-            let p = &mut *self.patch;
-            let row = p.gather(table, positions, 0);
-            let row = p.cast(row, DataType::Float);
-            rows.push(p.unsqueeze(row, &[1]));
-        }
-        Ok((rows[0], rows[1]))
-    }
-
-    /// Positions at which the operator rotates, int64 `[b, L]`.
-    fn places(
-        &mut self,
-        rotary: Rotary,
-        subst: &mut crate::ir::Substitution,
-    ) -> Result<ValueId, String> {
-        if let Some(positions) = rotary.positions {
-            return self.clone(positions, subst);
-        }
-        let lengths = self.clone(rotary.lengths, subst)?;
-        Ok(positions_from_lengths(
-            self.patch,
-            lengths,
-            self.stage.length,
-        ))
-    }
-
-    /// Rotates the first columns of `x [b, H, L, d]`. Pairs of neighbours come
-    /// out as halves: queries and keys are permuted alike, so their products stay.
-    fn rotate(&mut self, x: ValueId, rotary: Rotary, turn: (ValueId, ValueId)) -> ValueId {
-        let (all, width) = (self.decoder.head_dim, rotary.width);
-        let half = width / 2;
-        let p = &mut *self.patch;
-        let part = |p: &mut Patch<'_>, from: i64, step: i64| {
-            let columns: Vec<i64> = (0..half).map(|i| from + i * step).collect();
-            let columns = p.i64s(&columns);
-            p.gather(x, columns, 3)
-        };
-        let (a, b) = if rotary.interleaved {
-            (part(p, 0, 2), part(p, 1, 2))
-        } else {
-            (part(p, 0, 1), part(p, half, 1))
-        };
-        let (cos, sin) = turn;
-        let (ac, bs) = (p.op("Mul", &[a, cos]), p.op("Mul", &[b, sin]));
-        let (bc, as_) = (p.op("Mul", &[b, cos]), p.op("Mul", &[a, sin]));
-        let mut parts = vec![p.op("Sub", &[ac, bs]), p.op("Add", &[bc, as_])];
-        if width < all {
-            parts.push(p.slice(x, Size::Known(width), Size::Known(all), 3));
-        }
-        p.concat(&parts, 3)
-    }
-}
-
-/// Positions of the tokens processed now from the operator's `seqlens_k` (length
-/// with the past, less 1), int64 `[b, L]`. A row padded on the right has a shorter
-/// length, and its first prompt still starts at 0.
-pub(super) fn positions_from_lengths(p: &mut Patch<'_>, lengths: ValueId, length: Size) -> ValueId {
-    let total = p.cast(lengths, DataType::Int64);
-    let total = p.reshape(total, &[-1, 1]);
-    let new = p.size_value(length);
-    let one = p.i64s(&[1]);
-    let new = p.op("Sub", &[new, one]);
-    let past = p.op("Sub", &[total, new]);
-    let zero = p.i64s(&[0]);
-    let past = p.op("Max", &[past, zero]);
-    let places = p.iota(length);
-    p.op("Add", &[past, places])
 }
 
 /// Places from the first token of any row that asks to the last: int64 `[T]`.

@@ -3,8 +3,9 @@
 use std::collections::{HashMap, HashSet};
 
 use super::rank::Ranking;
+use super::rotary;
 use super::{Drop, SALIENT_MASK_INPUT, TextQueries, VisualPrune, marker};
-use crate::arch::Decoder;
+use crate::arch::{Decoder, DecoderLayer};
 use crate::ir::cone::descendants;
 use crate::ir::{
     DataType, Dim, Model, NodeId, Patch, PatchPlan, Size, Substitution, ValueId, ValueType,
@@ -63,11 +64,13 @@ pub(super) fn plan(
         plan.patch.rewire_all(decoder.embeds, entry.embeds);
     }
     let mut stages = vec![plan.entry(entry)];
+    plan.keep_places(&mut stages[0])?;
     let entered = plan.entered(&stages[0]);
     for (number, drop) in pass.drops.iter().enumerate() {
         let next = plan.drop(number + 1, drop, &stages[number], entered)?;
         stages.push(next);
         plan.rewire(number + 1, &mut stages[number + 1])?;
+        plan.unfuse(number + 1, &mut stages[number + 1])?;
     }
     plan.types(&stages);
     Ok(patch.finish())
@@ -402,6 +405,80 @@ impl Plan<'_, '_> {
                     self.patch.rewire(id, slot, new);
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Layers of a stage.
+    fn layers(&self, number: usize) -> &[DecoderLayer] {
+        let at = |n: usize| self.pass.drops.get(n).map(|d| d.after_layer);
+        let first = number.checked_sub(1).and_then(at).unwrap_or(0);
+        let end = at(number).unwrap_or(self.decoder.depth());
+        &self.decoder.layers[first..end]
+    }
+
+    /// With `positions: keep`: the positions that attention operators count for
+    /// themselves, as they are before any drop.
+    fn keep_places(&mut self, stage: &mut Stage) -> Result<(), String> {
+        if self.pass.positions != Positions::Keep {
+            return Ok(());
+        }
+        let behind = self
+            .decoder
+            .layers
+            .iter()
+            .skip(self.pass.drops[0].after_layer);
+        if let Some(rotary) = behind.filter_map(|l| l.rotary).next() {
+            let mut subst = stage.subst.clone();
+            stage.rotary = Some(rotary::places(
+                self.patch,
+                rotary,
+                &mut subst,
+                stage.length,
+            )?);
+        }
+        Ok(())
+    }
+
+    /// With `positions: keep`: takes rotary embeddings out of the attention
+    /// operators of a stage.
+    fn unfuse(&mut self, number: usize, stage: &mut Stage) -> Result<(), String> {
+        let layers: Vec<DecoderLayer> = self.layers(number).to_vec();
+        let Some(positions) = stage
+            .rotary
+            .filter(|_| layers.iter().any(|l| l.rotary.is_some()))
+        else {
+            return Ok(());
+        };
+        let p = &mut *self.patch;
+        // Each row's length less 1, and the longest.
+        let past = p.size_value(stage.past);
+        let count = match stage.mask {
+            Some(mask) => {
+                let mask = p.cast(mask, DataType::Int64);
+                p.reduce_sum(mask, &[1], false)
+            }
+            None => {
+                let real = p.cast(stage.real, DataType::Int64);
+                let real = p.reduce_sum(real, &[1], false);
+                p.op("Add", &[real, past])
+            }
+        };
+        let one = p.i64s(&[1]);
+        let lengths = p.op("Sub", &[count, one]);
+        let lengths = p.cast(lengths, DataType::Int32);
+        let total = p.size_add(stage.past, stage.length);
+        let total = p.size_scalar(total);
+        let total = p.cast(total, DataType::Int32);
+        for layer in &layers {
+            rotary::unfuse(
+                p,
+                layer,
+                self.decoder.head_dim,
+                positions,
+                (lengths, total),
+                &mut stage.subst,
+            )?;
         }
         Ok(())
     }

@@ -1,11 +1,12 @@
 //! The decoder in stages, each the unmodified graph entered at a drop point.
 
-use ndarray::{Array2, Array3, Array4, Axis, s};
+use ndarray::{Array2, Array3, Axis, s};
 
 use super::super::oracle::{self, Text};
 use super::super::{ValidateError, probe};
-use crate::arch::{Decoder, DecoderLayer, Layout, Projection};
-use crate::ir::{Dim, Model, Patch, ValueId, ValueType};
+use super::operands::{Operands, Probe, Turn, array};
+use crate::arch::Decoder;
+use crate::ir::{Dim, Model, Patch, ValueType};
 use crate::passes::{Positions, TextQueries, VisualPrune};
 use crate::runtime::{DType, Session, SessionOptions, Tensor, Value};
 
@@ -42,6 +43,8 @@ pub struct State {
     caches: Vec<(Value, Value)>,
     /// Mask `[b, past]` of every stage.
     masks: Vec<Array2<i64>>,
+    /// A conversation of each row, where rows are run one by one.
+    alone: Vec<State>,
 }
 
 struct Stage {
@@ -72,14 +75,16 @@ struct Names {
     probes: Vec<Probe>,
 }
 
-/// Names of what the ranking at a drop point is computed from.
-struct Probe {
-    /// What the next layer is entered by.
-    boundary: Vec<String>,
-    query: String,
-    key: String,
-    /// Tables and lengths of a rotary embedding inside the attention.
-    rotary: Option<[String; 3]>,
+/// What a stage is run on.
+struct Fed<'a> {
+    /// A tensor `[b, L, D]` for each value of the stage's boundary.
+    entry: &'a [Array3<f32>],
+    /// `[b, past + L]`.
+    mask: &'a Array2<i64>,
+    /// `[b, L]`.
+    positions: &'a Array2<i64>,
+    past: usize,
+    turn: Option<&'a Turn>,
 }
 
 impl ReferenceDecoder {
@@ -118,6 +123,10 @@ impl ReferenceDecoder {
                     };
                     patch.rewire_all(boundary, hidden);
                 }
+                let keep = |p: &VisualPrune| p.positions == Positions::Keep;
+                if prune.is_some_and(keep) {
+                    Turn::inputs(&mut patch, decoder);
+                }
             }
             extra.push(more);
             let mut outputs = Vec::new();
@@ -125,7 +134,9 @@ impl ReferenceDecoder {
                 let layer = &decoder.layers[next];
                 outputs.extend(&layer.boundary);
                 outputs.extend([layer.query.value, layer.new_key.value]);
-                if let Some(rotary) = layer.rotary {
+                // In a mixed graph, other layers' attention may count positions.
+                let any = decoder.layers.iter().find_map(|l| l.rotary);
+                if let Some(rotary) = layer.rotary.or(any) {
                     // Copies: a table may be a weight, which cannot be given out.
                     for value in [rotary.cos, rotary.sin, rotary.lengths] {
                         let copy = patch.op("Identity", &[value]);
@@ -195,8 +206,16 @@ impl ReferenceDecoder {
         for _ in 0..self.depth() {
             caches.push((self.zeros(batch, 0)?, self.zeros(batch, 0)?));
         }
+        let alone = if batch > 1 && self.turned() {
+            (0..batch)
+                .map(|_| self.start(1))
+                .collect::<Result<_, _>>()?
+        } else {
+            Vec::new()
+        };
         Ok(State {
             caches,
+            alone,
             masks: vec![Array2::zeros((batch, 0)); self.stages.len()],
         })
     }
@@ -227,11 +246,16 @@ impl ReferenceDecoder {
                 .map(|_| Ok((self.zeros(1, past)?, self.zeros(1, past)?)))
                 .collect::<Result<_, ValidateError>>()?,
             masks: Vec::new(),
+            alone: Vec::new(),
         };
-        let entry = [Array3::zeros((1, new, width))];
-        let mask = Array2::ones((1, past + new));
-        let positions = Array2::from_shape_fn((1, new), |(_, i)| (past + i) as i64);
-        let run = self.run(0, &state, &entry, &mask, &positions, past, 1);
+        let fed = Fed {
+            entry: &[Array3::zeros((1, new, width))],
+            mask: &Array2::ones((1, past + new)),
+            positions: &Array2::from_shape_fn((1, new), |(_, i)| (past + i) as i64),
+            past,
+            turn: None,
+        };
+        let run = self.run(0, &state, &fed);
         Ok(run.err().map(|e| e.to_string()))
     }
 
@@ -240,6 +264,33 @@ impl ReferenceDecoder {
     /// # Errors
     /// A run fails, or scores are not finite.
     pub fn step(&mut self, state: &mut State, input: &StepIn) -> Result<StepOut, ValidateError> {
+        let count = |row: ndarray::ArrayView1<'_, bool>| row.iter().filter(|v| **v).count();
+        let entered: Vec<usize> = input.visual.outer_iter().map(count).collect();
+        let schedule: Vec<oracle::Drop> = self
+            .prune
+            .iter()
+            .flat_map(|p| &p.drops)
+            .map(|d| oracle::Drop {
+                after_layer: d.after_layer,
+                keep: d.keep,
+            })
+            .collect();
+        let drops = oracle::drop_counts(&entered, &schedule)?;
+        if state.alone.is_empty() {
+            return self.advance(state, input, &drops);
+        }
+        let found = self.step_alone(state, input, &drops)?;
+        state.caches.clone_from(&state.alone[0].caches);
+        Ok(found)
+    }
+
+    /// Runs new tokens through all stages; `drops` are lost at each drop point.
+    fn advance(
+        &mut self,
+        state: &mut State,
+        input: &StepIn,
+        drops: &[usize],
+    ) -> Result<StepOut, ValidateError> {
         let batch = input.mask.nrows();
         let bools = |row: ndarray::ArrayView1<'_, bool>| row.to_vec();
         let mut visual: Vec<Vec<bool>> = input.visual.outer_iter().map(bools).collect();
@@ -254,20 +305,6 @@ impl ReferenceDecoder {
             };
             rows.push(oracle::text_rows(row_visual, &real, text)?);
         }
-        let entered: Vec<usize> = visual
-            .iter()
-            .map(|v| v.iter().filter(|x| **x).count())
-            .collect();
-        let schedule: Vec<oracle::Drop> = self
-            .prune
-            .iter()
-            .flat_map(|p| &p.drops)
-            .map(|d| oracle::Drop {
-                after_layer: d.after_layer,
-                keep: d.keep,
-            })
-            .collect();
-        let drops = oracle::drop_counts(&entered, &schedule)?;
         let mut entry = vec![input.embeds.clone()];
         let mut mask = input.mask.clone();
         let mut positions = input.positions.clone();
@@ -277,8 +314,10 @@ impl ReferenceDecoder {
             .is_none_or(|p| p.positions == Positions::Renumber);
         let mut kept_all = Vec::new();
         let mut logits = None;
+        let turned = self.turned();
+        let mut turn: Option<Turn> = None;
         // Behind the last stage nothing is dropped.
-        for (number, dropped) in drops.into_iter().chain([0]).enumerate() {
+        for (number, dropped) in drops.iter().copied().chain([0]).enumerate() {
             let first = self.stages[number].first;
             let end = self
                 .stages
@@ -288,7 +327,14 @@ impl ReferenceDecoder {
             let full_mask =
                 ndarray::concatenate(Axis(1), &[state.masks[number].view(), mask.view()])
                     .map_err(|e| ValidateError::Model(e.to_string()))?;
-            let outputs = self.run(number, state, &entry, &full_mask, &positions, past, batch)?;
+            let fed = Fed {
+                entry: &entry,
+                mask: &full_mask,
+                positions: &positions,
+                past,
+                turn: turn.as_ref(),
+            };
+            let outputs = self.run(number, state, &fed)?;
             for layer in first..end {
                 let (key, value) = &self.names.present[layer];
                 state.caches[layer] = (outputs.get(key)?.clone(), outputs.get(value)?.clone());
@@ -304,7 +350,13 @@ impl ReferenceDecoder {
                 .iter()
                 .map(|b| array(outputs.get(b)?))
                 .collect::<Result<_, ValidateError>>()?;
-            let (query, key) = self.operands(probe, end, past, &outputs)?;
+            let operands = Operands {
+                layer: &self.decoder.layers[end],
+                width: self.decoder.head_dim as usize,
+                present: &self.names.present[end].0,
+                positions: turned.then_some(&positions),
+            };
+            let (query, key, tables) = operands.read(probe, past, &outputs)?;
             let layer = &self.decoder.layers[end];
             let mut kept = Vec::new();
             for row in 0..batch {
@@ -354,6 +406,9 @@ impl ReferenceDecoder {
                 visual[row] = keep.iter().map(|&i| visual[row][i]).collect();
             }
             (mask, positions, entry) = (next_mask, next_positions, next_entry);
+            if let (true, Some(tables)) = (turned, tables) {
+                turn = Some(tables.at(next_past, &positions)?);
+            }
             kept_all.push(kept);
         }
         Ok(StepOut {
@@ -363,61 +418,57 @@ impl ReferenceDecoder {
         })
     }
 
-    /// Queries and keys `[b, heads, L, head_dim]` of layer `next`, whose attention
-    /// sees `past` tokens before them.
-    fn operands(
-        &self,
-        probe: &Probe,
-        next: usize,
-        past: usize,
-        outputs: &crate::runtime::Outputs,
-    ) -> Result<(Array4<f32>, Array4<f32>), ValidateError> {
-        let layer = &self.decoder.layers[next];
-        let width = self.decoder.head_dim as usize;
-        let mut query = split(outputs.get(&probe.query)?, &layer.query, width)?;
-        let (Some(names), Some(rotary)) = (&probe.rotary, layer.rotary) else {
-            let key = split(outputs.get(&probe.key)?, &layer.new_key, width)?;
-            return Ok((query, key));
-        };
-        // The operator gives its turned keys out, behind those of the past; only
-        // the queries have to be turned here.
-        let present: Array4<f32> = array(outputs.get(&self.names.present[next].0)?)?;
-        let key = present.slice(s![.., .., past.., ..]).to_owned();
-        let (cos, sin): (Array2<f32>, Array2<f32>) = (
-            array(outputs.get(&names[0])?)?,
-            array(outputs.get(&names[1])?)?,
-        );
-        let lengths = outputs.get(&names[2])?.to_tensor()?.i64s()?.to_vec();
-        for (row, mut heads) in query.outer_iter_mut().enumerate() {
-            let length = heads.dim().1 as i64;
-            let start = (lengths[row] + 1 - length).max(0);
-            let positions: Vec<i64> = (start..start + length).collect();
-            let turned = oracle::rotate(
-                heads.view(),
-                cos.view(),
-                sin.view(),
-                &positions,
-                rotary.interleaved,
-            )?;
-            heads.assign(&turned);
+    /// Whether kept positions have to be given to attention operators that would
+    /// count for themselves.
+    fn turned(&self) -> bool {
+        let keep = |p: &VisualPrune| p.positions == Positions::Keep;
+        self.prune.as_ref().is_some_and(keep)
+            && self.decoder.layers.iter().any(|l| l.rotary.is_some())
+    }
+
+    /// Runs the rows of a batch one by one, all losing what the batch does.
+    fn step_alone(
+        &mut self,
+        state: &mut State,
+        input: &StepIn,
+        drops: &[usize],
+    ) -> Result<StepOut, ValidateError> {
+        let mut all: Option<StepOut> = None;
+        for (row, state) in state.alone.iter_mut().enumerate() {
+            let one = row..row + 1;
+            let input = StepIn {
+                embeds: input.embeds.slice(s![one.clone(), .., ..]).to_owned(),
+                mask: input.mask.slice(s![one.clone(), ..]).to_owned(),
+                positions: input.positions.slice(s![one.clone(), ..]).to_owned(),
+                visual: input.visual.slice(s![one.clone(), ..]).to_owned(),
+                salient: input.salient.slice(s![one, ..]).to_owned(),
+            };
+            let found = self.advance(state, &input, drops)?;
+            match &mut all {
+                None => all = Some(found),
+                Some(all) => {
+                    all.logits
+                        .append(Axis(0), found.logits.view())
+                        .map_err(|e| ValidateError::Model(e.to_string()))?;
+                    for (kept, row) in all.kept.iter_mut().zip(found.kept) {
+                        kept.extend(row);
+                    }
+                }
+            }
         }
-        Ok((query, key))
+        all.ok_or_else(|| ValidateError::Model("a batch without rows".into()))
     }
 
     /// Runs one stage. Layers of other stages are fed caches of this stage's
     /// length, so that whatever the exporter reads lengths from agrees; what
     /// they compute is not used.
-    #[allow(clippy::too_many_arguments, reason = "the state of one stage")]
     fn run(
         &mut self,
         number: usize,
         state: &State,
-        entry: &[Array3<f32>],
-        mask: &Array2<i64>,
-        positions: &Array2<i64>,
-        past: usize,
-        batch: usize,
+        fed: &Fed<'_>,
     ) -> Result<crate::runtime::Outputs, ValidateError> {
+        let (past, batch) = (fed.past, fed.mask.nrows());
         let first = self.stages[number].first;
         let end = self
             .stages
@@ -428,15 +479,18 @@ impl ReferenceDecoder {
         let names = [&self.names.embeds]
             .into_iter()
             .chain(&self.names.extra[number]);
-        for (name, tensor) in names.zip(entry) {
+        for (name, tensor) in names.zip(fed.entry) {
             let value = Value::new(Tensor::from(tensor.clone()).cast_float(self.dtype)?)?;
             feed.push((name, value));
         }
         if let Some(name) = &self.names.mask {
-            feed.push((name, Value::new(Tensor::from(mask.clone()))?));
+            feed.push((name, Value::new(Tensor::from(fed.mask.clone()))?));
         }
         if let Some(name) = &self.names.positions {
-            feed.push((name, Value::new(Tensor::from(positions.clone()))?));
+            feed.push((name, Value::new(Tensor::from(fed.positions.clone()))?));
+        }
+        if let Some(turn) = fed.turn {
+            feed.extend(turn.feed(self.dtype)?);
         }
         for (layer, (key, value)) in self.names.past.iter().enumerate() {
             let own = (first..end).contains(&layer);
@@ -448,56 +502,6 @@ impl ReferenceDecoder {
         let inputs: Vec<(&str, &Value)> = feed.iter().map(|(n, v)| (*n, v)).collect();
         Ok(self.stages[number].session.run(&inputs)?)
     }
-}
-
-impl Probe {
-    /// `outputs` are what was asked for: boundary, query, key and, last, copies of
-    /// what the rotary embedding reads.
-    fn of(cut: &Model, layer: &DecoderLayer, outputs: &[ValueId]) -> Self {
-        let name = |v: ValueId| cut.name(v).to_owned();
-        Self {
-            boundary: layer.boundary.iter().copied().map(name).collect(),
-            query: name(layer.query.value),
-            key: name(layer.new_key.value),
-            rotary: match (layer.rotary, outputs) {
-                (Some(_), [.., cos, sin, lengths]) => {
-                    Some([name(*cos), name(*sin), name(*lengths)])
-                }
-                _ => None,
-            },
-        }
-    }
-}
-
-/// The heads of a projection, `[b, heads, L, width]`.
-fn split(
-    value: &Value,
-    projection: &Projection,
-    width: usize,
-) -> Result<Array4<f32>, ValidateError> {
-    let Layout::Rows { start, heads } = projection.layout else {
-        return array(value);
-    };
-    if projection.bias.is_some() {
-        return Err(ValidateError::Model(
-            "an attention with a bias of its own cannot be validated".into(),
-        ));
-    }
-    let rows: Array3<f32> = array(value)?;
-    let (start, heads) = (start as usize, heads as usize);
-    let (batch, length, _) = rows.dim();
-    Ok(Array4::from_shape_fn(
-        (batch, heads, length, width),
-        |(b, h, l, d)| rows[[b, l, start + h * width + d]],
-    ))
-}
-
-fn array<D: ndarray::Dimension>(value: &Value) -> Result<ndarray::Array<f32, D>, ValidateError> {
-    let found = value.shape().to_vec();
-    let array = value.to_tensor()?.to_array()?;
-    array.into_dimensionality().map_err(|_| {
-        ValidateError::Model(format!("an inner tensor has an unexpected rank: {found:?}"))
-    })
 }
 
 /// `[b, rows, vocabulary]` → `[b, vocabulary]`.
