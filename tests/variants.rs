@@ -277,3 +277,61 @@ fn files_beside_the_old_ones_are_variants_of_their_own() {
     // What was written before is no precision to rewrite.
     place.rewritten(&[]);
 }
+
+#[test]
+fn one_precision_is_validated_alone() {
+    let place = several(MERGE);
+    place.rewritten(&[]);
+    runtime();
+    let (model, out) = (place.at("model"), place.at("out"));
+    let checks = |variant: &str| -> Vec<String> {
+        let ran = duet(&["validate", &model, &out, "--variant", variant, "--json"]);
+        let report = ran.json();
+        let findings = report["findings"].as_array().expect("findings");
+        let name = |f: &serde_json::Value| f["check"].as_str().expect("a name").to_owned();
+        findings.iter().map(name).collect()
+    };
+    let fp16 = checks("fp16");
+    assert!(fp16.iter().any(|c| c == "fp16: one image"), "{fp16:?}");
+    assert!(
+        !fp16
+            .iter()
+            .any(|c| c.contains("default") || c.contains("q4")),
+        "{fp16:?}"
+    );
+    let plain = checks("default");
+    assert!(plain.iter().any(|c| c == "one image"), "{plain:?}");
+    assert!(!plain.iter().any(|c| c.contains("fp16")), "{plain:?}");
+}
+
+#[test]
+fn without_plain_files_the_precision_to_run_has_to_be_named() {
+    let place = Place::new(MERGE);
+    place.configs("model");
+    for name in PARTS {
+        for variant in ["fp16", "q4"] {
+            place.put(
+                &part("ts-sdpa-gqa", name),
+                &format!("model/onnx/{name}_{variant}.onnx"),
+            );
+        }
+    }
+    let picture = source("models/llava/images/street.png");
+    let picture = picture.to_str().expect("UTF-8");
+    let model = place.at("model");
+    let ran = duet(&["run", &model, "--image", picture, "--prompt", "What?"]);
+    assert_eq!(ran.code, 2);
+    assert!(
+        ran.stderr.contains("--variant among fp16, q4"),
+        "{}",
+        ran.stderr
+    );
+    assert_eq!(
+        place.answer("model", &["--variant", "q4"])["visual_tokens"],
+        81
+    );
+    for name in PARTS {
+        std::fs::remove_file(place.path(&format!("model/onnx/{name}_q4.onnx"))).expect("removed");
+    }
+    assert_eq!(place.answer("model", &[])["visual_tokens"], 81);
+}

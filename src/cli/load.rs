@@ -354,10 +354,10 @@ pub(super) fn trio(path: &Path, name: Option<&str>) -> anyhow::Result<(ModelDir,
             let plain = |p: &&Part| p.kind() != Kind::Unknown && !is_beside(p, &vlm);
             let parts = vlm.parts.iter().filter(plain);
             let all: BTreeSet<&str> = parts.map(|p| p.variant.as_str()).collect();
-            match all.iter().collect::<Vec<_>>()[..] {
+            match all.iter().copied().collect::<Vec<_>>()[..] {
                 [] => String::new(),
-                [only] => (*only).to_owned(),
-                [first, ..] if first.is_empty() => String::new(),
+                [only] => only.to_owned(),
+                ["", ..] => String::new(),
                 _ => bail!(
                     "{}: which variant? Choose with --variant among {}",
                     path.display(),
