@@ -173,7 +173,7 @@ fn from_product(model: &Model, mut value: ValueId) -> bool {
 }
 
 /// Traces an operand back through scaling and re-arranging.
-fn operand(model: &Model, value: ValueId) -> Operand {
+pub(super) fn operand(model: &Model, value: ValueId) -> Operand {
     let mut result = Operand {
         value,
         root: value,

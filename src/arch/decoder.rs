@@ -5,9 +5,9 @@
 //! concatenation, and from these the residual tensor that enters the layer: the
 //! last value before them through which all data passes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
-use super::attention::{Site, sites};
+use super::attention::{Site, operand, sites};
 use super::residual::articulations;
 use super::tower::element_type;
 use super::{MIN_OPSET, NoMatch, hidden_network};
@@ -19,8 +19,9 @@ use crate::ir::{DataType, Def, Dim, Model, Node, ValueId, consts};
 pub struct DecoderLayer {
     /// Residual tensor `[batch, sequence, width]` that enters the layer.
     pub boundary: ValueId,
-    /// Cache inputs `[batch, kv_heads, past, head_dim]`.
-    pub past: (ValueId, ValueId),
+    /// Cache inputs `[batch, kv_heads, past, head_dim]`; `None` in a graph that
+    /// starts a cache and takes none.
+    pub past: Option<(ValueId, ValueId)>,
     /// Cache outputs `[batch, kv_heads, past + sequence, head_dim]`.
     pub present: (ValueId, ValueId),
     /// Keys of the tokens processed now, rotary embedding applied, before the
@@ -134,22 +135,22 @@ impl Decoder {
                 ));
             }
         }
-        let first = layers[0].present.0;
-        let cache_type = model.value(first).ty.as_ref().and_then(|t| t.shape());
-        let past_type = model
-            .value(layers[0].past.0)
-            .ty
-            .as_ref()
-            .and_then(|t| t.shape());
+        // Exporters do not always know the key's sizes; the value has the same.
+        let DecoderLayer { past, present, .. } = &layers[0];
+        let caches = past.iter().chain([present]).flat_map(|p| [p.0, p.1]);
+        let caches: Vec<ValueId> = caches.collect();
         let known = |axis: usize| {
-            let of = |s: Option<&[Dim]>| s.filter(|d| d.len() == 4).and_then(|d| d[axis].known());
-            of(past_type).or_else(|| of(cache_type))
+            let of = |v: &ValueId| {
+                let shape = model.value(*v).ty.as_ref().and_then(|t| t.shape());
+                shape.filter(|d| d.len() == 4).and_then(|d| d[axis].known())
+            };
+            caches.iter().find_map(of)
         };
         let (Some(kv_heads), Some(head_dim)) = (known(1), known(3)) else {
             return fail(format!(
                 "'{}' does not state its number of heads and head width; expected [batch, kv_heads, past, \
                  head_dim]",
-                model.name(layers[0].past.0)
+                model.name(caches[0])
             ));
         };
         let named = |name: &str| model.input(name);
@@ -291,12 +292,14 @@ impl Layer<'_> {
         let model = self.model;
         let number = self.number;
         let fail = |found: String| NoMatch::new(format!("decoder layer {number}"), found);
-        let Some(&past) = self.caches.past.get(&number) else {
+        let past = self.caches.past.get(&number).copied();
+        if past.is_none() && !self.caches.past.is_empty() {
             return Err(fail(format!(
                 "no cache inputs past_key_values.{number}.key/value"
             )));
-        };
-        let (new_key, cache) = self.new_rows(past.0, self.present.0).map_err(&fail)?;
+        }
+        let rows = self.new_rows(past.map(|p| p.0), self.present.0);
+        let (new_key, cache) = rows.map_err(&fail)?;
         let source = ancestors(model, &[new_key], true);
         let Some(&boundary) = residuals.iter().rev().find(|r| source.contains(r)) else {
             return Err(fail(format!(
@@ -305,7 +308,11 @@ impl Layer<'_> {
             )));
         };
         let reads = |s: &&Site| s.key.root == self.present.0 || s.key.root == cache;
-        let Some(site) = all.iter().find(reads) else {
+        // Where no cache comes in, the output may be taken off behind a step that
+        // the trace from the attention passes over.
+        let origin = past.is_none().then(|| operand(model, cache).root);
+        let same = |s: &&Site| Some(s.key.root) == origin;
+        let Some(site) = all.iter().find(reads).or_else(|| all.iter().find(same)) else {
             let fused = model
                 .value(cache)
                 .uses
@@ -360,9 +367,17 @@ impl Layer<'_> {
 
     /// The rows that are appended to the cache (the other part of the
     /// concatenation with the past), and the concatenation.
-    fn new_rows(&self, past: ValueId, present: ValueId) -> Result<(ValueId, ValueId), String> {
+    /// Without a past they are the cache output itself.
+    fn new_rows(
+        &self,
+        past: Option<ValueId>,
+        present: ValueId,
+    ) -> Result<(ValueId, ValueId), String> {
         let model = self.model;
-        let from_past = descendants(model, &[past], true);
+        let from_past = match past {
+            Some(past) => descendants(model, &[past], true),
+            None => HashSet::new(),
+        };
         let mut at = present;
         loop {
             let Def::Node { node, slot: _ } = model.value(at).def else {
@@ -382,6 +397,9 @@ impl Layer<'_> {
                 if let (Some(&new), None) = (fresh.next(), fresh.next()) {
                     return Ok((new, at));
                 }
+            }
+            if past.is_none() {
+                return Ok((at, at));
             }
             return Err(format!(
                 "expected '{}' to be Concat(past, new keys), found {}",

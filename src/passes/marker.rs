@@ -149,7 +149,7 @@ pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context)
                 .unwrap_or(super::StaticSpan { start: 0, count: 0 });
             // Positions of the tokens processed now, counted from the start of
             // the conversation: the span lies in the first prompt only.
-            let past = patch.size_of(decoder.layers[0].past.0, 2);
+            let past = super::past_length(patch, &decoder.layers[0]);
             let length = patch.size_of(embeds, 1);
             let here = patch.iota(length);
             let past = patch.size_value(past);

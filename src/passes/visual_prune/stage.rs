@@ -9,7 +9,7 @@ use crate::ir::cone::descendants;
 use crate::ir::{
     DataType, Dim, Model, NodeId, Patch, PatchPlan, Size, Substitution, ValueId, ValueType,
 };
-use crate::passes::{Context, Positions};
+use crate::passes::{Context, Positions, past_length};
 
 /// What the layers of one stage read. Shapes: b batch, L tokens of the stage
 /// that are processed now, S past + L.
@@ -135,7 +135,8 @@ impl Plan<'_, '_> {
         let mut known: HashSet<ValueId> = decoder
             .layers
             .iter()
-            .flat_map(|l| [l.past.0, l.past.1])
+            .filter_map(|l| l.past)
+            .flat_map(|(key, value)| [key, value])
             .collect();
         known.insert(decoder.embeds);
         known.extend(decoder.attention_mask);
@@ -182,7 +183,7 @@ impl Plan<'_, '_> {
             }
         };
         let visual = self.patch.op("And", &[entry.visual, real]);
-        let past = self.patch.size_of(decoder.layers[0].past.0, 2);
+        let past = past_length(self.patch, &decoder.layers[0]);
         let text = self.text(visual, real);
         for (value, name) in [(visual, "visual"), (real, "real"), (text, "text")] {
             self.patch.name_value(value, &format!("entry/{name}_mask"));
@@ -284,7 +285,7 @@ impl Plan<'_, '_> {
         let real = p.gather_rows(before.real, kept);
         let visual = p.gather_rows(before.visual, kept);
         let text = p.gather_rows(before.text, kept);
-        let past = p.size_of(self.decoder.layers[first].past.0, 2);
+        let past = past_length(p, &self.decoder.layers[first]);
         let mask = before.mask.map(|mask| {
             // Padding lies on the left and is never dropped, so the first
             // columns of the past describe a shorter past as well.
@@ -356,11 +357,15 @@ impl Plan<'_, '_> {
             subst.insert(old, new);
         }
         // Lengths are read off some layer's cache: of this stage.
-        let own = decoder.layers[stage.first].past;
+        let Some(own) = decoder.layers[stage.first].past else {
+            return;
+        };
         for (index, layer) in decoder.layers.iter().enumerate() {
-            if !(stage.first..end).contains(&index) {
-                subst.insert(layer.past.0, own.0);
-                subst.insert(layer.past.1, own.1);
+            if let Some((key, value)) = layer.past
+                && !(stage.first..end).contains(&index)
+            {
+                subst.insert(key, own.0);
+                subst.insert(value, own.1);
             }
         }
     }
@@ -434,7 +439,7 @@ impl Plan<'_, '_> {
                 .get(number + 1)
                 .map_or(self.decoder.depth(), |s| s.first);
             for layer in &self.decoder.layers[stage.first..end] {
-                for value in [layer.past.0, layer.past.1] {
+                for value in layer.past.iter().flat_map(|p| [p.0, p.1]) {
                     rename(
                         self.patch,
                         value,

@@ -51,11 +51,18 @@ struct Stage {
 
 /// The unmodified decoder, cut at a recipe's drop points.
 pub struct ReferenceDecoder {
+    graph: Graph,
+    /// The graph that starts a cache, where the other only goes on with one.
+    prompt: Option<Graph>,
+    prune: Option<VisualPrune>,
+    dtype: DType,
+}
+
+/// One decoder graph in stages.
+struct Graph {
     decoder: Decoder,
     stages: Vec<Stage>,
     names: Names,
-    prune: Option<VisualPrune>,
-    dtype: DType,
 }
 
 struct Names {
@@ -80,75 +87,40 @@ impl ReferenceDecoder {
         prune: Option<&VisualPrune>,
         options: &SessionOptions,
     ) -> Result<Self, ValidateError> {
-        let drops: Vec<usize> = prune
-            .map(|p| p.drops.iter().map(|d| d.after_layer).collect())
-            .unwrap_or_default();
-        let name = |v| model.name(v).to_owned();
-        let mut stages = Vec::new();
-        for number in 0..=drops.len() {
-            let first = if number == 0 { 0 } else { drops[number - 1] };
-            let mut patch = Patch::new(model, "cut");
-            if number > 0 {
-                let boundary = decoder.layers[first].boundary;
-                // In the residual stream's own type, which may not be the input's.
-                let hidden = match model.opset("") {
-                    Some(15..) => patch.op("CastLike", &[decoder.embeds, boundary]),
-                    _ => decoder.embeds,
-                };
-                patch.rewire_all(boundary, hidden);
-            }
-            let plan = patch.finish();
-            let cut = model.clone().apply(plan)?;
-            let mut outputs = Vec::new();
-            if let Some(&next) = drops.get(number) {
-                let layer = &decoder.layers[next];
-                outputs.extend([layer.boundary, layer.query, layer.new_key]);
-            }
-            let cut = probe::with_outputs(&cut, &outputs)?;
-            let session =
-                probe::open(&cut, &format!("reference decoder, stage {number}"), options)?;
-            stages.push(Stage { first, session });
-        }
-        let names = Names {
-            embeds: name(decoder.embeds),
-            mask: decoder.attention_mask.map(name),
-            positions: decoder.position_ids.map(name),
-            logits: name(decoder.logits),
-            past: decoder
-                .layers
-                .iter()
-                .map(|l| (name(l.past.0), name(l.past.1)))
-                .collect(),
-            present: decoder
-                .layers
-                .iter()
-                .map(|l| (name(l.present.0), name(l.present.1)))
-                .collect(),
-            probes: drops
-                .iter()
-                .map(|&d| {
-                    let l = &decoder.layers[d];
-                    (name(l.boundary), name(l.query), name(l.new_key))
-                })
-                .collect(),
-        };
-        let dtype = stages[0]
-            .session
-            .input(&names.embeds)
-            .and_then(|p| p.dtype)
-            .unwrap_or(DType::F32);
+        let graph = Graph::open(model, decoder, prune, options)?;
+        let input = graph.stages[0].session.input(&graph.names.embeds);
+        let dtype = input.and_then(|p| p.dtype).unwrap_or(DType::F32);
         Ok(Self {
-            decoder: decoder.clone(),
-            stages,
-            names,
+            graph,
+            prompt: None,
             prune: prune.cloned(),
             dtype,
         })
     }
 
+    /// Adds the graph that runs first, of a model whose other graph goes on.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn with_prompt(
+        mut self,
+        model: &Model,
+        decoder: &Decoder,
+        options: &SessionOptions,
+    ) -> Result<Self, ValidateError> {
+        let graph = Graph::open(model, decoder, self.prune.as_ref(), options)?;
+        self.prompt = Some(graph);
+        Ok(self)
+    }
+
     /// Number of layers.
     pub fn depth(&self) -> usize {
-        self.decoder.depth()
+        self.graph.decoder.depth()
+    }
+
+    /// Whether it can go on from a cache.
+    pub fn takes_cache(&self) -> bool {
+        !self.graph.names.past.is_empty()
     }
 
     /// Element type of the embeddings that the decoder reads.
@@ -163,25 +135,12 @@ impl ReferenceDecoder {
     pub fn start(&self, batch: usize) -> Result<State, ValidateError> {
         let mut caches = Vec::new();
         for _ in 0..self.depth() {
-            caches.push((self.zeros(batch, 0)?, self.zeros(batch, 0)?));
+            caches.push((self.graph.zeros(batch, 0)?, self.graph.zeros(batch, 0)?));
         }
         Ok(State {
             caches,
-            masks: vec![Array2::zeros((batch, 0)); self.stages.len()],
+            masks: vec![Array2::zeros((batch, 0)); self.graph.stages.len()],
         })
-    }
-
-    fn zeros(&self, batch: usize, length: usize) -> Result<Value, ValidateError> {
-        let (heads, width) = (
-            self.decoder.kv_heads as usize,
-            self.decoder.head_dim as usize,
-        );
-        let cache = self.stages[0].session.input(&self.names.past[0].0);
-        let dtype = cache.and_then(|p| p.dtype).unwrap_or(self.dtype);
-        Ok(Value::new(Tensor::zeros(
-            dtype,
-            [batch, heads, length, width],
-        )?)?)
     }
 
     /// Runs new tokens through all stages.
@@ -190,6 +149,10 @@ impl ReferenceDecoder {
     /// A run fails, or scores are not finite.
     pub fn step(&mut self, state: &mut State, input: &StepIn) -> Result<StepOut, ValidateError> {
         let batch = input.mask.nrows();
+        let graph = match &mut self.prompt {
+            Some(prompt) if state.masks[0].ncols() == 0 => prompt,
+            _ => &mut self.graph,
+        };
         let bools = |row: ndarray::ArrayView1<'_, bool>| row.to_vec();
         let mut visual: Vec<Vec<bool>> = input.visual.outer_iter().map(bools).collect();
         let mut rows: Vec<Vec<usize>> = Vec::new();
@@ -228,30 +191,26 @@ impl ReferenceDecoder {
         let mut logits = None;
         // Behind the last stage nothing is dropped.
         for (number, dropped) in drops.into_iter().chain([0]).enumerate() {
-            let first = self.stages[number].first;
-            let end = self
-                .stages
-                .get(number + 1)
-                .map_or(self.depth(), |s| s.first);
+            let (first, end) = graph.layers_of(number);
             let past = state.masks[number].ncols();
             let full_mask =
                 ndarray::concatenate(Axis(1), &[state.masks[number].view(), mask.view()])
                     .map_err(|e| ValidateError::Model(e.to_string()))?;
-            let outputs = self.run(number, state, &embeds, &full_mask, &positions, past, batch)?;
+            let outputs = graph.run(number, state, &embeds, &full_mask, &positions, past, batch)?;
             for layer in first..end {
-                let (key, value) = &self.names.present[layer];
+                let (key, value) = &graph.names.present[layer];
                 state.caches[layer] = (outputs.get(key)?.clone(), outputs.get(value)?.clone());
             }
-            if number + 1 == self.stages.len() {
-                logits = Some(last_row(outputs.get(&self.names.logits)?)?);
+            if number + 1 == graph.stages.len() {
+                logits = Some(last_row(outputs.get(&graph.names.logits)?)?);
                 state.masks[number] = full_mask;
                 break;
             }
-            let (boundary, query, key) = &self.names.probes[number];
+            let (boundary, query, key) = &graph.names.probes[number];
             let hidden: Array3<f32> = array(outputs.get(boundary)?)?;
             let query: Array4<f32> = array(outputs.get(query)?)?;
             let key: Array4<f32> = array(outputs.get(key)?)?;
-            let layer = &self.decoder.layers[end];
+            let layer = &graph.decoder.layers[end];
             let mut kept = Vec::new();
             for row in 0..batch {
                 let real: Vec<bool> = mask.row(row).iter().map(|m| *m != 0).collect();
@@ -300,6 +259,96 @@ impl ReferenceDecoder {
             lengths: state.caches.iter().map(|(k, _)| k.shape()[2]).collect(),
         })
     }
+}
+
+impl Graph {
+    fn open(
+        model: &Model,
+        decoder: &Decoder,
+        prune: Option<&VisualPrune>,
+        options: &SessionOptions,
+    ) -> Result<Self, ValidateError> {
+        let drops: Vec<usize> = prune
+            .map(|p| p.drops.iter().map(|d| d.after_layer).collect())
+            .unwrap_or_default();
+        let name = |v| model.name(v).to_owned();
+        let mut stages = Vec::new();
+        for number in 0..=drops.len() {
+            let first = if number == 0 { 0 } else { drops[number - 1] };
+            let mut patch = Patch::new(model, "cut");
+            if number > 0 {
+                let boundary = decoder.layers[first].boundary;
+                // In the residual stream's own type, which may not be the input's.
+                let hidden = match model.opset("") {
+                    Some(15..) => patch.op("CastLike", &[decoder.embeds, boundary]),
+                    _ => decoder.embeds,
+                };
+                patch.rewire_all(boundary, hidden);
+            }
+            let plan = patch.finish();
+            let cut = model.clone().apply(plan)?;
+            let mut outputs = Vec::new();
+            if let Some(&next) = drops.get(number) {
+                let layer = &decoder.layers[next];
+                outputs.extend([layer.boundary, layer.query, layer.new_key]);
+            }
+            let cut = probe::with_outputs(&cut, &outputs)?;
+            let session =
+                probe::open(&cut, &format!("reference decoder, stage {number}"), options)?;
+            stages.push(Stage { first, session });
+        }
+        let names = Names {
+            embeds: name(decoder.embeds),
+            mask: decoder.attention_mask.map(name),
+            positions: decoder.position_ids.map(name),
+            logits: name(decoder.logits),
+            past: decoder
+                .layers
+                .iter()
+                .filter_map(|l| l.past)
+                .map(|(key, value)| (name(key), name(value)))
+                .collect(),
+            present: decoder
+                .layers
+                .iter()
+                .map(|l| (name(l.present.0), name(l.present.1)))
+                .collect(),
+            probes: drops
+                .iter()
+                .map(|&d| {
+                    let l = &decoder.layers[d];
+                    (name(l.boundary), name(l.query), name(l.new_key))
+                })
+                .collect(),
+        };
+        Ok(Self {
+            decoder: decoder.clone(),
+            stages,
+            names,
+        })
+    }
+
+    /// First layer of a stage and of the one behind it.
+    fn layers_of(&self, number: usize) -> (usize, usize) {
+        let depth = self.decoder.depth();
+        let end = self.stages.get(number + 1).map_or(depth, |s| s.first);
+        (self.stages[number].first, end)
+    }
+
+    fn zeros(&self, batch: usize, length: usize) -> Result<Value, ValidateError> {
+        let (heads, width) = (
+            self.decoder.kv_heads as usize,
+            self.decoder.head_dim as usize,
+        );
+        let session = &self.stages[0].session;
+        let cache = self.names.past.first().and_then(|p| session.input(&p.0));
+        let typed = cache.or_else(|| session.input(&self.names.embeds));
+        let dtype = typed.and_then(|p| p.dtype).unwrap_or(DType::F32);
+        Ok(Value::new(Tensor::zeros(
+            dtype,
+            [batch, heads, length, width],
+        )?)?)
+    }
 
     /// Runs one stage. Layers of other stages are fed caches of this stage's
     /// length, so that whatever the exporter reads lengths from agrees; what
@@ -315,13 +364,11 @@ impl ReferenceDecoder {
         past: usize,
         batch: usize,
     ) -> Result<crate::runtime::Outputs, ValidateError> {
-        let first = self.stages[number].first;
-        let end = self
-            .stages
-            .get(number + 1)
-            .map_or(self.depth(), |s| s.first);
+        let (first, end) = self.layers_of(number);
         let filler = self.zeros(batch, past)?;
-        let embeds = Value::new(Tensor::from(embeds.clone()).cast_float(self.dtype)?)?;
+        let port = self.stages[number].session.input(&self.names.embeds);
+        let dtype = port.and_then(|p| p.dtype).unwrap_or(DType::F32);
+        let embeds = Value::new(Tensor::from(embeds.clone()).cast_float(dtype)?)?;
         let mut feed: Vec<(&str, Value)> = vec![(&self.names.embeds, embeds)];
         if let Some(name) = &self.names.mask {
             feed.push((name, Value::new(Tensor::from(mask.clone()))?));
