@@ -135,7 +135,8 @@ impl Plan<'_, '_> {
         let mut known: HashSet<ValueId> = decoder
             .layers
             .iter()
-            .flat_map(|l| [l.past.0, l.past.1])
+            .filter_map(|l| l.past)
+            .flat_map(|(key, value)| [key, value])
             .collect();
         known.insert(decoder.embeds);
         known.extend(decoder.attention_mask);
@@ -182,7 +183,7 @@ impl Plan<'_, '_> {
             }
         };
         let visual = self.patch.op("And", &[entry.visual, real]);
-        let past = self.patch.size_of(decoder.layers[0].past.0, 2);
+        let past = marker::past_length(self.patch, decoder, 0);
         let text = self.text(visual, real);
         for (value, name) in [(visual, "visual"), (real, "real"), (text, "text")] {
             self.patch.name_value(value, &format!("entry/{name}_mask"));
@@ -284,8 +285,11 @@ impl Plan<'_, '_> {
         let real = p.gather_rows(before.real, kept);
         let visual = p.gather_rows(before.visual, kept);
         let text = p.gather_rows(before.text, kept);
-        let past = p.size_of(self.decoder.layers[first].past.0, 2);
+        let past = marker::past_length(p, self.decoder, first);
         let mask = before.mask.map(|mask| {
+            if past == Size::Known(0) {
+                return p.gather_rows(mask, kept);
+            }
             // Padding lies on the left and is never dropped, so the first
             // columns of the past describe a shorter past as well.
             let total = p.size_of(mask, 1);
@@ -305,9 +309,13 @@ impl Plan<'_, '_> {
                     // shorter cache tells how many in earlier steps.
                     let place = p.iota(length);
                     let gone = p.op("Sub", &[kept, place]);
-                    let earlier = p.size_sub(before.past, past);
-                    let earlier = p.size_value(earlier);
-                    let gone = p.op("Add", &[gone, earlier]);
+                    let gone = match p.size_sub(before.past, past) {
+                        Size::Known(0) => gone,
+                        earlier => {
+                            let earlier = p.size_value(earlier);
+                            p.op("Add", &[gone, earlier])
+                        }
+                    };
                     let gone = cast_like(p, self.model, self.decoder.position_ids, gone);
                     p.op("Sub", &[gathered, gone])
                 }
@@ -358,9 +366,11 @@ impl Plan<'_, '_> {
         // Lengths are read off some layer's cache: of this stage.
         let own = decoder.layers[stage.first].past;
         for (index, layer) in decoder.layers.iter().enumerate() {
-            if !(stage.first..end).contains(&index) {
-                subst.insert(layer.past.0, own.0);
-                subst.insert(layer.past.1, own.1);
+            if let (Some(past), Some(own), false) =
+                (layer.past, own, (stage.first..end).contains(&index))
+            {
+                subst.insert(past.0, own.0);
+                subst.insert(past.1, own.1);
             }
         }
     }
@@ -434,7 +444,7 @@ impl Plan<'_, '_> {
                 .get(number + 1)
                 .map_or(self.decoder.depth(), |s| s.first);
             for layer in &self.decoder.layers[stage.first..end] {
-                for value in [layer.past.0, layer.past.1] {
+                for value in layer.past.into_iter().flat_map(|(k, v)| [k, v]) {
                     rename(
                         self.patch,
                         value,
@@ -442,7 +452,7 @@ impl Plan<'_, '_> {
                         format!("past_sequence_length_drop{number}"),
                     );
                 }
-                for value in [layer.present.0, layer.present.1] {
+                for value in layer.present.into_iter().flat_map(|(k, v)| [k, v]) {
                     rename(
                         self.patch,
                         value,

@@ -31,14 +31,14 @@ pub struct StepOut {
     pub logits: Array2<f32>,
     /// Kept indices at each drop point, for each row, into the sequence before it.
     pub kept: Vec<Vec<Vec<usize>>>,
-    /// Length of every layer's cache.
+    /// Length of every layer's cache, where the decoder gives caches.
     pub lengths: Vec<usize>,
 }
 
 /// Caches and masks of a conversation.
 #[derive(Debug)]
 pub struct State {
-    /// Key and value of every layer.
+    /// Key and value of every layer; none where the decoder gives no caches.
     caches: Vec<(Value, Value)>,
     /// Mask `[b, past]` of every stage.
     masks: Vec<Array2<i64>>,
@@ -117,12 +117,12 @@ impl ReferenceDecoder {
             past: decoder
                 .layers
                 .iter()
-                .map(|l| (name(l.past.0), name(l.past.1)))
+                .filter_map(|l| l.past.map(|(k, v)| (name(k), name(v))))
                 .collect(),
             present: decoder
                 .layers
                 .iter()
-                .map(|l| (name(l.present.0), name(l.present.1)))
+                .filter_map(|l| l.present.map(|(k, v)| (name(k), name(v))))
                 .collect(),
             probes: drops
                 .iter()
@@ -146,6 +146,16 @@ impl ReferenceDecoder {
         })
     }
 
+    /// Whether it goes on from what it said before.
+    pub fn has_past(&self) -> bool {
+        !self.names.past.is_empty()
+    }
+
+    /// Names of the key outputs of its layers, if it gives caches.
+    pub fn present_keys(&self) -> impl Iterator<Item = &str> {
+        self.names.present.iter().map(|(key, _)| key.as_str())
+    }
+
     /// Number of layers.
     pub fn depth(&self) -> usize {
         self.decoder.depth()
@@ -162,7 +172,7 @@ impl ReferenceDecoder {
     /// ONNX Runtime refuses an empty tensor.
     pub fn start(&self, batch: usize) -> Result<State, ValidateError> {
         let mut caches = Vec::new();
-        for _ in 0..self.depth() {
+        for _ in &self.names.present {
             caches.push((self.zeros(batch, 0)?, self.zeros(batch, 0)?));
         }
         Ok(State {
@@ -176,7 +186,8 @@ impl ReferenceDecoder {
             self.decoder.kv_heads as usize,
             self.decoder.head_dim as usize,
         );
-        let cache = self.stages[0].session.input(&self.names.past[0].0);
+        let past = self.names.past.first();
+        let cache = past.and_then(|(key, _)| self.stages[0].session.input(key));
         let dtype = cache.and_then(|p| p.dtype).unwrap_or(self.dtype);
         Ok(Value::new(Tensor::zeros(
             dtype,
@@ -185,6 +196,8 @@ impl ReferenceDecoder {
     }
 
     /// Runs new tokens through all stages.
+    ///
+    /// A decoder without a past has to be given a state of its own for each step.
     ///
     /// # Errors
     /// A run fails, or scores are not finite.
@@ -238,8 +251,8 @@ impl ReferenceDecoder {
                 ndarray::concatenate(Axis(1), &[state.masks[number].view(), mask.view()])
                     .map_err(|e| ValidateError::Model(e.to_string()))?;
             let outputs = self.run(number, state, &embeds, &full_mask, &positions, past, batch)?;
-            for layer in first..end {
-                let (key, value) = &self.names.present[layer];
+            let presents = self.names.present.iter().enumerate();
+            for (layer, (key, value)) in presents.take(end).skip(first) {
                 state.caches[layer] = (outputs.get(key)?.clone(), outputs.get(value)?.clone());
             }
             if number + 1 == self.stages.len() {
