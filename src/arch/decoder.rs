@@ -1,29 +1,32 @@
-//! A Llama-like decoder with a key/value cache.
+//! A Llama-like decoder, with or without a key/value cache.
 //!
 //! Layers are numbered by the cache outputs that every exporter names
 //! (`present.N.key`). From each, the new keys are found behind the cache
 //! concatenation, and from these the residual tensor that enters the layer: the
-//! last value before them through which all data passes.
+//! last value before them through which all data passes. A decoder without any
+//! cache has its attentions for layers, in the order of the data. Either way no
+//! attention between embeddings and logits may be left over.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
-use super::attention::{Site, operand, sites};
+use super::attention::{Site, head_rows, operand, sites, split_heads};
 use super::residual::articulations;
-use super::tower::element_type;
+use super::tower::{element_type, projection_width};
 use super::{MIN_OPSET, NoMatch, hidden_network};
 use crate::ir::cone::{ancestors, carries_data, descendants};
-use crate::ir::{DataType, Def, Dim, Model, Node, ValueId, consts};
+use crate::ir::{DataType, Def, Dim, Model, Node, NodeId, ValueId, consts};
 
 /// One decoder layer.
 #[derive(Clone, Debug)]
 pub struct DecoderLayer {
     /// Residual tensor `[batch, sequence, width]` that enters the layer.
     pub boundary: ValueId,
-    /// Cache inputs `[batch, kv_heads, past, head_dim]`; `None` in a graph that
-    /// starts a cache and takes none.
+    /// Cache inputs `[batch, kv_heads, past, head_dim]`, if the decoder goes on
+    /// from a cache.
     pub past: Option<(ValueId, ValueId)>,
-    /// Cache outputs `[batch, kv_heads, past + sequence, head_dim]`.
-    pub present: (ValueId, ValueId),
+    /// Cache outputs `[batch, kv_heads, past + sequence, head_dim]`, if it gives
+    /// them.
+    pub present: Option<(ValueId, ValueId)>,
     /// Keys of the tokens processed now, rotary embedding applied, before the
     /// cache: `[batch, kv_heads, sequence, head_dim]`.
     pub new_key: ValueId,
@@ -71,7 +74,7 @@ impl Decoder {
     /// # Errors
     /// The first thing that did not fit, and where.
     pub fn recognise(model: &Model) -> Result<Self, NoMatch> {
-        let want = "a decoder with a cache";
+        let want = "a decoder";
         let fail = |found: String| Err(NoMatch::new(want, found));
         let graph = model.graph();
         let caches = Caches::of(model);
@@ -81,9 +84,6 @@ impl Decoder {
         }) else {
             return fail("no floating-point output besides the cache (logits)".into());
         };
-        if caches.present.is_empty() {
-            return fail("no cache outputs (present.N.key, present.N.value)".into());
-        }
         if let Some(why) = hidden_network(model) {
             return fail(why);
         }
@@ -114,7 +114,7 @@ impl Decoder {
                 model.name(embeds)
             ));
         }
-        let all_sites = sites(model);
+        let live = Live::of(model, embeds, logits);
         let mut layers = Vec::new();
         for (number, present) in &caches.present {
             let layer = Layer {
@@ -123,7 +123,27 @@ impl Decoder {
                 number: *number,
                 present: *present,
             };
-            layers.push(layer.recognise(&residuals, &all_sites)?);
+            layers.push(layer.recognise(&residuals, &live.sites)?);
+        }
+        if caches.present.is_empty() {
+            if !caches.past.is_empty() {
+                return fail(
+                    "cache inputs, but no cache outputs (present.N.key, present.N.value)".into(),
+                );
+            }
+            for (number, site) in live.sites.iter().enumerate() {
+                layers.push(uncached(model, number, site, &residuals)?);
+            }
+        }
+        if layers.is_empty() {
+            return fail(format!(
+                "neither cache outputs (present.N.key, present.N.value) nor an attention between '{}' and '{}'",
+                model.name(embeds),
+                model.name(logits)
+            ));
+        }
+        if let Err(found) = live.all_taken(model, &layers) {
+            return fail(found);
         }
         let order = |v: ValueId| residuals.iter().position(|r| *r == v);
         for (i, pair) in layers.windows(2).enumerate() {
@@ -135,22 +155,11 @@ impl Decoder {
                 ));
             }
         }
-        // Exporters do not always know the key's sizes; the value has the same.
-        let DecoderLayer { past, present, .. } = &layers[0];
-        let caches = past.iter().chain([present]).flat_map(|p| [p.0, p.1]);
-        let caches: Vec<ValueId> = caches.collect();
-        let known = |axis: usize| {
-            let of = |v: &ValueId| {
-                let shape = model.value(*v).ty.as_ref().and_then(|t| t.shape());
-                shape.filter(|d| d.len() == 4).and_then(|d| d[axis].known())
-            };
-            caches.iter().find_map(of)
-        };
-        let (Some(kv_heads), Some(head_dim)) = (known(1), known(3)) else {
+        let Some((kv_heads, head_dim)) = key_shape(model, &layers[0]) else {
             return fail(format!(
-                "'{}' does not state its number of heads and head width; expected [batch, kv_heads, past, \
-                 head_dim]",
-                model.name(caches[0])
+                "the number of heads and their width cannot be told from '{}'; expected [batch, kv_heads, \
+                 sequence, head_dim], stated by a cache or by the reshape of the key projection",
+                model.name(layers[0].new_key)
             ));
         };
         let named = |name: &str| model.input(name);
@@ -181,6 +190,163 @@ impl Decoder {
     pub fn depth(&self) -> usize {
         self.layers.len()
     }
+}
+
+/// The attentions between embeddings and logits.
+struct Live {
+    sites: Vec<Site>,
+    /// What computes attention or looks like it, and is none of the sites.
+    unknown: Vec<NodeId>,
+}
+
+impl Live {
+    fn of(model: &Model, embeds: ValueId, logits: ValueId) -> Self {
+        let behind = descendants(model, &[embeds], true);
+        let before = ancestors(model, &[logits], true);
+        let between = |id: NodeId| {
+            let outputs = &model.node(id).outputs;
+            let mut outputs = outputs.iter().flatten();
+            outputs.any(|o| behind.contains(o) && before.contains(o))
+        };
+        // The scores of a router come from a product with a weight.
+        let of_tokens = |s: &Site| behind.contains(&s.query.root) && behind.contains(&s.key.root);
+        let all = sites(model);
+        let unknown = model.graph().nodes.iter().copied().filter(|&id| {
+            let node = model.node(id);
+            (node.is("Softmax") || node.op_type.contains("Attention"))
+                && between(id)
+                && !all.iter().any(|s| s.node == id)
+        });
+        Self {
+            unknown: unknown.collect(),
+            sites: all
+                .into_iter()
+                .filter(|s| between(s.node) && of_tokens(s))
+                .collect(),
+        }
+    }
+
+    /// Every attention has to be a layer's: one that is not would keep the
+    /// length that a drop before it changed.
+    fn all_taken(&self, model: &Model, layers: &[DecoderLayer]) -> Result<(), String> {
+        let taken = |n: NodeId| layers.iter().any(|l| l.site.node == n);
+        if let Some(site) = self.sites.iter().find(|s| !taken(s.node)) {
+            return Err(format!(
+                "{} is an attention that belongs to none of the {} layers found by their cache outputs",
+                model.describe(site.node),
+                layers.len()
+            ));
+        }
+        let cached = layers.iter().any(|l| l.present.is_some());
+        match self.unknown.first().filter(|_| !cached) {
+            Some(&node) => Err(format!(
+                "{} is no attention of a known form, and without cache outputs layers are told by their \
+                 attentions; export with a cache, or without fused attention operators",
+                model.describe(node)
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The query that an attention reads and the factor it applies besides.
+fn scored(model: &Model, site: &Site, boundary: ValueId) -> Result<(ValueId, f64), String> {
+    let at = || model.describe(site.node);
+    if site.softcap != 0.0 {
+        return Err(format!(
+            "{} bounds its scores (softcap), which is not supported",
+            at()
+        ));
+    }
+    let scale = site.key.scale * site.post_scale;
+    if !scale.is_finite() {
+        return Err(format!("the scale of {} is not a constant", at()));
+    }
+    let query = site.query.value;
+    if !descendants(model, &[boundary], true).contains(&query) {
+        return Err(format!(
+            "the query of {} does not come from '{}'",
+            at(),
+            model.name(boundary)
+        ));
+    }
+    Ok((query, scale))
+}
+
+/// The layer of an attention that no cache output names.
+fn uncached(
+    model: &Model,
+    number: usize,
+    site: &Site,
+    residuals: &[ValueId],
+) -> Result<DecoderLayer, NoMatch> {
+    let fail = |found: String| NoMatch::new(format!("decoder layer {number}"), found);
+    let Some(new_key) = head_rows(model, site) else {
+        return Err(fail(format!(
+            "the keys of {} are not laid out as [batch, heads, sequence, width] anywhere before the product",
+            model.describe(site.node)
+        )));
+    };
+    // Scaling before these rows is theirs already.
+    let carried = operand(model, new_key).scale;
+    let source = ancestors(model, &[new_key], true);
+    let Some(&boundary) = residuals.iter().rev().find(|r| source.contains(r)) else {
+        return Err(fail(format!(
+            "the keys of {} do not depend on the residual stream",
+            model.describe(site.node)
+        )));
+    };
+    let (query, scale) = scored(model, site, boundary).map_err(&fail)?;
+    Ok(DecoderLayer {
+        boundary,
+        past: None,
+        present: None,
+        new_key,
+        query,
+        scale: scale / carried,
+        site: site.clone(),
+    })
+}
+
+/// (key/value heads, width of a head), from the cache's stated shape or from how
+/// the key projection is split.
+fn key_shape(model: &Model, layer: &DecoderLayer) -> Option<(i64, i64)> {
+    let caches = [layer.past, layer.present];
+    let caches = caches.into_iter().flatten();
+    let values: Vec<ValueId> = caches.flat_map(|(k, v)| [k, v]).collect();
+    let stated = |axis: usize| {
+        values.iter().find_map(|&v| {
+            let shape = model.value(v).ty.as_ref()?.shape()?;
+            (shape.len() == 4).then(|| shape[axis].known()).flatten()
+        })
+    };
+    if let Some(both) = stated(1).zip(stated(3)) {
+        return Some(both);
+    }
+    // The reshape nearest before the rotary embedding, if there is one.
+    let tokens = descendants(model, &[layer.boundary], true);
+    let mut front = vec![layer.new_key];
+    for _ in 0..12 {
+        let mut before = Vec::new();
+        for value in front {
+            let Some(node) = model.producer_node(value) else {
+                continue;
+            };
+            if node.is("Reshape")
+                && let Some((heads, width)) = node.input(1).and_then(|s| split_heads(model, s))
+                && width > 0
+            {
+                let total = || projection_width(model, node.input(0)?);
+                let heads = Some(heads)
+                    .filter(|h| *h > 0)
+                    .or_else(|| Some(total()? / width));
+                return heads.map(|h| (h, width));
+            }
+            before.extend(node.inputs.iter().flatten().filter(|i| tokens.contains(i)));
+        }
+        front = before;
+    }
+    None
 }
 
 /// What the heads of an attention give together: the depth of the linear layer
@@ -295,11 +461,14 @@ impl Layer<'_> {
         let past = self.caches.past.get(&number).copied();
         if past.is_none() && !self.caches.past.is_empty() {
             return Err(fail(format!(
-                "no cache inputs past_key_values.{number}.key/value"
+                "no cache inputs past_key_values.{number}.key/value, which other layers have"
             )));
         }
-        let rows = self.new_rows(past.map(|p| p.0), self.present.0);
-        let (new_key, cache) = rows.map_err(&fail)?;
+        let (new_key, cache) = match past {
+            Some(past) => self.new_rows(past.0, self.present.0),
+            None => self.only_rows(residuals[0], self.present.0),
+        }
+        .map_err(&fail)?;
         let source = ancestors(model, &[new_key], true);
         let Some(&boundary) = residuals.iter().rev().find(|r| source.contains(r)) else {
             return Err(fail(format!(
@@ -307,12 +476,10 @@ impl Layer<'_> {
                 model.name(self.present.0)
             )));
         };
-        let reads = |s: &&Site| s.key.root == self.present.0 || s.key.root == cache;
-        // Where no cache comes in, the output may be taken off behind a step that
-        // the trace from the attention passes over.
-        let origin = past.is_none().then(|| operand(model, cache).root);
-        let same = |s: &&Site| Some(s.key.root) == origin;
-        let Some(site) = all.iter().find(reads).or_else(|| all.iter().find(same)) else {
+        // Re-arranging may lie on both sides of what the cache holds.
+        let own = [self.present.0, cache, operand(model, cache).root];
+        let reads = |s: &&Site| own.contains(&s.key.root);
+        let Some(site) = all.iter().find(reads) else {
             let fused = model
                 .value(cache)
                 .uses
@@ -329,29 +496,11 @@ impl Layer<'_> {
                 }
             )));
         };
-        if site.softcap != 0.0 {
-            let at = model.describe(site.node);
-            return Err(fail(format!(
-                "{at} bounds its scores (softcap), which is not supported"
-            )));
-        }
-        let scale = site.key.scale * site.post_scale;
-        if !scale.is_finite() {
-            let at = model.describe(site.node);
-            return Err(fail(format!("the scale of {at} is not a constant")));
-        }
-        let query = site.query.value;
-        if !descendants(model, &[boundary], true).contains(&query) {
-            let at = model.describe(site.node);
-            return Err(fail(format!(
-                "the query of {at} does not come from '{}'",
-                model.name(boundary)
-            )));
-        }
+        let (query, scale) = scored(model, site, boundary).map_err(&fail)?;
         Ok(DecoderLayer {
             boundary,
             past,
-            present: self.present,
+            present: Some(self.present),
             new_key,
             query,
             scale,
@@ -365,19 +514,38 @@ impl Layer<'_> {
             .map(|n| self.model.describe(n))
     }
 
+    /// The keys that a decoder without a past gives out, as they are or behind a
+    /// concatenation with an empty cache, and what it gives out.
+    fn only_rows(&self, embeds: ValueId, present: ValueId) -> Result<(ValueId, ValueId), String> {
+        let model = self.model;
+        let data = descendants(model, &[embeds], true);
+        let mut at = present;
+        while let Some(producer) = model.producer_node(at) {
+            let mut fresh = producer
+                .inputs
+                .iter()
+                .flatten()
+                .filter(|i| data.contains(i));
+            let next = match (producer.op_type.as_str(), fresh.next(), fresh.next()) {
+                ("Identity" | "Cast" | "Concat", Some(&new), None) => new,
+                _ => break,
+            };
+            at = next;
+        }
+        if !data.contains(&at) {
+            return Err(format!(
+                "'{}' is not computed from the tokens",
+                model.name(present)
+            ));
+        }
+        Ok((at, at))
+    }
+
     /// The rows that are appended to the cache (the other part of the
     /// concatenation with the past), and the concatenation.
-    /// Without a past they are the cache output itself.
-    fn new_rows(
-        &self,
-        past: Option<ValueId>,
-        present: ValueId,
-    ) -> Result<(ValueId, ValueId), String> {
+    fn new_rows(&self, past: ValueId, present: ValueId) -> Result<(ValueId, ValueId), String> {
         let model = self.model;
-        let from_past = match past {
-            Some(past) => descendants(model, &[past], true),
-            None => HashSet::new(),
-        };
+        let from_past = descendants(model, &[past], true);
         let mut at = present;
         loop {
             let Def::Node { node, slot: _ } = model.value(at).def else {
@@ -397,9 +565,6 @@ impl Layer<'_> {
                 if let (Some(&new), None) = (fresh.next(), fresh.next()) {
                     return Ok((new, at));
                 }
-            }
-            if past.is_none() {
-                return Ok((at, at));
             }
             return Err(format!(
                 "expected '{}' to be Concat(past, new keys), found {}",

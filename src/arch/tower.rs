@@ -300,7 +300,7 @@ fn head_shape(model: &Model, site: &Site) -> Option<(i64, i64)> {
 }
 
 /// Output width of a linear layer, from its bias or weight.
-fn projection_width(model: &Model, value: ValueId) -> Option<i64> {
+pub(super) fn projection_width(model: &Model, value: ValueId) -> Option<i64> {
     let node = model.producer_node(value)?;
     let dims = |slot: usize| node.input(slot).and_then(|v| consts::dims(model, v));
     match node.op_type.as_str() {

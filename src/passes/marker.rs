@@ -149,7 +149,7 @@ pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context)
                 .unwrap_or(super::StaticSpan { start: 0, count: 0 });
             // Positions of the tokens processed now, counted from the start of
             // the conversation: the span lies in the first prompt only.
-            let past = super::past_length(patch, &decoder.layers[0]);
+            let past = past_length(patch, decoder, 0);
             let length = patch.size_of(embeds, 1);
             let here = patch.iota(length);
             let past = patch.size_value(past);
@@ -163,6 +163,14 @@ pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context)
             let visual = patch.op("Expand", &[inside, rows]);
             Entry { embeds, visual }
         }
+    }
+}
+
+/// Length of a layer's cache before this step: none in a decoder without a past.
+pub(super) fn past_length(patch: &mut Patch<'_>, decoder: &Decoder, layer: usize) -> Size {
+    match decoder.layers[layer].past {
+        Some((key, _)) => patch.size_of(key, 2),
+        None => Size::Known(0),
     }
 }
 

@@ -21,7 +21,7 @@ pub use token_merge::{Cls, MergeBudget, Placement, Selector, TokenMerge, merge_b
 pub use visual_prune::{Drop, SALIENT_MASK_INPUT, TextQueries, VisualPrune};
 
 use crate::arch::Vlm;
-use crate::ir::{PatchPlan, Size};
+use crate::ir::PatchPlan;
 
 /// Settings of a recipe that concern several passes.
 #[derive(Clone, Debug, Default)]
@@ -76,14 +76,6 @@ pub struct Entry {
     pub parse: fn(serde_yaml::Value) -> Result<Box<dyn Pass>, String>,
     /// Parameters under which it keeps everything (for the conformance test).
     pub keep_everything: &'static str,
-}
-
-/// Length of a layer's cache before this step: 0 where the graph takes none.
-fn past_length(patch: &mut crate::ir::Patch<'_>, layer: &crate::arch::DecoderLayer) -> Size {
-    match layer.past {
-        Some((key, _)) => patch.size_of(key, 2),
-        None => Size::Known(0),
-    }
 }
 
 /// Reads a pass's parameters; an error names the key.

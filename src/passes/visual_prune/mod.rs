@@ -215,10 +215,11 @@ impl Pass for VisualPrune {
                 })
             };
             // Clients read the past length off the first cache.
-            let first = &decoder.layers[0];
+            let Some((b, _)) = decoder.layers[0].present else {
+                continue;
+            };
             let behind = self.drops[0].after_layer;
-            for layer in &decoder.layers[behind..] {
-                let (a, b) = (layer.present.0, first.present.0);
+            for (a, _) in decoder.layers[behind..].iter().filter_map(|l| l.present) {
                 let shape = |v| model.value(v).ty.as_ref().and_then(|t| t.shape());
                 if shape(a).is_some() && shape(a) == shape(b) {
                     return broken(format!(

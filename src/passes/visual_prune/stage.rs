@@ -9,7 +9,7 @@ use crate::ir::cone::descendants;
 use crate::ir::{
     DataType, Dim, Model, NodeId, Patch, PatchPlan, Size, Substitution, ValueId, ValueType,
 };
-use crate::passes::{Context, Positions, past_length};
+use crate::passes::{Context, Positions};
 
 /// What the layers of one stage read. Shapes: b batch, L tokens of the stage
 /// that are processed now, S past + L.
@@ -183,7 +183,7 @@ impl Plan<'_, '_> {
             }
         };
         let visual = self.patch.op("And", &[entry.visual, real]);
-        let past = past_length(self.patch, &decoder.layers[0]);
+        let past = marker::past_length(self.patch, decoder, 0);
         let text = self.text(visual, real);
         for (value, name) in [(visual, "visual"), (real, "real"), (text, "text")] {
             self.patch.name_value(value, &format!("entry/{name}_mask"));
@@ -285,8 +285,11 @@ impl Plan<'_, '_> {
         let real = p.gather_rows(before.real, kept);
         let visual = p.gather_rows(before.visual, kept);
         let text = p.gather_rows(before.text, kept);
-        let past = past_length(p, &self.decoder.layers[first]);
+        let past = marker::past_length(p, self.decoder, first);
         let mask = before.mask.map(|mask| {
+            if past == Size::Known(0) {
+                return p.gather_rows(mask, kept);
+            }
             // Padding lies on the left and is never dropped, so the first
             // columns of the past describe a shorter past as well.
             let total = p.size_of(mask, 1);
@@ -306,9 +309,13 @@ impl Plan<'_, '_> {
                     // shorter cache tells how many in earlier steps.
                     let place = p.iota(length);
                     let gone = p.op("Sub", &[kept, place]);
-                    let earlier = p.size_sub(before.past, past);
-                    let earlier = p.size_value(earlier);
-                    let gone = p.op("Add", &[gone, earlier]);
+                    let gone = match p.size_sub(before.past, past) {
+                        Size::Known(0) => gone,
+                        earlier => {
+                            let earlier = p.size_value(earlier);
+                            p.op("Add", &[gone, earlier])
+                        }
+                    };
                     let gone = cast_like(p, self.model, self.decoder.position_ids, gone);
                     p.op("Sub", &[gathered, gone])
                 }
@@ -357,15 +364,13 @@ impl Plan<'_, '_> {
             subst.insert(old, new);
         }
         // Lengths are read off some layer's cache: of this stage.
-        let Some(own) = decoder.layers[stage.first].past else {
-            return;
-        };
+        let own = decoder.layers[stage.first].past;
         for (index, layer) in decoder.layers.iter().enumerate() {
-            if let Some((key, value)) = layer.past
-                && !(stage.first..end).contains(&index)
+            if let (Some(past), Some(own), false) =
+                (layer.past, own, (stage.first..end).contains(&index))
             {
-                subst.insert(key, own.0);
-                subst.insert(value, own.1);
+                subst.insert(past.0, own.0);
+                subst.insert(past.1, own.1);
             }
         }
     }
@@ -439,7 +444,7 @@ impl Plan<'_, '_> {
                 .get(number + 1)
                 .map_or(self.decoder.depth(), |s| s.first);
             for layer in &self.decoder.layers[stage.first..end] {
-                for value in layer.past.iter().flat_map(|p| [p.0, p.1]) {
+                for value in layer.past.into_iter().flat_map(|(k, v)| [k, v]) {
                     rename(
                         self.patch,
                         value,
@@ -447,7 +452,7 @@ impl Plan<'_, '_> {
                         format!("past_sequence_length_drop{number}"),
                     );
                 }
-                for value in [layer.present.0, layer.present.1] {
+                for value in layer.present.into_iter().flat_map(|(k, v)| [k, v]) {
                     rename(
                         self.patch,
                         value,

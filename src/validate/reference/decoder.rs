@@ -31,14 +31,14 @@ pub struct StepOut {
     pub logits: Array2<f32>,
     /// Kept indices at each drop point, for each row, into the sequence before it.
     pub kept: Vec<Vec<Vec<usize>>>,
-    /// Length of every layer's cache.
+    /// Length of every layer's cache, where the decoder gives caches.
     pub lengths: Vec<usize>,
 }
 
 /// Caches and masks of a conversation.
 #[derive(Debug)]
 pub struct State {
-    /// Key and value of every layer.
+    /// Key and value of every layer; none where the decoder gives no caches.
     caches: Vec<(Value, Value)>,
     /// Mask `[b, past]` of every stage.
     masks: Vec<Array2<i64>>,
@@ -118,9 +118,14 @@ impl ReferenceDecoder {
         self.graph.decoder.depth()
     }
 
-    /// Whether it can go on from a cache.
-    pub fn takes_cache(&self) -> bool {
+    /// Whether it goes on from what it said before.
+    pub fn has_past(&self) -> bool {
         !self.graph.names.past.is_empty()
+    }
+
+    /// Names of the key outputs of its layers, if it gives caches.
+    pub fn present_keys(&self) -> impl Iterator<Item = &str> {
+        self.graph.names.present.iter().map(|(key, _)| key.as_str())
     }
 
     /// Element type of the embeddings that the decoder reads.
@@ -134,7 +139,7 @@ impl ReferenceDecoder {
     /// ONNX Runtime refuses an empty tensor.
     pub fn start(&self, batch: usize) -> Result<State, ValidateError> {
         let mut caches = Vec::new();
-        for _ in 0..self.depth() {
+        for _ in &self.graph.names.present {
             caches.push((self.graph.zeros(batch, 0)?, self.graph.zeros(batch, 0)?));
         }
         Ok(State {
@@ -144,6 +149,8 @@ impl ReferenceDecoder {
     }
 
     /// Runs new tokens through all stages.
+    ///
+    /// A decoder without a past has to be given a state of its own for each step.
     ///
     /// # Errors
     /// A run fails, or scores are not finite.
@@ -197,8 +204,8 @@ impl ReferenceDecoder {
                 ndarray::concatenate(Axis(1), &[state.masks[number].view(), mask.view()])
                     .map_err(|e| ValidateError::Model(e.to_string()))?;
             let outputs = graph.run(number, state, &embeds, &full_mask, &positions, past, batch)?;
-            for layer in first..end {
-                let (key, value) = &graph.names.present[layer];
+            let presents = graph.names.present.iter().enumerate();
+            for (layer, (key, value)) in presents.take(end).skip(first) {
                 state.caches[layer] = (outputs.get(key)?.clone(), outputs.get(value)?.clone());
             }
             if number + 1 == graph.stages.len() {
@@ -305,13 +312,12 @@ impl Graph {
             past: decoder
                 .layers
                 .iter()
-                .filter_map(|l| l.past)
-                .map(|(key, value)| (name(key), name(value)))
+                .filter_map(|l| l.past.map(|(k, v)| (name(k), name(v))))
                 .collect(),
             present: decoder
                 .layers
                 .iter()
-                .map(|l| (name(l.present.0), name(l.present.1)))
+                .filter_map(|l| l.present.map(|(k, v)| (name(k), name(v))))
                 .collect(),
             probes: drops
                 .iter()
