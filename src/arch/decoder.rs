@@ -186,6 +186,17 @@ impl Decoder {
         })
     }
 
+    /// Whether a graph takes embeddings and gives logits, whatever is in between.
+    pub fn has_interface(model: &Model) -> bool {
+        let embeds = model.graph().inputs.iter().any(|&v| {
+            let ty = model.value(v).ty.as_ref();
+            let float = ty.and_then(|t| t.dtype()).is_some_and(DataType::is_float);
+            float && ty.and_then(|t| t.shape()).map(<[Dim]>::len) == Some(3)
+        });
+        let caches = !Caches::of(model).present.is_empty();
+        (embeds || caches) && model.output("logits").is_some()
+    }
+
     /// Number of layers.
     pub fn depth(&self) -> usize {
         self.layers.len()

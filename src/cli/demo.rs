@@ -96,7 +96,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     for (pass, summary) in &done.summaries {
         anstream::println!("  {}{pass:<13}{}  {summary}", style::NEW, style::RESET);
         for change in done.changes.iter().filter(|c| c.pass == *pass) {
-            let file = done.vlm.parts[change.part].file.display();
+            let file = done.vlm.parts[change.part].label();
             anstream::println!("                 {file}: {} nodes", change.inserted);
         }
     }

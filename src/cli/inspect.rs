@@ -90,6 +90,12 @@ fn describe(part: &Part) -> Value {
         "nodes": model.graph().nodes.len(),
         "weight_bytes": { "inline": inline, "external": external },
     });
+    if let Some(branch) = &part.source.branch {
+        file["branch"] = json!(branch);
+    }
+    if !part.source.inlined.is_empty() {
+        file["functions_inlined"] = json!(part.source.inlined);
+    }
     if let Some((version, recipe)) = earlier_recipe(model) {
         file["rewritten"] = json!({ "duet_version": version, "recipe": recipe });
     }
@@ -175,7 +181,7 @@ fn print(path: &Path, parts: &[Part]) {
         anstream::println!(
             "\n{}{}{}  {}{}, opset {opset}, {} nodes, {} of weights{data}{}",
             style::HEAD,
-            part.file.display(),
+            part.label(),
             style::RESET,
             style::DIM,
             role(part),
@@ -183,6 +189,17 @@ fn print(path: &Path, parts: &[Part]) {
             style::bytes(inline),
             style::RESET
         );
+        if !part.source.inlined.is_empty() {
+            anstream::println!(
+                "  functions  {} inlined to recognise it; rewrite writes a changed file so",
+                part.source.inlined.join(", ")
+            );
+        }
+        if part.source.branch.is_some() {
+            anstream::println!(
+                "  branch     of one file; rewrite changes all branches and joins them again"
+            );
+        }
         if let Some((version, recipe)) = earlier_recipe(model) {
             anstream::println!("  rewritten by duet {version} with");
             recipe.lines().for_each(|l| anstream::println!("    {l}"));

@@ -184,7 +184,7 @@ impl Pass for TokenMerge {
             return fail(why.to_string());
         }
         for (index, tower) in vlm.towers() {
-            let file = vlm.parts[index].file.display();
+            let file = vlm.parts[index].label();
             if let Some(node) = &tower.grid {
                 return fail(format!(
                     "{file}: behind the tower, {node} treats the tokens as a grid (pixel shuffle or pooling), \
@@ -220,7 +220,7 @@ impl Pass for TokenMerge {
             let part = &vlm.parts[index];
             let unsupported = |problem: String| PassError::Unsupported {
                 pass: ENTRY.name,
-                file: part.file.display().to_string(),
+                file: part.label(),
                 problem,
             };
             let patches = tower
@@ -252,7 +252,7 @@ impl Pass for TokenMerge {
             if found.is_some_and(|f| f != want) {
                 return Err(PassError::Ensures {
                     pass: ENTRY.name,
-                    file: part.file.display().to_string(),
+                    file: part.label(),
                     problem: format!("expected {want:?} features, the output says {found:?}"),
                 });
             }

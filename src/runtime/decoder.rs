@@ -159,6 +159,8 @@ struct Slot {
 #[derive(Debug)]
 pub struct Decoder {
     session: Session,
+    /// The graph that runs first, where `session` only goes on from a cache.
+    prompt: Option<Session>,
     slots: Vec<Slot>,
 }
 
@@ -190,23 +192,52 @@ impl Decoder {
         for port in session.inputs() {
             if let Some(rest) = port.name.strip_prefix("past_key_values.") {
                 slots.push(slot(&session, port, rest)?);
-                continue;
             }
-            let name = port.name.as_str();
-            let known = [EMBEDS, IDS, MASK, POSITIONS, VISUAL, SALIENT, USE_CACHE].contains(&name)
-                || KEEP_LOGITS.contains(&name);
-            if !known {
+        }
+        fillable(&session)?;
+        Ok(Self {
+            session,
+            prompt: None,
+            slots,
+        })
+    }
+
+    /// Adds the graph that runs over a sequence's first tokens: of a model in two files, of which the other
+    /// goes on from a cache.
+    ///
+    /// # Errors
+    /// It takes a cache itself, does not give what the other goes on from, or has an input that cannot be
+    /// filled.
+    pub fn with_prompt(mut self, prompt: Session) -> Result<Self> {
+        let wrong = |expected: String, found: String| RuntimeError::Interface {
+            model: prompt.model().to_string(),
+            expected,
+            found,
+        };
+        let needed = [LOGITS]
+            .into_iter()
+            .chain(self.slots.iter().map(|s| s.present.as_str()));
+        for name in needed {
+            if prompt.output(name).is_none() {
                 return Err(wrong(
-                    "inputs among inputs_embeds, input_ids, attention_mask, position_ids, \
-                     past_key_values.*, visual_token_mask, salient_token_mask",
                     format!(
-                        "an input `{}` {port}, which nothing here can fill",
-                        port.name
+                        "an output `{name}`, from which {} goes on",
+                        self.session.model()
                     ),
+                    ports(prompt.outputs()),
                 ));
             }
         }
-        Ok(Self { session, slots })
+        let past = |port: &&Port| port.name.starts_with("past_key_values.");
+        if let Some(port) = prompt.inputs().iter().find(past) {
+            return Err(wrong(
+                "no cache inputs in the graph that runs first".into(),
+                port.name.clone(),
+            ));
+        }
+        fillable(&prompt)?;
+        self.prompt = Some(prompt);
+        Ok(self)
     }
 
     /// The session.
@@ -321,14 +352,19 @@ impl Decoder {
         let mask = concatenate(Axis(1), &[cache.mask.view(), step_mask.view()])
             .map_err(|e| RuntimeError::Tensor(e.to_string()))?;
 
+        let first = cache.tokens() == 0 && self.prompt.is_some();
+        let session = match &mut self.prompt {
+            Some(prompt) if first => prompt,
+            _ => &mut self.session,
+        };
         let mut feed: Vec<(String, Value)> = vec![(EMBEDS.into(), input.embeds.clone())];
-        for port in self.session.inputs() {
+        for port in session.inputs() {
             let value = match port.name.as_str() {
                 IDS => {
                     let ids = input.ids.clone().ok_or_else(|| {
                         RuntimeError::Tensor(format!(
                             "{} reads token ids, none are given",
-                            self.session.model()
+                            session.model()
                         ))
                     })?;
                     check(IDS, ids.dim())?;
@@ -360,15 +396,17 @@ impl Decoder {
             };
             feed.push((port.name.clone(), value));
         }
-        for (slot, value) in self.slots.iter().zip(&cache.values) {
-            feed.push((slot.past.clone(), value.clone()));
+        if !first {
+            for (slot, value) in self.slots.iter().zip(&cache.values) {
+                feed.push((slot.past.clone(), value.clone()));
+            }
         }
         let feed: Vec<(&str, &Value)> = feed
             .iter()
             .map(|(name, value)| (name.as_str(), value))
             .collect();
         let start = Instant::now();
-        let outputs = self.session.run(&feed)?;
+        let outputs = session.run(&feed)?;
         let elapsed = start.elapsed();
         let values = self
             .slots
@@ -392,6 +430,26 @@ impl Decoder {
             elapsed,
         })
     }
+}
+
+/// Refuses inputs that nothing here can fill.
+fn fillable(session: &Session) -> Result<()> {
+    for port in session.inputs() {
+        let name = port.name.as_str();
+        let known = [EMBEDS, IDS, MASK, POSITIONS, VISUAL, SALIENT, USE_CACHE].contains(&name)
+            || KEEP_LOGITS.contains(&name)
+            || name.starts_with("past_key_values.");
+        if !known {
+            return Err(RuntimeError::Interface {
+                model: session.model().to_string(),
+                expected: "inputs among inputs_embeds, input_ids, attention_mask, position_ids, \
+                           past_key_values.*, visual_token_mask, salient_token_mask"
+                    .into(),
+                found: format!("an input `{name}` {port}, which nothing here can fill"),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// The pair of a past input and its present output.

@@ -10,6 +10,7 @@ pub mod reference;
 pub mod scenario;
 pub mod structure;
 
+mod decoders;
 mod error;
 mod numeric;
 mod probe;

@@ -2,11 +2,11 @@
 
 use ndarray::{Array2, Array3, Array4, s};
 
-use super::probe;
 use super::reference::{ReferenceDecoder, ReferenceVision, State, StepIn, StepOut};
 use super::report::Report;
 use super::scenario::{Layout, Scenario, Seeded, lay_out, standard};
 use super::{ValidateError, second, structure};
+use super::{decoders, probe};
 use crate::arch::{Role, Vlm};
 use crate::ir::{DataType, Model};
 use crate::passes::{Marker, Recipe, TextQueries, TokenMerge, VisualPrune};
@@ -63,20 +63,32 @@ pub fn check(
         } else {
             format!("{variant}: ")
         };
-        let mut pair = Pair::open(base, rewritten, recipe, &variant, options)?;
-        pair.label = label;
-        let vocabulary = pair.vocabulary;
-        let goes_on = pair.decoder.as_ref().is_none_or(|(d, _)| d.has_past());
-        for mut scenario in standard(vocabulary, options.seed) {
-            // What cannot go on from a cache is asked once.
-            if !goes_on {
-                if scenario.turns.len() > 1 {
-                    continue;
-                }
-                scenario.decode = 0;
+        let groups = decoders::groups(base, &variant);
+        let several = groups.len() > 1;
+        let each: Vec<Option<&decoders::Group>> = match groups.as_slice() {
+            [] => vec![None],
+            some => some.iter().map(Some).collect(),
+        };
+        for group in each {
+            let mut pair = Pair::open(base, rewritten, recipe, &variant, group, options)?;
+            pair.label.clone_from(&label);
+            if let Some(group) = group.filter(|_| several) {
+                let file = base.parts[group.main].file.display();
+                pair.label = format!("{label}{file}: ");
             }
-            progress(scenario.name);
-            pair.compare(&scenario, options.seed, &mut report)?;
+            let vocabulary = pair.vocabulary;
+            let goes_on = pair.decoder.as_ref().is_none_or(|(d, _)| d.has_past());
+            for mut scenario in standard(vocabulary, options.seed) {
+                // What cannot go on from a cache is asked once.
+                if !goes_on {
+                    if scenario.turns.len() > 1 {
+                        continue;
+                    }
+                    scenario.decode = 0;
+                }
+                progress(scenario.name);
+                pair.compare(&scenario, options.seed, &mut report)?;
+            }
         }
         progress("tract");
         second::check(
@@ -84,7 +96,7 @@ pub fn check(
             rewritten,
             recipe,
             &variant,
-            &pair.label,
+            &label,
             options,
             &mut report,
         )?;
@@ -157,6 +169,7 @@ impl Pair {
         rewritten: &Vlm,
         recipe: &Recipe,
         variant: &str,
+        group: Option<&decoders::Group>,
         options: &Options,
     ) -> Result<Self, ValidateError> {
         let session = &options.session;
@@ -204,22 +217,15 @@ impl Pair {
                     pair.embed = Some((reference, run));
                 }
                 Role::Decoder(decoder) => {
-                    let reference = ReferenceDecoder::open(&old.model, decoder, prune, session)?;
-                    let mut model = new.model.clone();
-                    for drop in 1..=pair.drops {
-                        let kept = format!("duet/visual_prune/drop{drop}/kept_indices");
-                        if let Some(value) = model.find(&kept) {
-                            model = probe::with_outputs(&model, &[value])?;
-                        }
-                    }
-                    let run = RunDecoder::new(probe::open(&model, &name, session)?)?;
                     pair.width = decoder.width.map_or(pair.width, |w| w as usize);
                     pair.vocabulary = decoder.vocabulary.unwrap_or(32);
                     pair.dtype = precision(&old.model);
-                    pair.decoder = Some((reference, run));
                 }
                 Role::Unknown(_) => {}
             }
+        }
+        if let Some(group) = group {
+            pair.decoder = Some(decoders::open(base, rewritten, group, prune, session)?);
         }
         Ok(pair)
     }

@@ -110,7 +110,9 @@ pub(super) fn check(
                         port(format!("{scope}/kept_indices"), 2, DataType::Int64),
                         port(format!("{scope}/hidden"), 3, decoder.dtype),
                     ];
-                    let check = format!("{label}tract: drop point {drop}");
+                    let branch = old.source.branch.as_ref();
+                    let branch = branch.map_or(String::new(), |b| format!("{b}, "));
+                    let check = format!("{label}tract: {branch}drop point {drop}");
                     compare(
                         &new.model,
                         &inputs,
