@@ -11,6 +11,9 @@ use crate::ir::{
 };
 use crate::passes::{Context, Positions};
 
+/// Name of the length of past and new tokens, where a file has none for it.
+const TOTAL_LENGTH: &str = "total_sequence_length";
+
 /// What the layers of one stage read. Shapes: b batch, L tokens of the stage
 /// that are processed now, S past + L.
 pub(super) struct Stage {
@@ -416,6 +419,33 @@ impl Plan<'_, '_> {
         Ok(())
     }
 
+    /// What a graph that takes a past says to be as long as the new tokens, and is
+    /// longer: mask and caches of the first `layers` layers. Merged exports state
+    /// the lengths of their branch without a past for both. A runtime that plans
+    /// buffers by named lengths gets by with that in one graph and fails in
+    /// another, with more nodes to share buffers between.
+    fn misnamed(&self, layers: usize) -> Vec<ValueId> {
+        let decoder = self.decoder;
+        let dim = |v: ValueId, axis: usize| {
+            let shape = self.model.value(v).ty.as_ref()?.shape()?;
+            shape.get(axis).filter(|d| matches!(d, Dim::Param(_)))
+        };
+        let Some(new) = dim(decoder.embeds, 1) else {
+            return Vec::new();
+        };
+        let first = &decoder.layers[..layers];
+        if first.iter().any(|l| l.past.is_none()) {
+            return Vec::new();
+        }
+        let caches = first.iter().filter_map(|l| l.present);
+        let caches = caches.flat_map(|(key, value)| [(key, 2), (value, 2)]);
+        let mask = decoder.attention_mask.map(|m| (m, 1));
+        let all = caches.chain(mask);
+        all.filter(|(v, axis)| dim(*v, *axis) == Some(new))
+            .map(|(v, _)| v)
+            .collect()
+    }
+
     /// Brings stated types up to date.
     fn types(&mut self, stages: &[Stage]) {
         let model = self.model;
@@ -439,6 +469,14 @@ impl Plan<'_, '_> {
                 patch.set_type(value, ValueType::tensor(*dtype, dims));
             }
         };
+        for value in self.misnamed(stages.get(1).map_or(self.decoder.depth(), |s| s.first)) {
+            let axis = if Some(value) == self.decoder.attention_mask {
+                1
+            } else {
+                2
+            };
+            rename(self.patch, value, axis, TOTAL_LENGTH.to_owned());
+        }
         for (number, stage) in stages.iter().enumerate().skip(1) {
             let end = stages
                 .get(number + 1)
