@@ -8,16 +8,19 @@
 mod attention;
 mod decoder;
 mod embedding;
+mod layers;
 mod residual;
 mod scalar;
 mod tower;
 mod vlm;
+mod whole;
 
 pub use attention::{Operand, Site, sites};
-pub use decoder::{Decoder, DecoderLayer};
+pub use decoder::{Decoder, DecoderLayer, TokenIds};
 pub use embedding::Embedding;
 pub use tower::VisionTower;
 pub use vlm::{Part, Role, Vlm};
+pub use whole::WholeModel;
 
 use crate::ir::Model;
 

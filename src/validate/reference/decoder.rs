@@ -22,6 +22,8 @@ pub struct StepIn {
     pub visual: Array2<bool>,
     /// `[b, L]`, for `text: salient`.
     pub salient: Array2<bool>,
+    /// `[b, L]`, for decoders that take token ids too.
+    pub ids: Option<Array2<i64>>,
 }
 
 /// What one step gives.
@@ -56,9 +58,12 @@ pub struct ReferenceDecoder {
     names: Names,
     prune: Option<VisualPrune>,
     dtype: DType,
+    /// Inputs that are the same for all stages.
+    given: Vec<(String, Value)>,
 }
 
 struct Names {
+    ids: Option<String>,
     embeds: String,
     mask: Option<String>,
     positions: Option<String>,
@@ -110,6 +115,7 @@ impl ReferenceDecoder {
             stages.push(Stage { first, session });
         }
         let names = Names {
+            ids: decoder.ids.map(|i| name(i.value)),
             embeds: name(decoder.embeds),
             mask: decoder.attention_mask.map(name),
             positions: decoder.position_ids.map(name),
@@ -143,7 +149,15 @@ impl ReferenceDecoder {
             names,
             prune: prune.cloned(),
             dtype,
+            given: Vec::new(),
         })
+    }
+
+    /// Gives an input of the graph that nothing behind the embeddings reads the
+    /// data of, for all stages.
+    pub fn give(&mut self, name: &str, value: Value) {
+        self.given.retain(|(n, _)| n != name);
+        self.given.push((name.to_owned(), value));
     }
 
     /// Whether it goes on from what it said before.
@@ -233,6 +247,7 @@ impl ReferenceDecoder {
         let mut embeds = input.embeds.clone();
         let mut mask = input.mask.clone();
         let mut positions = input.positions.clone();
+        let mut ids = input.ids.clone();
         let renumber = self
             .prune
             .as_ref()
@@ -250,7 +265,16 @@ impl ReferenceDecoder {
             let full_mask =
                 ndarray::concatenate(Axis(1), &[state.masks[number].view(), mask.view()])
                     .map_err(|e| ValidateError::Model(e.to_string()))?;
-            let outputs = self.run(number, state, &embeds, &full_mask, &positions, past, batch)?;
+            let outputs = self.run(
+                number,
+                state,
+                &embeds,
+                &full_mask,
+                &positions,
+                ids.as_ref(),
+                past,
+                batch,
+            )?;
             let presents = self.names.present.iter().enumerate();
             for (layer, (key, value)) in presents.take(end).skip(first) {
                 state.caches[layer] = (outputs.get(key)?.clone(), outputs.get(value)?.clone());
@@ -304,6 +328,9 @@ impl ReferenceDecoder {
                 }
                 visual[row] = keep.iter().map(|&i| visual[row][i]).collect();
             }
+            ids = ids.map(|ids| {
+                Array2::from_shape_fn((batch, length), |(row, slot)| ids[[row, kept[row][slot]]])
+            });
             (mask, positions, embeds) = (next_mask, next_positions, next_embeds);
             kept_all.push(kept);
         }
@@ -325,6 +352,7 @@ impl ReferenceDecoder {
         embeds: &Array3<f32>,
         mask: &Array2<i64>,
         positions: &Array2<i64>,
+        ids: Option<&Array2<i64>>,
         past: usize,
         batch: usize,
     ) -> Result<crate::runtime::Outputs, ValidateError> {
@@ -336,6 +364,15 @@ impl ReferenceDecoder {
         let filler = self.zeros(batch, past)?;
         let embeds = Value::new(Tensor::from(embeds.clone()).cast_float(self.dtype)?)?;
         let mut feed: Vec<(&str, Value)> = vec![(&self.names.embeds, embeds)];
+        if let (Some(name), Some(ids)) = (&self.names.ids, ids) {
+            let narrow = self.stages[0].session.input(name).and_then(|p| p.dtype);
+            let ids: Tensor = match narrow {
+                Some(DType::I32) => ids.map(|i| i32::try_from(*i).unwrap_or(i32::MAX)).into(),
+                _ => ids.clone().into(),
+            };
+            feed.push((name, Value::new(ids)?));
+        }
+        feed.extend(self.given.iter().map(|(n, v)| (n.as_str(), v.clone())));
         if let Some(name) = &self.names.mask {
             feed.push((name, Value::new(Tensor::from(mask.clone()))?));
         }
