@@ -68,6 +68,15 @@ pub struct Cache {
 }
 
 impl Cache {
+    /// Of a model that keeps none: only how many tokens there were.
+    pub(super) fn none(tokens: usize) -> Self {
+        Self {
+            values: Vec::new(),
+            axes: Vec::new(),
+            mask: Array2::ones((1, tokens)),
+        }
+    }
+
     /// Tokens seen so far, padding included: what layer 0 holds.
     pub fn tokens(&self) -> usize {
         self.mask.ncols()

@@ -54,4 +54,4 @@ pub use tensor::{DType, Tensor, TensorData};
 pub use text::TextProcessor;
 pub use value::Value;
 pub use vision::{Embedder, VisionEncoder, scatter};
-pub use whole::{WholeInput, WholeModel, WholeOutput};
+pub use whole::{WholeInput, WholeModel, WholeOutput, WholePipeline, WholePrompt};

@@ -3,6 +3,8 @@
 //! Without a cache every step runs the whole sequence again, pixels included: right, and quadratic in the length of
 //! the answer.
 
+mod pipeline;
+
 use std::time::{Duration, Instant};
 
 use ndarray::Array2;
@@ -14,6 +16,8 @@ use super::error::{Result, RuntimeError};
 use super::session::Session;
 use super::tensor::{DType, Tensor};
 use super::value::Value;
+
+pub use pipeline::{WholePipeline, WholePrompt};
 
 /// What one run reads. B rows, L tokens.
 #[derive(Debug, Clone)]
