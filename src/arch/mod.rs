@@ -9,19 +9,22 @@ mod attention;
 mod decoder;
 mod embedding;
 mod hidden;
+mod layers;
 mod residual;
 mod scalar;
 mod tower;
 mod unfold;
 mod vlm;
+mod whole;
 
 pub use attention::{Operand, Site, sites};
-pub use decoder::{Decoder, DecoderLayer};
+pub use decoder::{Decoder, DecoderLayer, TokenIds};
 pub use embedding::Embedding;
 pub use hidden::{hidden_network, network_functions};
 pub use tower::VisionTower;
 pub use unfold::Source;
 pub use vlm::{FileModel, Part, Role, Vlm};
+pub use whole::WholeModel;
 
 /// Why something was not recognised: what was looked for, and what was found
 /// where.

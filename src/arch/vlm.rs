@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::unfold::{Source, unfold};
-use super::{ArchError, Decoder, Embedding, NoMatch, VisionTower};
+use super::{ArchError, Decoder, Embedding, NoMatch, VisionTower, WholeModel};
 use crate::ir::{IrError, Model};
 
 /// What a model file is.
@@ -15,6 +15,8 @@ pub enum Role {
     Embedding(Box<Embedding>),
     /// Decoder.
     Decoder(Box<Decoder>),
+    /// All of these in one graph.
+    Whole(Box<WholeModel>),
     /// None of these; why not, for each.
     Unknown(Vec<NoMatch>),
 }
@@ -26,12 +28,19 @@ impl Role {
             Self::Vision(_) => "vision encoder",
             Self::Embedding(_) => "token embedding",
             Self::Decoder(_) => "decoder",
+            Self::Whole(_) => "whole model",
             Self::Unknown(_) => "not recognised",
         }
     }
 
     /// Recognises what a model is.
     pub fn of(model: &Model) -> Self {
+        if WholeModel::has_interface(model) {
+            return match WholeModel::recognise(model) {
+                Ok(whole) => Self::Whole(Box::new(whole)),
+                Err(why) => Self::Unknown(vec![why]),
+            };
+        }
         let vision = match VisionTower::recognise(model) {
             Ok(tower) => return Self::Vision(Box::new(tower)),
             Err(why) => why,
@@ -139,6 +148,7 @@ impl Vlm {
             .enumerate()
             .filter_map(|(i, p)| match &p.role {
                 Role::Vision(t) => Some((i, t.as_ref())),
+                Role::Whole(w) => Some((i, &w.tower)),
                 _ => None,
             })
     }
@@ -150,6 +160,7 @@ impl Vlm {
             .enumerate()
             .filter_map(|(i, p)| match &p.role {
                 Role::Decoder(d) => Some((i, d.as_ref())),
+                Role::Whole(w) => Some((i, &w.decoder)),
                 _ => None,
             })
     }

@@ -91,7 +91,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     let original = vlm.clone();
     let started = Instant::now();
     let done = rewrite(vlm, &recipe)?;
-    write_out(&dir, &outputs(&dir, &done)?, &new, DataMode::Copy)?;
+    write_out(&dir, &outputs(&dir, &done, &recipe)?, &new, DataMode::Copy)?;
     let took = started.elapsed();
     for (pass, summary) in &done.summaries {
         anstream::println!("  {}{pass:<13}{}  {summary}", style::NEW, style::RESET);

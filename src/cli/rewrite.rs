@@ -45,7 +45,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     let recipe = load::recipe(&arguments.recipe)?;
     let (dir, vlm) = load::vlm(&arguments.model.path, global)?;
     let done = rewrite(vlm, &recipe)?;
-    let outputs = outputs(&dir, &done)?;
+    let outputs = outputs(&dir, &done, &recipe)?;
     if arguments.data == Data::Hardlink {
         global.say("warning: onnx 1.23 and later, and ONNX Runtime in places, refuse hard-linked external data");
     }
@@ -73,7 +73,11 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
 }
 
 /// What is to be written for a rewritten model.
-pub(super) fn outputs(dir: &ModelDir, done: &Rewritten) -> anyhow::Result<Outputs> {
+pub(super) fn outputs(
+    dir: &ModelDir,
+    done: &Rewritten,
+    recipe: &Recipe,
+) -> anyhow::Result<Outputs> {
     let mut outputs = Outputs::default();
     for file in done.vlm.files()? {
         let text = serialize(verify(&file.model)?);
@@ -84,7 +88,7 @@ pub(super) fn outputs(dir: &ModelDir, done: &Rewritten) -> anyhow::Result<Output
         outputs.models.push((file.file, text));
     }
     if dir.layout == Layout::Directory
-        && let Some((before, after)) = token_counts(&done.vlm)
+        && let Some((before, after)) = token_counts(&done.vlm, recipe)
     {
         for name in ["processor_config.json", "config.json"] {
             let path = dir.root.join(name);
@@ -104,12 +108,18 @@ pub(super) fn outputs(dir: &ModelDir, done: &Rewritten) -> anyhow::Result<Output
 }
 
 /// (patch tokens of the tower, features per image now), if they differ.
-fn token_counts(vlm: &Vlm) -> Option<(i64, i64)> {
+fn token_counts(vlm: &Vlm, recipe: &Recipe) -> Option<(i64, i64)> {
     let (index, tower) = vlm.towers().next()?;
     let model = &vlm.parts[index].model;
-    let output = model.graph().outputs[tower.features_index];
-    let shape = model.value(output).ty.as_ref()?.shape()?;
-    let after = shape.get(1)?.known().filter(|_| shape.len() == 3)?;
+    let after = match tower.features_index {
+        Some(output) => {
+            let output = model.graph().outputs[output];
+            let shape = model.value(output).ty.as_ref()?.shape()?;
+            shape.get(1)?.known().filter(|_| shape.len() == 3)?
+        }
+        // An inner value need not state its shape.
+        None => recipe.pass::<TokenMerge>()?.tokens_out(tower)?,
+    };
     (Some(after) != tower.features_per_image()).then_some((tower.patches()?, after))
 }
 

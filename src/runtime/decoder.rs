@@ -13,12 +13,12 @@ use super::tensor::{DType, Tensor};
 use super::value::Value;
 
 const EMBEDS: &str = "inputs_embeds";
-const IDS: &str = "input_ids";
-const MASK: &str = "attention_mask";
-const POSITIONS: &str = "position_ids";
-const VISUAL: &str = "visual_token_mask";
-const SALIENT: &str = "salient_token_mask";
-const LOGITS: &str = "logits";
+pub(super) const IDS: &str = "input_ids";
+pub(super) const MASK: &str = "attention_mask";
+pub(super) const POSITIONS: &str = "position_ids";
+pub(super) const VISUAL: &str = "visual_token_mask";
+pub(super) const SALIENT: &str = "salient_token_mask";
+pub(super) const LOGITS: &str = "logits";
 /// Old merged exports ask which of their two branches to take.
 const USE_CACHE: &str = "use_cache_branch";
 /// Some exports ask how many rows of logits to compute; 0 is all.
@@ -68,6 +68,15 @@ pub struct Cache {
 }
 
 impl Cache {
+    /// Of a model that keeps none: only how many tokens there were.
+    pub(super) fn none(tokens: usize) -> Self {
+        Self {
+            values: Vec::new(),
+            axes: Vec::new(),
+            mask: Array2::ones((1, tokens)),
+        }
+    }
+
     /// Tokens seen so far, padding included: what layer 0 holds.
     pub fn tokens(&self) -> usize {
         self.mask.ncols()
@@ -124,23 +133,28 @@ impl StepOutput {
     /// # Errors
     /// The logits are no floating-point numbers, or there are none.
     pub fn last_logits(&self) -> Result<Array2<f32>> {
-        let (batch, rows, width) = match *self.logits.shape() {
-            [batch, rows, width] if rows > 0 => (batch, rows, width),
-            [batch, width] => (batch, 1, width),
-            _ => {
-                return Err(RuntimeError::Tensor(format!(
-                    "logits {:?} have no last row; expected [batch, rows, vocabulary]",
-                    self.logits.shape()
-                )));
-            }
-        };
-        let mut out = Array2::zeros((batch, width));
-        for (row, mut target) in out.outer_iter_mut().enumerate() {
-            let start = (row * rows + rows - 1) * width;
-            target.assign(&ndarray::aview1(&self.logits.f32_range(start, width)?));
-        }
-        Ok(out)
+        last_rows(&self.logits)
     }
+}
+
+/// The last row of logits `[B, rows, vocabulary]` of each batch row.
+pub(super) fn last_rows(logits: &Value) -> Result<Array2<f32>> {
+    let (batch, rows, width) = match *logits.shape() {
+        [batch, rows, width] if rows > 0 => (batch, rows, width),
+        [batch, width] => (batch, 1, width),
+        _ => {
+            return Err(RuntimeError::Tensor(format!(
+                "logits {:?} have no last row; expected [batch, rows, vocabulary]",
+                logits.shape()
+            )));
+        }
+    };
+    let mut out = Array2::zeros((batch, width));
+    for (row, mut target) in out.outer_iter_mut().enumerate() {
+        let start = (row * rows + rows - 1) * width;
+        target.assign(&ndarray::aview1(&logits.f32_range(start, width)?));
+    }
+    Ok(out)
 }
 
 /// One pair of a past input and the present output that fills it.
@@ -489,7 +503,7 @@ fn slot(session: &Session, port: &Port, rest: &str) -> Result<Slot> {
 }
 
 /// Position ids of the last `new` columns of a mask: the number of tokens before each, 0 for padding.
-fn positions(mask: &Array2<i64>, new: usize) -> Array2<i64> {
+pub(super) fn positions(mask: &Array2<i64>, new: usize) -> Array2<i64> {
     let mut positions = mask.clone();
     positions.accumulate_axis_inplace(Axis(1), |&before, token| *token += before);
     positions.zip_mut_with(mask, |position, &token| {
@@ -499,7 +513,7 @@ fn positions(mask: &Array2<i64>, new: usize) -> Array2<i64> {
 }
 
 /// Integers in the type that an input declares.
-fn integers(port: &Port, values: Array2<i64>) -> Result<Value> {
+pub(super) fn integers(port: &Port, values: Array2<i64>) -> Result<Value> {
     let tensor = match port.dtype {
         Some(DType::I32) => {
             let narrow = |v: &i64| i32::try_from(*v).unwrap_or(i32::MAX);
@@ -512,7 +526,7 @@ fn integers(port: &Port, values: Array2<i64>) -> Result<Value> {
     Value::new(tensor)
 }
 
-fn ports(ports: &[Port]) -> String {
+pub(super) fn ports(ports: &[Port]) -> String {
     let names: Vec<&str> = ports.iter().map(|port| port.name.as_str()).collect();
     names.join(", ")
 }

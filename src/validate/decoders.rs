@@ -1,11 +1,11 @@
 //! Which graphs are one decoder: a file, the branches of a merged file, or a file
 //! that starts a cache with one that goes on from it.
 
-use super::reference::ReferenceDecoder;
+use super::reference::{ReferenceDecoder, State, StepIn, StepOut};
 use super::{ValidateError, probe};
 use crate::arch::{Decoder, Part, Role, Vlm};
 use crate::passes::VisualPrune;
-use crate::runtime::{Decoder as RunDecoder, Session, SessionOptions};
+use crate::runtime::{DType, Decoder as RunDecoder, Session, SessionOptions};
 
 /// Positions in [`Vlm::parts`] of one decoder's graphs.
 #[derive(Clone, Debug, Default)]
@@ -66,6 +66,46 @@ pub(super) fn groups(base: &Vlm, variant: &str) -> Vec<Group> {
     groups
 }
 
+/// The reference of a decoder in one graph or two, which share their state.
+pub(super) struct Reference {
+    main: ReferenceDecoder,
+    prompt: Option<ReferenceDecoder>,
+}
+
+impl Reference {
+    /// Whether it goes on from what it said before.
+    pub(super) fn has_past(&self) -> bool {
+        self.main.has_past()
+    }
+
+    /// Names of the key outputs of its layers, if it gives caches.
+    pub(super) fn present_keys(&self) -> impl Iterator<Item = &str> {
+        self.main.present_keys()
+    }
+
+    /// Element type of the embeddings that it reads.
+    pub(super) fn dtype(&self) -> DType {
+        self.main.dtype()
+    }
+
+    /// A conversation with nothing said yet.
+    pub(super) fn start(&self, batch: usize) -> Result<State, ValidateError> {
+        self.main.start(batch)
+    }
+
+    /// Runs new tokens, the first ones through the graph that starts a cache.
+    pub(super) fn step(
+        &mut self,
+        state: &mut State,
+        input: &StepIn,
+    ) -> Result<StepOut, ValidateError> {
+        match &mut self.prompt {
+            Some(prompt) if state.is_new() => prompt.step(state, input),
+            _ => self.main.step(state, input),
+        }
+    }
+}
+
 /// The reference of a decoder, and the rewritten one with its kept indices for
 /// outputs.
 pub(super) fn open(
@@ -74,7 +114,7 @@ pub(super) fn open(
     group: &Group,
     prune: Option<&VisualPrune>,
     session: &SessionOptions,
-) -> Result<(ReferenceDecoder, RunDecoder), ValidateError> {
+) -> Result<(Reference, RunDecoder), ValidateError> {
     let graph = |i: usize| {
         let part = &base.parts[i];
         let decoder = decoder(part)
@@ -82,11 +122,15 @@ pub(super) fn open(
         Ok::<_, ValidateError>((&part.model, decoder))
     };
     let (model, decoder) = graph(group.main)?;
-    let mut reference = ReferenceDecoder::open(model, decoder, prune, session)?;
-    if let Some(prompt) = group.prompt {
-        let (model, decoder) = graph(prompt)?;
-        reference = reference.with_prompt(model, decoder, session)?;
-    }
+    let main = ReferenceDecoder::open(model, decoder, prune, session)?;
+    let prompt = match group.prompt {
+        Some(prompt) => {
+            let (model, decoder) = graph(prompt)?;
+            Some(ReferenceDecoder::open(model, decoder, prune, session)?)
+        }
+        None => None,
+    };
+    let reference = Reference { main, prompt };
     let drops = prune.map_or(0, |p| p.drops.len());
     let mut probed = rewritten.clone();
     for part in &mut probed.parts {

@@ -16,6 +16,7 @@ mod numeric;
 mod probe;
 mod report;
 mod second;
+mod whole;
 
 pub use error::ValidateError;
 pub use numeric::{Options, check};

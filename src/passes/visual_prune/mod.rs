@@ -205,11 +205,17 @@ impl Pass for VisualPrune {
 
     fn plan(&self, vlm: &Vlm, context: &Context) -> Result<Vec<(usize, PatchPlan)>, PassError> {
         let mut plans = Vec::new();
-        if context.marker == marker::Marker::Channel {
+        let channel = |(_, decoder): (usize, &Decoder)| {
+            marker::Marker::for_decoder(context.marker, decoder) == marker::Marker::Channel
+        };
+        if vlm.decoders().any(channel) {
             for (index, tower) in vlm.towers() {
+                let Some(output) = tower.features_index else {
+                    continue;
+                };
                 let mut patch = crate::ir::Patch::new(&vlm.parts[index].model, ENTRY.name);
                 patch.scope("marker");
-                marker::append_channel(&mut patch, tower.features_index, 1.0);
+                marker::append_channel(&mut patch, output, 1.0);
                 plans.push((index, patch.finish()));
             }
             for (index, _) in vlm.embeddings() {

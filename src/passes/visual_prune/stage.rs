@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use super::rank::Ranking;
 use super::{Drop, SALIENT_MASK_INPUT, TextQueries, VisualPrune, marker};
 use crate::arch::Decoder;
-use crate::ir::cone::descendants;
+use crate::ir::cone::{descendants, descendants_up_to};
 use crate::ir::{
     DataType, Dim, Model, NodeId, Patch, PatchPlan, Size, Substitution, ValueId, ValueType,
 };
@@ -23,6 +23,8 @@ pub(super) struct Stage {
     pub(super) hidden: ValueId,
     /// Attention mask `[b, S]` in the graph's own type.
     mask: Option<ValueId>,
+    /// Token ids `[b, L]`, in a whole model.
+    ids: Option<ValueId>,
     /// Bool `[b, L]`: no padding.
     pub(super) real: ValueId,
     /// Position ids `[b, L]`.
@@ -83,7 +85,22 @@ struct Cuts {
 
 impl Cuts {
     fn of(model: &Model, decoder: &Decoder, drops: &[Drop]) -> Result<Self, String> {
-        let data = descendants(model, &[decoder.embeds], true);
+        let mut data = descendants(model, &[decoder.embeds], true);
+        if decoder.ids.is_some() {
+            // Features that reach later layers by another way than the embeddings.
+            let floats = |v: &&ValueId| {
+                let ty = model.value(**v).ty.as_ref().and_then(|t| t.dtype());
+                ty.is_some_and(DataType::is_float) && !known_roots(decoder).contains(v)
+            };
+            let other: Vec<ValueId> = model
+                .graph()
+                .inputs
+                .iter()
+                .filter(floats)
+                .copied()
+                .collect();
+            data.extend(descendants_up_to(model, &other, &[decoder.embeds], true));
+        }
         let mut behind = Vec::new();
         for drop in drops {
             let boundary = decoder.layers[drop.after_layer].boundary;
@@ -100,6 +117,17 @@ impl Cuts {
         let inside = |set: &&HashSet<ValueId>| outputs.iter().flatten().any(|o| set.contains(o));
         self.behind.iter().take_while(inside).count()
     }
+}
+
+/// Graph inputs whose relation to the sequence is known.
+fn known_roots(decoder: &Decoder) -> HashSet<ValueId> {
+    let pasts = decoder.layers.iter().filter_map(|l| l.past);
+    let mut known: HashSet<ValueId> = pasts.flat_map(|(key, value)| [key, value]).collect();
+    known.insert(decoder.embeds);
+    known.extend(decoder.attention_mask);
+    known.extend(decoder.position_ids);
+    known.extend(decoder.ids.map(|i| i.value));
+    known
 }
 
 struct Plan<'a, 'm> {
@@ -135,15 +163,7 @@ impl Plan<'_, '_> {
                 ));
             }
         }
-        let mut known: HashSet<ValueId> = decoder
-            .layers
-            .iter()
-            .filter_map(|l| l.past)
-            .flat_map(|(key, value)| [key, value])
-            .collect();
-        known.insert(decoder.embeds);
-        known.extend(decoder.attention_mask);
-        known.extend(decoder.position_ids);
+        let known = known_roots(decoder);
         for &input in &model.graph().inputs {
             let value = model.value(input);
             let shape = value.ty.as_ref().and_then(|t| t.shape());
@@ -151,7 +171,10 @@ impl Plan<'_, '_> {
             if known.contains(&input) || scalar || value.initializer.is_some() {
                 continue;
             }
-            let reached = descendants(model, &[input], false);
+            // What only the embeddings are made of is gathered with them; sizes of
+            // pixels are no sequence's.
+            let pixels = decoder.ids.is_some() && shape.is_some_and(|s| s.len() >= 4);
+            let reached = descendants_up_to(model, &[input], &[decoder.embeds], pixels);
             let read = self.cuts.behind[0].iter().any(|v| {
                 let node = model.producer_node(*v);
                 node.is_some_and(|n| n.inputs.iter().flatten().any(|i| reached.contains(i)))
@@ -195,6 +218,7 @@ impl Plan<'_, '_> {
             first: 0,
             hidden: entry.embeds,
             mask: decoder.attention_mask,
+            ids: decoder.ids.map(|i| i.value),
             real,
             positions: decoder.position_ids,
             visual,
@@ -227,7 +251,7 @@ impl Plan<'_, '_> {
                 p.op("And", &[after, real])
             }
             TextQueries::Salient => {
-                let dims = marker::sequence_dims(self.model, self.decoder.embeds);
+                let dims = marker::sequence_dims(self.model, self.decoder);
                 let ty = ValueType::tensor(DataType::Bool, dims);
                 let given = p.add_input(SALIENT_MASK_INPUT, ty);
                 let text = p.op("Not", &[visual]);
@@ -303,6 +327,7 @@ impl Plan<'_, '_> {
             let current = p.gather_rows(current, kept);
             p.concat(&[earlier, current], 1)
         });
+        let ids = before.ids.map(|ids| p.gather_rows(ids, kept));
         let positions = before.positions.map(|positions| {
             let gathered = p.gather_rows(positions, kept);
             match self.pass.positions {
@@ -328,6 +353,7 @@ impl Plan<'_, '_> {
             first,
             hidden,
             mask,
+            ids,
             real,
             positions,
             visual,
@@ -365,6 +391,9 @@ impl Plan<'_, '_> {
         }
         if let (Some(old), Some(new)) = (decoder.position_ids, stage.positions) {
             subst.insert(old, new);
+        }
+        if let (Some(old), Some(new)) = (decoder.ids, stage.ids) {
+            subst.insert(old.value, new);
         }
         // Lengths are read off some layer's cache: of this stage.
         let own = decoder.layers[stage.first].past;

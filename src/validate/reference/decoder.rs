@@ -22,6 +22,8 @@ pub struct StepIn {
     pub visual: Array2<bool>,
     /// `[b, L]`, for `text: salient`.
     pub salient: Array2<bool>,
+    /// `[b, L]`, for decoders that take token ids too.
+    pub ids: Option<Array2<i64>>,
 }
 
 /// What one step gives.
@@ -44,6 +46,13 @@ pub struct State {
     masks: Vec<Array2<i64>>,
 }
 
+impl State {
+    /// Whether nothing was said yet.
+    pub fn is_new(&self) -> bool {
+        self.masks.iter().all(|mask| mask.ncols() == 0)
+    }
+}
+
 struct Stage {
     first: usize,
     session: Session,
@@ -51,21 +60,17 @@ struct Stage {
 
 /// The unmodified decoder, cut at a recipe's drop points.
 pub struct ReferenceDecoder {
-    graph: Graph,
-    /// The graph that starts a cache, where the other only goes on with one.
-    prompt: Option<Graph>,
-    prune: Option<VisualPrune>,
-    dtype: DType,
-}
-
-/// One decoder graph in stages.
-struct Graph {
     decoder: Decoder,
     stages: Vec<Stage>,
     names: Names,
+    prune: Option<VisualPrune>,
+    dtype: DType,
+    /// Inputs that are the same for all stages.
+    given: Vec<(String, Value)>,
 }
 
 struct Names {
+    ids: Option<String>,
     embeds: String,
     mask: Option<String>,
     positions: Option<String>,
@@ -87,45 +92,94 @@ impl ReferenceDecoder {
         prune: Option<&VisualPrune>,
         options: &SessionOptions,
     ) -> Result<Self, ValidateError> {
-        let graph = Graph::open(model, decoder, prune, options)?;
-        let input = graph.stages[0].session.input(&graph.names.embeds);
-        let dtype = input.and_then(|p| p.dtype).unwrap_or(DType::F32);
+        let drops: Vec<usize> = prune
+            .map(|p| p.drops.iter().map(|d| d.after_layer).collect())
+            .unwrap_or_default();
+        let name = |v| model.name(v).to_owned();
+        let mut stages = Vec::new();
+        for number in 0..=drops.len() {
+            let first = if number == 0 { 0 } else { drops[number - 1] };
+            let mut patch = Patch::new(model, "cut");
+            if number > 0 {
+                let boundary = decoder.layers[first].boundary;
+                // In the residual stream's own type, which may not be the input's.
+                let hidden = match model.opset("") {
+                    Some(15..) => patch.op("CastLike", &[decoder.embeds, boundary]),
+                    _ => decoder.embeds,
+                };
+                patch.rewire_all(boundary, hidden);
+            }
+            let plan = patch.finish();
+            let cut = model.clone().apply(plan)?;
+            let mut outputs = Vec::new();
+            if let Some(&next) = drops.get(number) {
+                let layer = &decoder.layers[next];
+                outputs.extend([layer.boundary, layer.query, layer.new_key]);
+            }
+            let cut = probe::with_outputs(&cut, &outputs)?;
+            let session =
+                probe::open(&cut, &format!("reference decoder, stage {number}"), options)?;
+            stages.push(Stage { first, session });
+        }
+        let names = Names {
+            ids: decoder.ids.map(|i| name(i.value)),
+            embeds: name(decoder.embeds),
+            mask: decoder.attention_mask.map(name),
+            positions: decoder.position_ids.map(name),
+            logits: name(decoder.logits),
+            past: decoder
+                .layers
+                .iter()
+                .filter_map(|l| l.past.map(|(k, v)| (name(k), name(v))))
+                .collect(),
+            present: decoder
+                .layers
+                .iter()
+                .filter_map(|l| l.present.map(|(k, v)| (name(k), name(v))))
+                .collect(),
+            probes: drops
+                .iter()
+                .map(|&d| {
+                    let l = &decoder.layers[d];
+                    (name(l.boundary), name(l.query), name(l.new_key))
+                })
+                .collect(),
+        };
+        let dtype = stages[0]
+            .session
+            .input(&names.embeds)
+            .and_then(|p| p.dtype)
+            .unwrap_or(DType::F32);
         Ok(Self {
-            graph,
-            prompt: None,
+            decoder: decoder.clone(),
+            stages,
+            names,
             prune: prune.cloned(),
             dtype,
+            given: Vec::new(),
         })
     }
 
-    /// Adds the graph that runs first, of a model whose other graph goes on.
-    ///
-    /// # Errors
-    /// As [`open`](Self::open).
-    pub fn with_prompt(
-        mut self,
-        model: &Model,
-        decoder: &Decoder,
-        options: &SessionOptions,
-    ) -> Result<Self, ValidateError> {
-        let graph = Graph::open(model, decoder, self.prune.as_ref(), options)?;
-        self.prompt = Some(graph);
-        Ok(self)
-    }
-
-    /// Number of layers.
-    pub fn depth(&self) -> usize {
-        self.graph.decoder.depth()
+    /// Gives an input of the graph that nothing behind the embeddings reads the
+    /// data of, for all stages.
+    pub fn give(&mut self, name: &str, value: Value) {
+        self.given.retain(|(n, _)| n != name);
+        self.given.push((name.to_owned(), value));
     }
 
     /// Whether it goes on from what it said before.
     pub fn has_past(&self) -> bool {
-        !self.graph.names.past.is_empty()
+        !self.names.past.is_empty()
     }
 
     /// Names of the key outputs of its layers, if it gives caches.
     pub fn present_keys(&self) -> impl Iterator<Item = &str> {
-        self.graph.names.present.iter().map(|(key, _)| key.as_str())
+        self.names.present.iter().map(|(key, _)| key.as_str())
+    }
+
+    /// Number of layers.
+    pub fn depth(&self) -> usize {
+        self.decoder.depth()
     }
 
     /// Element type of the embeddings that the decoder reads.
@@ -139,13 +193,27 @@ impl ReferenceDecoder {
     /// ONNX Runtime refuses an empty tensor.
     pub fn start(&self, batch: usize) -> Result<State, ValidateError> {
         let mut caches = Vec::new();
-        for _ in &self.graph.names.present {
-            caches.push((self.graph.zeros(batch, 0)?, self.graph.zeros(batch, 0)?));
+        for _ in &self.names.present {
+            caches.push((self.zeros(batch, 0)?, self.zeros(batch, 0)?));
         }
         Ok(State {
             caches,
-            masks: vec![Array2::zeros((batch, 0)); self.graph.stages.len()],
+            masks: vec![Array2::zeros((batch, 0)); self.stages.len()],
         })
+    }
+
+    fn zeros(&self, batch: usize, length: usize) -> Result<Value, ValidateError> {
+        let (heads, width) = (
+            self.decoder.kv_heads as usize,
+            self.decoder.head_dim as usize,
+        );
+        let past = self.names.past.first();
+        let cache = past.and_then(|(key, _)| self.stages[0].session.input(key));
+        let dtype = cache.and_then(|p| p.dtype).unwrap_or(self.dtype);
+        Ok(Value::new(Tensor::zeros(
+            dtype,
+            [batch, heads, length, width],
+        )?)?)
     }
 
     /// Runs new tokens through all stages.
@@ -156,10 +224,6 @@ impl ReferenceDecoder {
     /// A run fails, or scores are not finite.
     pub fn step(&mut self, state: &mut State, input: &StepIn) -> Result<StepOut, ValidateError> {
         let batch = input.mask.nrows();
-        let graph = match &mut self.prompt {
-            Some(prompt) if state.masks[0].ncols() == 0 => prompt,
-            _ => &mut self.graph,
-        };
         let bools = |row: ndarray::ArrayView1<'_, bool>| row.to_vec();
         let mut visual: Vec<Vec<bool>> = input.visual.outer_iter().map(bools).collect();
         let mut rows: Vec<Vec<usize>> = Vec::new();
@@ -190,6 +254,7 @@ impl ReferenceDecoder {
         let mut embeds = input.embeds.clone();
         let mut mask = input.mask.clone();
         let mut positions = input.positions.clone();
+        let mut ids = input.ids.clone();
         let renumber = self
             .prune
             .as_ref()
@@ -198,26 +263,39 @@ impl ReferenceDecoder {
         let mut logits = None;
         // Behind the last stage nothing is dropped.
         for (number, dropped) in drops.into_iter().chain([0]).enumerate() {
-            let (first, end) = graph.layers_of(number);
+            let first = self.stages[number].first;
+            let end = self
+                .stages
+                .get(number + 1)
+                .map_or(self.depth(), |s| s.first);
             let past = state.masks[number].ncols();
             let full_mask =
                 ndarray::concatenate(Axis(1), &[state.masks[number].view(), mask.view()])
                     .map_err(|e| ValidateError::Model(e.to_string()))?;
-            let outputs = graph.run(number, state, &embeds, &full_mask, &positions, past, batch)?;
-            let presents = graph.names.present.iter().enumerate();
+            let outputs = self.run(
+                number,
+                state,
+                &embeds,
+                &full_mask,
+                &positions,
+                ids.as_ref(),
+                past,
+                batch,
+            )?;
+            let presents = self.names.present.iter().enumerate();
             for (layer, (key, value)) in presents.take(end).skip(first) {
                 state.caches[layer] = (outputs.get(key)?.clone(), outputs.get(value)?.clone());
             }
-            if number + 1 == graph.stages.len() {
-                logits = Some(last_row(outputs.get(&graph.names.logits)?)?);
+            if number + 1 == self.stages.len() {
+                logits = Some(last_row(outputs.get(&self.names.logits)?)?);
                 state.masks[number] = full_mask;
                 break;
             }
-            let (boundary, query, key) = &graph.names.probes[number];
+            let (boundary, query, key) = &self.names.probes[number];
             let hidden: Array3<f32> = array(outputs.get(boundary)?)?;
             let query: Array4<f32> = array(outputs.get(query)?)?;
             let key: Array4<f32> = array(outputs.get(key)?)?;
-            let layer = &graph.decoder.layers[end];
+            let layer = &self.decoder.layers[end];
             let mut kept = Vec::new();
             for row in 0..batch {
                 let real: Vec<bool> = mask.row(row).iter().map(|m| *m != 0).collect();
@@ -257,6 +335,9 @@ impl ReferenceDecoder {
                 }
                 visual[row] = keep.iter().map(|&i| visual[row][i]).collect();
             }
+            ids = ids.map(|ids| {
+                Array2::from_shape_fn((batch, length), |(row, slot)| ids[[row, kept[row][slot]]])
+            });
             (mask, positions, embeds) = (next_mask, next_positions, next_embeds);
             kept_all.push(kept);
         }
@@ -265,95 +346,6 @@ impl ReferenceDecoder {
             kept: kept_all,
             lengths: state.caches.iter().map(|(k, _)| k.shape()[2]).collect(),
         })
-    }
-}
-
-impl Graph {
-    fn open(
-        model: &Model,
-        decoder: &Decoder,
-        prune: Option<&VisualPrune>,
-        options: &SessionOptions,
-    ) -> Result<Self, ValidateError> {
-        let drops: Vec<usize> = prune
-            .map(|p| p.drops.iter().map(|d| d.after_layer).collect())
-            .unwrap_or_default();
-        let name = |v| model.name(v).to_owned();
-        let mut stages = Vec::new();
-        for number in 0..=drops.len() {
-            let first = if number == 0 { 0 } else { drops[number - 1] };
-            let mut patch = Patch::new(model, "cut");
-            if number > 0 {
-                let boundary = decoder.layers[first].boundary;
-                // In the residual stream's own type, which may not be the input's.
-                let hidden = match model.opset("") {
-                    Some(15..) => patch.op("CastLike", &[decoder.embeds, boundary]),
-                    _ => decoder.embeds,
-                };
-                patch.rewire_all(boundary, hidden);
-            }
-            let plan = patch.finish();
-            let cut = model.clone().apply(plan)?;
-            let mut outputs = Vec::new();
-            if let Some(&next) = drops.get(number) {
-                let layer = &decoder.layers[next];
-                outputs.extend([layer.boundary, layer.query, layer.new_key]);
-            }
-            let cut = probe::with_outputs(&cut, &outputs)?;
-            let session =
-                probe::open(&cut, &format!("reference decoder, stage {number}"), options)?;
-            stages.push(Stage { first, session });
-        }
-        let names = Names {
-            embeds: name(decoder.embeds),
-            mask: decoder.attention_mask.map(name),
-            positions: decoder.position_ids.map(name),
-            logits: name(decoder.logits),
-            past: decoder
-                .layers
-                .iter()
-                .filter_map(|l| l.past.map(|(k, v)| (name(k), name(v))))
-                .collect(),
-            present: decoder
-                .layers
-                .iter()
-                .filter_map(|l| l.present.map(|(k, v)| (name(k), name(v))))
-                .collect(),
-            probes: drops
-                .iter()
-                .map(|&d| {
-                    let l = &decoder.layers[d];
-                    (name(l.boundary), name(l.query), name(l.new_key))
-                })
-                .collect(),
-        };
-        Ok(Self {
-            decoder: decoder.clone(),
-            stages,
-            names,
-        })
-    }
-
-    /// First layer of a stage and of the one behind it.
-    fn layers_of(&self, number: usize) -> (usize, usize) {
-        let depth = self.decoder.depth();
-        let end = self.stages.get(number + 1).map_or(depth, |s| s.first);
-        (self.stages[number].first, end)
-    }
-
-    fn zeros(&self, batch: usize, length: usize) -> Result<Value, ValidateError> {
-        let (heads, width) = (
-            self.decoder.kv_heads as usize,
-            self.decoder.head_dim as usize,
-        );
-        let session = &self.stages[0].session;
-        let cache = self.names.past.first().and_then(|p| session.input(&p.0));
-        let typed = cache.or_else(|| session.input(&self.names.embeds));
-        let dtype = typed.and_then(|p| p.dtype).unwrap_or(DType::F32);
-        Ok(Value::new(Tensor::zeros(
-            dtype,
-            [batch, heads, length, width],
-        )?)?)
     }
 
     /// Runs one stage. Layers of other stages are fed caches of this stage's
@@ -367,15 +359,27 @@ impl Graph {
         embeds: &Array3<f32>,
         mask: &Array2<i64>,
         positions: &Array2<i64>,
+        ids: Option<&Array2<i64>>,
         past: usize,
         batch: usize,
     ) -> Result<crate::runtime::Outputs, ValidateError> {
-        let (first, end) = self.layers_of(number);
+        let first = self.stages[number].first;
+        let end = self
+            .stages
+            .get(number + 1)
+            .map_or(self.depth(), |s| s.first);
         let filler = self.zeros(batch, past)?;
-        let port = self.stages[number].session.input(&self.names.embeds);
-        let dtype = port.and_then(|p| p.dtype).unwrap_or(DType::F32);
-        let embeds = Value::new(Tensor::from(embeds.clone()).cast_float(dtype)?)?;
+        let embeds = Value::new(Tensor::from(embeds.clone()).cast_float(self.dtype)?)?;
         let mut feed: Vec<(&str, Value)> = vec![(&self.names.embeds, embeds)];
+        if let (Some(name), Some(ids)) = (&self.names.ids, ids) {
+            let narrow = self.stages[0].session.input(name).and_then(|p| p.dtype);
+            let ids: Tensor = match narrow {
+                Some(DType::I32) => ids.map(|i| i32::try_from(*i).unwrap_or(i32::MAX)).into(),
+                _ => ids.clone().into(),
+            };
+            feed.push((name, Value::new(ids)?));
+        }
+        feed.extend(self.given.iter().map(|(n, v)| (n.as_str(), v.clone())));
         if let Some(name) = &self.names.mask {
             feed.push((name, Value::new(Tensor::from(mask.clone()))?));
         }
