@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 
 use super::Global;
 use crate::arch::{Role, Vlm, WholeModel};
-use crate::ir::{Model, verify};
+use crate::ir::{Model, ValueId, verify};
 use crate::onnx::{ModelDir, ModelFile, read};
 use crate::passes::{Recipe, earlier_recipe};
 
@@ -165,6 +165,25 @@ pub(super) struct Trio {
     pub(super) vision: PathBuf,
     pub(super) embed: PathBuf,
     pub(super) decoder: PathBuf,
+    /// The graph that starts the cache, where `decoder` only goes on from one.
+    pub(super) prompt: Option<PathBuf>,
+}
+
+/// Whether a graph turns embeddings into logits.
+fn decodes(model: &Model) -> bool {
+    model.input("inputs_embeds").is_some() && model.output("logits").is_some()
+}
+
+/// Whether a decoder goes on from a cache.
+fn takes_past(model: &Model) -> bool {
+    let past = |v: &ValueId| model.name(*v).starts_with("past_key_values.");
+    model.graph().inputs.iter().any(past)
+}
+
+/// Whether a decoder gives a cache for another graph to go on from.
+fn starts_cache(model: &Model) -> bool {
+    let present = |v: &ValueId| model.name(*v).starts_with("present.");
+    !takes_past(model) && model.graph().outputs.iter().any(present)
 }
 
 /// Finds the vision encoder, embedding and decoder of a variant.
@@ -200,6 +219,17 @@ pub(super) fn trio(path: &Path, variant: Option<&str>) -> anyhow::Result<(ModelD
             ),
         }
     };
+    let what = "decoder (inputs_embeds → logits, present.*)";
+    // One graph for everything comes before two that share the work; of these,
+    // names tell which goes on (the exporters' convention).
+    let decoder = pick(what, |m| decodes(m) && takes_past(m)).or_else(|_| pick(what, decodes))?;
+    let prompt = if stem(&decoder).contains("with_past") {
+        let first =
+            "decoder for the prompt (inputs_embeds → logits, present.*, no past_key_values.*)";
+        Some(pick(first, |m| decodes(m) && starts_cache(m))?)
+    } else {
+        None
+    };
     let trio = Trio {
         vision: pick("vision encoder (pixel_values → image_features)", |m| {
             m.input("pixel_values").is_some() && m.output("logits").is_none()
@@ -209,9 +239,8 @@ pub(super) fn trio(path: &Path, variant: Option<&str>) -> anyhow::Result<(ModelD
                 && m.graph().outputs.len() == 1
                 && m.output("logits").is_none()
         })?,
-        decoder: pick("decoder (inputs_embeds → logits, present.*)", |m| {
-            m.input("inputs_embeds").is_some() && m.output("logits").is_some()
-        })?,
+        decoder,
+        prompt,
     };
     Ok((dir, trio))
 }

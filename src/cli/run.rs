@@ -120,7 +120,12 @@ fn open(arguments: &Arguments) -> anyhow::Result<VlmPipeline> {
         decoder: trio.decoder,
         configs: dir.root,
     };
-    Ok(VlmPipeline::open(&files, &arguments.engine.options())?)
+    let options = arguments.engine.options();
+    let pipeline = VlmPipeline::open(&files, &options)?;
+    Ok(match trio.prompt {
+        Some(prompt) => pipeline.with_prompt_decoder(&prompt, &options)?,
+        None => pipeline,
+    })
 }
 
 pub(super) fn millis(duration: Duration) -> f64 {

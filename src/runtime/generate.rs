@@ -169,6 +169,16 @@ impl VlmPipeline {
         })
     }
 
+    /// Adds the decoder graph that runs over a prompt, where the model's decoder only goes on from a cache.
+    ///
+    /// # Errors
+    /// The file does not load, or does not give what the decoder goes on from.
+    pub fn with_prompt_decoder(mut self, file: &Path, options: &SessionOptions) -> Result<Self> {
+        let prompt = Session::open(file, options)?;
+        self.decoder = self.decoder.with_prompt(prompt)?;
+        Ok(self)
+    }
+
     /// Features of images, one tensor `[features, width]` each.
     ///
     /// # Errors
