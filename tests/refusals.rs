@@ -92,7 +92,8 @@ fn a_second_tensor_across_the_drop_point_is_refused() {
         panic!("a decoder");
     };
     // An output of layer 7 that the logits do not depend on reads layer 1's cache.
-    let (early, late) = (decoder.layers[1].present.1, decoder.layers[7].present.1);
+    let value = |layer: usize| decoder.layers[layer].present.unwrap().1;
+    let (early, late) = (value(1), value(7));
     let ty = model.value(late).ty.clone().expect("a typed output");
     let index = model
         .graph()

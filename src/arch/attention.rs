@@ -173,7 +173,7 @@ fn from_product(model: &Model, mut value: ValueId) -> bool {
 }
 
 /// Traces an operand back through scaling and re-arranging.
-fn operand(model: &Model, value: ValueId) -> Operand {
+pub(super) fn operand(model: &Model, value: ValueId) -> Operand {
     let mut result = Operand {
         value,
         root: value,
@@ -226,6 +226,82 @@ fn operand(model: &Model, value: ValueId) -> Operand {
     result
 }
 
+/// The keys of an attention as `[batch, heads, sequence, width]`, before they are
+/// repeated for the query heads of a group: as far back as they are laid out so.
+pub(super) fn head_rows(model: &Model, site: &Site) -> Option<ValueId> {
+    // The axes of the value looked at, by what they are.
+    let mut axes = if model.node(site.node).is("Softmax") && !transposed(model, site) {
+        "bhds"
+    } else {
+        "bhsd"
+    }
+    .to_owned();
+    let (mut at, mut found) = (site.key.value, None);
+    for _ in 0..32 {
+        if axes == "bhsd" {
+            found = Some(at);
+        }
+        if at == site.key.root {
+            break;
+        }
+        let node = model.producer_node(at)?;
+        let first = node.input(0)?;
+        match node.op_type.as_str() {
+            "Cast" | "Identity" => at = first,
+            "Mul" | "Div" => {
+                at = if is_scalar(model, first) {
+                    node.input(1)?
+                } else {
+                    first
+                };
+            }
+            "Transpose" => {
+                let perm = node.attr_ints("perm")?;
+                if perm.len() != axes.len() {
+                    break;
+                }
+                let mut before = vec![b' '; perm.len()];
+                for (axis, from) in axes.bytes().zip(perm) {
+                    *before.get_mut(usize::try_from(*from).ok()?)? = axis;
+                }
+                axes = String::from_utf8(before).ok()?;
+                at = first;
+            }
+            "Reshape" => {
+                let inner = model.producer_node(first);
+                let source = inner.and_then(|n| n.input(0));
+                let before = source.and_then(|s| model.producer_node(s));
+                match (inner, before) {
+                    // [b, h, s, d] → [b·h, s, d] → [b·h, d, s] → [b, h, d, s]
+                    (Some(swap), Some(merge))
+                        if swap.is("Transpose")
+                            && swap.attr_ints("perm") == Some(&[0, 2, 1])
+                            && merge.is("Reshape") =>
+                    {
+                        let (lead, tail) = axes.split_at_checked(2)?;
+                        axes = lead.chars().chain(tail.chars().rev()).collect();
+                        at = merge.input(0)?;
+                    }
+                    // Keys repeated for their group of queries.
+                    (Some(repeat), Some(widen)) if repeat.is("Expand") && widen.is("Unsqueeze") => {
+                        at = widen.input(0)?;
+                    }
+                    _ => break,
+                }
+            }
+            _ => break,
+        }
+    }
+    found
+}
+
+/// Whether the product itself transposes the keys.
+fn transposed(model: &Model, site: &Site) -> bool {
+    let reads = |u: &&crate::ir::Use| u.slot == 1 && model.node(u.node).op_type == "FusedMatMul";
+    let product = model.value(site.key.value).uses.iter().find(reads);
+    product.is_some_and(|u| model.node(u.node).attr_int("transB") == Some(1))
+}
+
 /// Whether a value is a scalar by construction: a one-element constant, or an
 /// expression of roots and quotients.
 fn is_scalar(model: &Model, value: ValueId) -> bool {
@@ -235,7 +311,7 @@ fn is_scalar(model: &Model, value: ValueId) -> bool {
 
 /// (heads, head width) from a reshape target `[…, heads, width]` of rank 4;
 /// −1 where the graph computes it.
-fn split_heads(model: &Model, shape: ValueId) -> Option<(i64, i64)> {
+pub(super) fn split_heads(model: &Model, shape: ValueId) -> Option<(i64, i64)> {
     if let Some(dims) = consts::ints(model, shape) {
         return match dims.as_slice() {
             [_, _, heads, width] => Some((*heads, *width)),

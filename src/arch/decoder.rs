@@ -1,28 +1,36 @@
-//! A Llama-like decoder with a key/value cache.
+//! A Llama-like decoder, with or without a key/value cache.
 //!
 //! Layers are numbered by the cache outputs that every exporter names
 //! (`present.N.key`). From each, the new keys are found behind the cache
 //! concatenation, and from these the residual tensor that enters the layer: the
-//! last value before them through which all data passes.
+//! last value before them through which all data passes. A decoder without any
+//! cache has its attentions for layers, in the order of the data. Either way no
+//! attention between embeddings and logits may be left over.
 
 use std::collections::BTreeMap;
 
-use super::attention::{Site, sites};
+use super::attention::{Site, operand};
+use super::layers::{Live, key_shape, scored, uncached};
 use super::residual::articulations;
 use super::tower::element_type;
 use super::{MIN_OPSET, NoMatch, hidden_network};
 use crate::ir::cone::{ancestors, carries_data, descendants};
 use crate::ir::{DataType, Def, Dim, Model, Node, ValueId, consts};
 
+/// What is looked for.
+const WANT: &str = "a decoder";
+
 /// One decoder layer.
 #[derive(Clone, Debug)]
 pub struct DecoderLayer {
     /// Residual tensor `[batch, sequence, width]` that enters the layer.
     pub boundary: ValueId,
-    /// Cache inputs `[batch, kv_heads, past, head_dim]`.
-    pub past: (ValueId, ValueId),
-    /// Cache outputs `[batch, kv_heads, past + sequence, head_dim]`.
-    pub present: (ValueId, ValueId),
+    /// Cache inputs `[batch, kv_heads, past, head_dim]`, if the decoder goes on
+    /// from a cache.
+    pub past: Option<(ValueId, ValueId)>,
+    /// Cache outputs `[batch, kv_heads, past + sequence, head_dim]`, if it gives
+    /// them.
+    pub present: Option<(ValueId, ValueId)>,
     /// Keys of the tokens processed now, rotary embedding applied, before the
     /// cache: `[batch, kv_heads, sequence, head_dim]`.
     pub new_key: ValueId,
@@ -35,11 +43,23 @@ pub struct DecoderLayer {
     pub site: Site,
 }
 
+/// Token ids beside the embeddings.
+#[derive(Clone, Copy, Debug)]
+pub struct TokenIds {
+    /// Graph input `[batch, sequence]`.
+    pub value: ValueId,
+    /// The id that image features take the place of, as the graph compares it.
+    pub image: i64,
+}
+
 /// A recognised decoder.
 #[derive(Clone, Debug)]
 pub struct Decoder {
-    /// Graph input `[batch, sequence, width]`.
+    /// `[batch, sequence, width]`: a graph input, or an inner value of a whole
+    /// model.
     pub embeds: ValueId,
+    /// The token ids that a whole model takes.
+    pub ids: Option<TokenIds>,
     /// Graph input `[batch, past + sequence]`.
     pub attention_mask: Option<ValueId>,
     /// Graph input `[batch, sequence]`.
@@ -65,24 +85,14 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Recognises a decoder.
+    /// Recognises a decoder that takes embeddings.
     ///
     /// # Errors
     /// The first thing that did not fit, and where.
     pub fn recognise(model: &Model) -> Result<Self, NoMatch> {
-        let want = "a decoder with a cache";
-        let fail = |found: String| Err(NoMatch::new(want, found));
+        let fail = |found: String| Err(NoMatch::new(WANT, found));
         let graph = model.graph();
-        let caches = Caches::of(model);
-        let Some(logits) = graph.outputs.iter().copied().find(|v| {
-            caches.role(model.name(*v)).is_none()
-                && element_type(model, *v).is_some_and(DataType::is_float)
-        }) else {
-            return fail("no floating-point output besides the cache (logits)".into());
-        };
-        if caches.present.is_empty() {
-            return fail("no cache outputs (present.N.key, present.N.value)".into());
-        }
+        let logits = Self::logits_of(model)?;
         if let Some(why) = hidden_network(model) {
             return fail(why);
         }
@@ -105,6 +115,32 @@ impl Decoder {
                     .into(),
             );
         };
+        Self::between(model, embeds, logits)
+    }
+
+    /// The output that is none of the cache's.
+    pub(super) fn logits_of(model: &Model) -> Result<ValueId, NoMatch> {
+        let caches = Caches::of(model);
+        let mut outputs = model.graph().outputs.iter().copied();
+        let logits = outputs.find(|v| {
+            caches.role(model.name(*v)).is_none()
+                && element_type(model, *v).is_some_and(DataType::is_float)
+        });
+        let none = || NoMatch::new(WANT, "no floating-point output besides the cache (logits)");
+        logits.ok_or_else(none)
+    }
+
+    /// Recognises what lies between embeddings and logits.
+    ///
+    /// # Errors
+    /// The first thing that did not fit, and where.
+    pub(super) fn between(
+        model: &Model,
+        embeds: ValueId,
+        logits: ValueId,
+    ) -> Result<Self, NoMatch> {
+        let fail = |found: String| Err(NoMatch::new(WANT, found));
+        let caches = Caches::of(model);
         let residuals = articulations(model, embeds, logits);
         if residuals.is_empty() {
             return fail(format!(
@@ -113,7 +149,7 @@ impl Decoder {
                 model.name(embeds)
             ));
         }
-        let all_sites = sites(model);
+        let live = Live::of(model, embeds, logits);
         let mut layers = Vec::new();
         for (number, present) in &caches.present {
             let layer = Layer {
@@ -122,7 +158,27 @@ impl Decoder {
                 number: *number,
                 present: *present,
             };
-            layers.push(layer.recognise(&residuals, &all_sites)?);
+            layers.push(layer.recognise(&residuals, &live.sites)?);
+        }
+        if caches.present.is_empty() {
+            if !caches.past.is_empty() {
+                return fail(
+                    "cache inputs, but no cache outputs (present.N.key, present.N.value)".into(),
+                );
+            }
+            for (number, site) in live.sites.iter().enumerate() {
+                layers.push(uncached(model, number, site, &residuals)?);
+            }
+        }
+        if layers.is_empty() {
+            return fail(format!(
+                "neither cache outputs (present.N.key, present.N.value) nor an attention between '{}' and '{}'",
+                model.name(embeds),
+                model.name(logits)
+            ));
+        }
+        if let Err(found) = live.all_taken(model, &layers) {
+            return fail(found);
         }
         let order = |v: ValueId| residuals.iter().position(|r| *r == v);
         for (i, pair) in layers.windows(2).enumerate() {
@@ -134,22 +190,11 @@ impl Decoder {
                 ));
             }
         }
-        let first = layers[0].present.0;
-        let cache_type = model.value(first).ty.as_ref().and_then(|t| t.shape());
-        let past_type = model
-            .value(layers[0].past.0)
-            .ty
-            .as_ref()
-            .and_then(|t| t.shape());
-        let known = |axis: usize| {
-            let of = |s: Option<&[Dim]>| s.filter(|d| d.len() == 4).and_then(|d| d[axis].known());
-            of(past_type).or_else(|| of(cache_type))
-        };
-        let (Some(kv_heads), Some(head_dim)) = (known(1), known(3)) else {
+        let Some((kv_heads, head_dim)) = key_shape(model, &layers[0]) else {
             return fail(format!(
-                "'{}' does not state its number of heads and head width; expected [batch, kv_heads, past, \
-                 head_dim]",
-                model.name(layers[0].past.0)
+                "the number of heads and their width cannot be told from '{}'; expected [batch, kv_heads, \
+                 sequence, head_dim], stated by a cache or by the reshape of the key projection",
+                model.name(layers[0].new_key)
             ));
         };
         let named = |name: &str| model.input(name);
@@ -162,6 +207,7 @@ impl Decoder {
         let heads = heads.filter(|h| *h > 0 && h % kv_heads == 0);
         Ok(Self {
             embeds,
+            ids: None,
             attention_mask: named("attention_mask"),
             position_ids: named("position_ids"),
             logits,
@@ -174,6 +220,17 @@ impl Decoder {
             residuals,
             layers,
         })
+    }
+
+    /// Whether a graph takes embeddings and gives logits, whatever is in between.
+    pub fn has_interface(model: &Model) -> bool {
+        let embeds = model.graph().inputs.iter().any(|&v| {
+            let ty = model.value(v).ty.as_ref();
+            let float = ty.and_then(|t| t.dtype()).is_some_and(DataType::is_float);
+            float && ty.and_then(|t| t.shape()).map(<[Dim]>::len) == Some(3)
+        });
+        let caches = !Caches::of(model).present.is_empty();
+        (embeds || caches) && model.output("logits").is_some()
     }
 
     /// Number of layers.
@@ -291,12 +348,17 @@ impl Layer<'_> {
         let model = self.model;
         let number = self.number;
         let fail = |found: String| NoMatch::new(format!("decoder layer {number}"), found);
-        let Some(&past) = self.caches.past.get(&number) else {
+        let past = self.caches.past.get(&number).copied();
+        if past.is_none() && !self.caches.past.is_empty() {
             return Err(fail(format!(
-                "no cache inputs past_key_values.{number}.key/value"
+                "no cache inputs past_key_values.{number}.key/value, which other layers have"
             )));
-        };
-        let (new_key, cache) = self.new_rows(past.0, self.present.0).map_err(&fail)?;
+        }
+        let (new_key, cache) = match past {
+            Some(past) => self.new_rows(past.0, self.present.0),
+            None => self.only_rows(residuals[0], self.present.0),
+        }
+        .map_err(&fail)?;
         let source = ancestors(model, &[new_key], true);
         let Some(&boundary) = residuals.iter().rev().find(|r| source.contains(r)) else {
             return Err(fail(format!(
@@ -304,7 +366,9 @@ impl Layer<'_> {
                 model.name(self.present.0)
             )));
         };
-        let reads = |s: &&Site| s.key.root == self.present.0 || s.key.root == cache;
+        // Re-arranging may lie on both sides of what the cache holds.
+        let own = [self.present.0, cache, operand(model, cache).root];
+        let reads = |s: &&Site| own.contains(&s.key.root);
         let Some(site) = all.iter().find(reads) else {
             let fused = model
                 .value(cache)
@@ -322,29 +386,11 @@ impl Layer<'_> {
                 }
             )));
         };
-        if site.softcap != 0.0 {
-            let at = model.describe(site.node);
-            return Err(fail(format!(
-                "{at} bounds its scores (softcap), which is not supported"
-            )));
-        }
-        let scale = site.key.scale * site.post_scale;
-        if !scale.is_finite() {
-            let at = model.describe(site.node);
-            return Err(fail(format!("the scale of {at} is not a constant")));
-        }
-        let query = site.query.value;
-        if !descendants(model, &[boundary], true).contains(&query) {
-            let at = model.describe(site.node);
-            return Err(fail(format!(
-                "the query of {at} does not come from '{}'",
-                model.name(boundary)
-            )));
-        }
+        let (query, scale) = scored(model, site, boundary).map_err(&fail)?;
         Ok(DecoderLayer {
             boundary,
             past,
-            present: self.present,
+            present: Some(self.present),
             new_key,
             query,
             scale,
@@ -356,6 +402,33 @@ impl Layer<'_> {
         self.model
             .producer_of(self.present.0)
             .map(|n| self.model.describe(n))
+    }
+
+    /// The keys that a decoder without a past gives out, as they are or behind a
+    /// concatenation with an empty cache, and what it gives out.
+    fn only_rows(&self, embeds: ValueId, present: ValueId) -> Result<(ValueId, ValueId), String> {
+        let model = self.model;
+        let data = descendants(model, &[embeds], true);
+        let mut at = present;
+        while let Some(producer) = model.producer_node(at) {
+            let mut fresh = producer
+                .inputs
+                .iter()
+                .flatten()
+                .filter(|i| data.contains(i));
+            let next = match (producer.op_type.as_str(), fresh.next(), fresh.next()) {
+                ("Identity" | "Cast" | "Concat", Some(&new), None) => new,
+                _ => break,
+            };
+            at = next;
+        }
+        if !data.contains(&at) {
+            return Err(format!(
+                "'{}' is not computed from the tokens",
+                model.name(present)
+            ));
+        }
+        Ok((at, at))
     }
 
     /// The rows that are appended to the cache (the other part of the

@@ -19,8 +19,9 @@ pub struct VisionTower {
     pub pixels: ValueId,
     /// Features for the language model, `[images, N, width]` or `[images·N, width]`.
     pub features: ValueId,
-    /// Position among the graph outputs.
-    pub features_index: usize,
+    /// Position among the graph outputs; none in a whole model, where the features
+    /// are an inner value.
+    pub features_index: Option<usize>,
     /// Output of the last live block: `[images, T, width]`, T = N or 1 + N.
     pub hidden: ValueId,
     /// What the projector reads: `hidden`, or `hidden` without the CLS token.
@@ -66,19 +67,8 @@ impl VisionTower {
         let want = "a vision tower";
         let fail = |found: String| Err(NoMatch::new(want, found));
         let graph = model.graph();
-        let rank = |v: ValueId| {
-            let ty = model.value(v).ty.as_ref()?;
-            Some((ty.dtype()?, ty.shape()?.len()))
-        };
-        let is_image = |&v: &ValueId| {
-            let constant = model.value(v).initializer.is_some();
-            let fits = |(dtype, rank): (DataType, usize)| {
-                (dtype.is_float() || dtype == DataType::Uint8) && (4..=5).contains(&rank)
-            };
-            !constant && rank(v).is_some_and(fits)
-        };
-        let Some(pixels) = graph.inputs.iter().copied().find(is_image) else {
-            return fail("no floating-point input of rank 4 or 5 (pixel_values)".into());
+        let Some(pixels) = pixels_of(model) else {
+            return fail("no input of rank 4 or 5 that holds pixels (pixel_values)".into());
         };
         if model.opset("").unwrap_or(0) < MIN_OPSET {
             let found = model.opset("").unwrap_or(0);
@@ -91,11 +81,7 @@ impl VisionTower {
             return fail(why);
         }
         if model.input("input_ids").is_some() {
-            return fail(
-                "it takes input_ids beside the pixels: a whole vision-language model in one file is not \
-                 supported yet; export vision encoder, token embedding and decoder as three files"
-                    .into(),
-            );
+            return fail("it takes input_ids beside the pixels, as a whole model does".into());
         }
         let reached = descendants(model, &[pixels], true);
         let is_features = |v: &ValueId| {
@@ -106,6 +92,21 @@ impl VisionTower {
             return fail("no floating-point output depends on the pixels".into());
         };
         let features = graph.outputs[features_index];
+        Self::between(model, pixels, features, Some(features_index))
+    }
+
+    /// Recognises what lies between pixels and features.
+    ///
+    /// # Errors
+    /// The first thing that did not fit, and where.
+    pub(super) fn between(
+        model: &Model,
+        pixels: ValueId,
+        features: ValueId,
+        features_index: Option<usize>,
+    ) -> Result<Self, NoMatch> {
+        let fail = |found: String| Err(NoMatch::new("a vision tower", found));
+        let reached = descendants(model, &[pixels], true);
         let line = articulations(model, pixels, features);
         let needed = ancestors(model, &[features], true);
         let live: Vec<Site> = sites(model)
@@ -163,10 +164,31 @@ impl VisionTower {
             head_dim,
             tokens,
             dtype,
-            feature_width: stated.and_then(<[Dim]>::last).and_then(Dim::known),
+            feature_width: stated
+                .and_then(<[Dim]>::last)
+                .and_then(Dim::known)
+                .or_else(|| projection_width(model, features)),
             grid: grid_node(model, entry, &needed),
         })
     }
+}
+
+/// The graph input that holds pixels.
+pub(super) fn pixels_of(model: &Model) -> Option<ValueId> {
+    let rank = |v: ValueId| {
+        let ty = model.value(v).ty.as_ref()?;
+        Some((ty.dtype()?, ty.shape()?.len()))
+    };
+    let is_image = |&v: &ValueId| {
+        let constant = model.value(v).initializer.is_some();
+        let fits = |(dtype, rank): (DataType, usize)| {
+            (dtype.is_float() || dtype == DataType::Uint8) && (4..=5).contains(&rank)
+        };
+        // Caches have the rank of images.
+        let cache = model.name(v).starts_with("past");
+        !constant && !cache && rank(v).is_some_and(fits)
+    };
+    model.graph().inputs.iter().copied().find(is_image)
 }
 
 /// The first node between `entry` and the features that splits or reorders the
@@ -300,7 +322,7 @@ fn head_shape(model: &Model, site: &Site) -> Option<(i64, i64)> {
 }
 
 /// Output width of a linear layer, from its bias or weight.
-fn projection_width(model: &Model, value: ValueId) -> Option<i64> {
+pub(super) fn projection_width(model: &Model, value: ValueId) -> Option<i64> {
     let node = model.producer_node(value)?;
     let dims = |slot: usize| node.input(slot).and_then(|v| consts::dims(model, v));
     match node.op_type.as_str() {

@@ -91,12 +91,12 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     let original = vlm.clone();
     let started = Instant::now();
     let done = rewrite(vlm, &recipe)?;
-    write_out(&dir, &outputs(&dir, &done)?, &new, DataMode::Copy)?;
+    write_out(&dir, &outputs(&dir, &done, &recipe)?, &new, DataMode::Copy)?;
     let took = started.elapsed();
     for (pass, summary) in &done.summaries {
         anstream::println!("  {}{pass:<13}{}  {summary}", style::NEW, style::RESET);
         for change in done.changes.iter().filter(|c| c.pass == *pass) {
-            let file = done.vlm.parts[change.part].file.display();
+            let file = done.vlm.parts[change.part].label();
             anstream::println!("                 {file}: {} nodes", change.inserted);
         }
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{Global, ModelArgument, Outcome, load, print_json, style};
-use crate::arch::{Part, Role};
+use crate::arch::{Decoder, Part, Role, VisionTower};
 use crate::ir::{Model, TensorData};
 use crate::passes::earlier_recipe;
 
@@ -66,7 +66,8 @@ fn role(part: &Part) -> &'static str {
         part.model.output("logits"),
         part.model.input("pixel_values"),
     ) {
-        (Some(_), _) => "decoder",
+        (Some(_), Some(_)) => "whole model",
+        (Some(_), None) => "decoder",
         (None, Some(_)) => "vision encoder",
         (None, None) => "token embedding",
     }
@@ -90,37 +91,23 @@ fn describe(part: &Part) -> Value {
         "nodes": model.graph().nodes.len(),
         "weight_bytes": { "inline": inline, "external": external },
     });
+    if let Some(branch) = &part.source.branch {
+        file["branch"] = json!(branch);
+    }
+    if !part.source.inlined.is_empty() {
+        file["functions_inlined"] = json!(part.source.inlined);
+    }
     if let Some((version, recipe)) = earlier_recipe(model) {
         file["rewritten"] = json!({ "duet_version": version, "recipe": recipe });
     }
     let found = match &part.role {
-        Role::Vision(t) => json!({
-            "blocks": t.layers,
-            "heads": t.heads,
-            "head_dim": t.head_dim,
-            "cls": t.cls,
-            "cls_dropped_before_projector": t.cls && t.entry != t.hidden,
-            "patches": t.patches(),
-            "features_per_image": t.features_per_image(),
-            "feature_width": t.feature_width,
-            "dtype": t.dtype.to_string(),
-            "attention": model.describe(t.site.node),
-            "merge_point": model.name(t.hidden),
-        }),
+        Role::Vision(t) => tower(model, t),
         Role::Embedding(e) => json!({ "width": e.width, "dtype": e.dtype.to_string() }),
-        Role::Decoder(d) => json!({
-            "layers": d.depth(),
-            "heads": d.heads,
-            "kv_heads": d.kv_heads,
-            "head_dim": d.head_dim,
-            "width": d.width,
-            "vocabulary": d.vocabulary,
-            "dtype": d.dtype.to_string(),
-            "drop_points": (1..d.depth()).map(|l| json!({
-                "after_layer": l,
-                "residual": model.name(d.layers[l].boundary),
-            })).collect::<Vec<_>>(),
-            "prelude_nodes": prelude(model, d),
+        Role::Decoder(d) => decoder(model, d),
+        Role::Whole(w) => json!({
+            "vision": tower(model, &w.tower),
+            "decoder": decoder(model, &w.decoder),
+            "image_token": w.ids.image,
         }),
         Role::Unknown(reasons) => {
             json!({ "not_recognised": reasons.iter().map(ToString::to_string).collect::<Vec<_>>() })
@@ -130,9 +117,42 @@ fn describe(part: &Part) -> Value {
     file
 }
 
+fn tower(model: &Model, t: &VisionTower) -> Value {
+    json!({
+        "blocks": t.layers,
+        "heads": t.heads,
+        "head_dim": t.head_dim,
+        "cls": t.cls,
+        "cls_dropped_before_projector": t.cls && t.entry != t.hidden,
+        "patches": t.patches(),
+        "features_per_image": t.features_per_image(),
+        "feature_width": t.feature_width,
+        "dtype": t.dtype.to_string(),
+        "attention": model.describe(t.site.node),
+        "merge_point": model.name(t.hidden),
+    })
+}
+
+fn decoder(model: &Model, d: &Decoder) -> Value {
+    json!({
+        "layers": d.depth(),
+        "heads": d.heads,
+        "kv_heads": d.kv_heads,
+        "head_dim": d.head_dim,
+        "width": d.width,
+        "vocabulary": d.vocabulary,
+        "dtype": d.dtype.to_string(),
+        "drop_points": (1..d.depth()).map(|l| json!({
+            "after_layer": l,
+            "residual": model.name(d.layers[l].boundary),
+        })).collect::<Vec<_>>(),
+        "prelude_nodes": prelude(model, d),
+    })
+}
+
 /// Nodes before the first layer that later layers read from: what is cloned at a
 /// drop point.
-fn prelude(model: &Model, decoder: &crate::arch::Decoder) -> usize {
+fn prelude(model: &Model, decoder: &Decoder) -> usize {
     let Some(second) = decoder.layers.get(1) else {
         return 0;
     };
@@ -152,7 +172,10 @@ fn prelude(model: &Model, decoder: &crate::arch::Decoder) -> usize {
         .flat_map(|n| n.inputs.iter().flatten().copied())
         .filter(|v| !behind.contains(v) && !data.contains(v))
         .collect();
-    let cone = crate::ir::cone::ancestors(model, &side, false);
+    let mut cone = crate::ir::cone::ancestors(model, &side, false);
+    // Sizes read off the embeddings do not need what those are made of.
+    let made = crate::ir::cone::ancestors(model, &[decoder.embeds], false);
+    cone.retain(|v| !made.contains(v));
     let nodes: std::collections::HashSet<_> =
         cone.iter().filter_map(|v| model.producer_of(*v)).collect();
     nodes
@@ -175,7 +198,7 @@ fn print(path: &Path, parts: &[Part]) {
         anstream::println!(
             "\n{}{}{}  {}{}, opset {opset}, {} nodes, {} of weights{data}{}",
             style::HEAD,
-            part.file.display(),
+            part.label(),
             style::RESET,
             style::DIM,
             role(part),
@@ -183,53 +206,32 @@ fn print(path: &Path, parts: &[Part]) {
             style::bytes(inline),
             style::RESET
         );
+        if !part.source.inlined.is_empty() {
+            anstream::println!(
+                "  functions  {} inlined to recognise it; rewrite writes a changed file so",
+                part.source.inlined.join(", ")
+            );
+        }
+        if part.source.branch.is_some() {
+            anstream::println!(
+                "  branch     of one file; rewrite changes all branches and joins them again"
+            );
+        }
         if let Some((version, recipe)) = earlier_recipe(model) {
             anstream::println!("  rewritten by duet {version} with");
             recipe.lines().for_each(|l| anstream::println!("    {l}"));
             continue;
         }
-        let optional = |v: Option<i64>| v.map_or("?".into(), |n| n.to_string());
         match &part.role {
-            Role::Vision(t) => {
-                let cls = match (t.cls, t.entry != t.hidden) {
-                    (true, true) => "CLS (dropped before the projector) + ",
-                    (true, false) => "CLS + ",
-                    _ => "",
-                };
-                anstream::println!(
-                    "  tower      {} live blocks, {} heads × {}, {}",
-                    t.layers,
-                    t.heads,
-                    t.head_dim,
-                    t.dtype
-                );
-                anstream::println!("  tokens     {cls}{} patches", optional(t.patches()));
-                anstream::println!(
-                    "  features   {} × {} per image",
-                    optional(t.features_per_image()),
-                    optional(t.feature_width)
-                );
-                anstream::println!("  merge at   {}", model.name(t.hidden));
-            }
+            Role::Vision(t) => print_tower(model, t),
             Role::Embedding(e) => {
                 anstream::println!("  width      {}, {}", optional(e.width), e.dtype)
             }
-            Role::Decoder(d) => {
-                anstream::println!(
-                    "  layers     {}, {} heads, {} key/value heads × {}, width {}, {}",
-                    d.depth(),
-                    optional(d.heads),
-                    d.kv_heads,
-                    d.head_dim,
-                    optional(d.width),
-                    d.dtype
-                );
-                anstream::println!("  vocabulary {}", optional(d.vocabulary));
-                anstream::println!("  drops      after layer 1 to {}", d.depth() - 1);
-                anstream::println!(
-                    "  prelude    {} nodes that later layers share",
-                    prelude(model, d)
-                );
+            Role::Decoder(d) => print_decoder(model, d),
+            Role::Whole(w) => {
+                print_tower(model, &w.tower);
+                print_decoder(model, &w.decoder);
+                anstream::println!("  image at   token {}", w.ids.image);
             }
             Role::Unknown(reasons) => {
                 for reason in reasons {
@@ -238,4 +240,48 @@ fn print(path: &Path, parts: &[Part]) {
             }
         }
     }
+}
+
+fn optional(number: Option<i64>) -> String {
+    number.map_or("?".into(), |n| n.to_string())
+}
+
+fn print_tower(model: &Model, t: &VisionTower) {
+    let cls = match (t.cls, t.entry != t.hidden) {
+        (true, true) => "CLS (dropped before the projector) + ",
+        (true, false) => "CLS + ",
+        _ => "",
+    };
+    anstream::println!(
+        "  tower      {} live blocks, {} heads × {}, {}",
+        t.layers,
+        t.heads,
+        t.head_dim,
+        t.dtype
+    );
+    anstream::println!("  tokens     {cls}{} patches", optional(t.patches()));
+    anstream::println!(
+        "  features   {} × {} per image",
+        optional(t.features_per_image()),
+        optional(t.feature_width)
+    );
+    anstream::println!("  merge at   {}", model.name(t.hidden));
+}
+
+fn print_decoder(model: &Model, d: &Decoder) {
+    anstream::println!(
+        "  layers     {}, {} heads, {} key/value heads × {}, width {}, {}",
+        d.depth(),
+        optional(d.heads),
+        d.kv_heads,
+        d.head_dim,
+        optional(d.width),
+        d.dtype
+    );
+    anstream::println!("  vocabulary {}", optional(d.vocabulary));
+    anstream::println!("  drops      after layer 1 to {}", d.depth() - 1);
+    anstream::println!(
+        "  prelude    {} nodes that later layers share",
+        prelude(model, d)
+    );
 }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 
 use super::Global;
-use crate::arch::Vlm;
-use crate::ir::{Model, verify};
+use crate::arch::{Role, Vlm, WholeModel};
+use crate::ir::{Model, ValueId, verify};
 use crate::onnx::{ModelDir, ModelFile, read};
 use crate::passes::{Recipe, earlier_recipe};
 
@@ -93,12 +93,70 @@ pub(super) fn vlm(path: &Path, global: &Global) -> anyhow::Result<(ModelDir, Vlm
         }
         parts.push((file.relative, file.variant, model));
     }
-    Ok((dir, Vlm::new(parts)))
+    let vlm = Vlm::new(parts);
+    check_image_token(&dir, &vlm)?;
+    Ok((dir, vlm))
 }
 
 fn stem(path: &Path) -> String {
     path.file_stem()
         .map_or(String::new(), |s| s.to_string_lossy().into_owned())
+}
+
+/// The file that holds the whole model, if the model is one file: it takes token
+/// ids and pixels and gives logits.
+pub(super) fn whole(
+    path: &Path,
+    variant: Option<&str>,
+) -> anyhow::Result<Option<(ModelDir, PathBuf)>> {
+    let (dir, models) = graphs(path)?;
+    let fits = |(file, model): &&Loaded| {
+        let own = stem(&file.relative);
+        WholeModel::has_interface(model)
+            && model.output("logits").is_some()
+            && match variant {
+                Some(v) => own.ends_with(&format!("_{v}")),
+                None => file.variant.is_empty(),
+            }
+    };
+    // Of a file and its rewritten copy beside it, the file.
+    let found = models
+        .iter()
+        .filter(fits)
+        .min_by_key(|(f, _)| stem(&f.relative).len());
+    let Some(file) = found.map(|(file, _)| dir.path(file)) else {
+        return Ok(None);
+    };
+    Ok(Some((dir, file)))
+}
+
+/// The image token of a whole model is told by its graph; a configuration that
+/// says another was made for another model.
+fn check_image_token(dir: &ModelDir, vlm: &Vlm) -> anyhow::Result<()> {
+    let path = dir.root.join("config.json");
+    let Ok(text) = std::fs::read_to_string(&path) else {
+        return Ok(());
+    };
+    let config: serde_json::Value =
+        serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
+    for part in &vlm.parts {
+        let Role::Whole(whole) = &part.role else {
+            continue;
+        };
+        for key in ["image_token_id", "image_token_index"] {
+            let stated = config.get(key).and_then(serde_json::Value::as_i64);
+            if let Some(stated) = stated.filter(|s| *s != whole.ids.image) {
+                bail!(
+                    "{} puts image features where the token id is {}, but {} says {key} {stated}; they belong \
+                     to different models",
+                    part.file.display(),
+                    whole.ids.image,
+                    path.display()
+                );
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The three files that answer a question, chosen by what they take and give.
@@ -107,6 +165,25 @@ pub(super) struct Trio {
     pub(super) vision: PathBuf,
     pub(super) embed: PathBuf,
     pub(super) decoder: PathBuf,
+    /// The graph that starts the cache, where `decoder` only goes on from one.
+    pub(super) prompt: Option<PathBuf>,
+}
+
+/// Whether a graph turns embeddings into logits.
+fn decodes(model: &Model) -> bool {
+    model.input("inputs_embeds").is_some() && model.output("logits").is_some()
+}
+
+/// Whether a decoder goes on from a cache.
+fn takes_past(model: &Model) -> bool {
+    let past = |v: &ValueId| model.name(*v).starts_with("past_key_values.");
+    model.graph().inputs.iter().any(past)
+}
+
+/// Whether a decoder gives a cache for another graph to go on from.
+fn starts_cache(model: &Model) -> bool {
+    let present = |v: &ValueId| model.name(*v).starts_with("present.");
+    !takes_past(model) && model.graph().outputs.iter().any(present)
 }
 
 /// Finds the vision encoder, embedding and decoder of a variant.
@@ -142,6 +219,17 @@ pub(super) fn trio(path: &Path, variant: Option<&str>) -> anyhow::Result<(ModelD
             ),
         }
     };
+    let what = "decoder (inputs_embeds → logits, present.*)";
+    // One graph for everything comes before two that share the work; of these,
+    // names tell which goes on (the exporters' convention).
+    let decoder = pick(what, |m| decodes(m) && takes_past(m)).or_else(|_| pick(what, decodes))?;
+    let prompt = if stem(&decoder).contains("with_past") {
+        let first =
+            "decoder for the prompt (inputs_embeds → logits, present.*, no past_key_values.*)";
+        Some(pick(first, |m| decodes(m) && starts_cache(m))?)
+    } else {
+        None
+    };
     let trio = Trio {
         vision: pick("vision encoder (pixel_values → image_features)", |m| {
             m.input("pixel_values").is_some() && m.output("logits").is_none()
@@ -151,9 +239,8 @@ pub(super) fn trio(path: &Path, variant: Option<&str>) -> anyhow::Result<(ModelD
                 && m.graph().outputs.len() == 1
                 && m.output("logits").is_none()
         })?,
-        decoder: pick("decoder (inputs_embeds → logits, present.*)", |m| {
-            m.input("inputs_embeds").is_some() && m.output("logits").is_some()
-        })?,
+        decoder,
+        prompt,
     };
     Ok((dir, trio))
 }

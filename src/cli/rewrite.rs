@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::bail;
 
 use super::{Global, ModelArgument, Outcome, load, style};
-use crate::arch::{Role, Vlm};
+use crate::arch::{Part, Role, Vlm};
 use crate::ir::{Model, TensorData, verify};
 use crate::onnx::{
     DataMode, Layout, ModelDir, Outputs, patch_processor, serialize, write_beside, write_out,
@@ -45,7 +45,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     let recipe = load::recipe(&arguments.recipe)?;
     let (dir, vlm) = load::vlm(&arguments.model.path, global)?;
     let done = rewrite(vlm, &recipe)?;
-    let outputs = outputs(&dir, &done)?;
+    let outputs = outputs(&dir, &done, &recipe)?;
     if arguments.data == Data::Hardlink {
         global.say("warning: onnx 1.23 and later, and ONNX Runtime in places, refuse hard-linked external data");
     }
@@ -73,18 +73,22 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
 }
 
 /// What is to be written for a rewritten model.
-pub(super) fn outputs(dir: &ModelDir, done: &Rewritten) -> anyhow::Result<Outputs> {
+pub(super) fn outputs(
+    dir: &ModelDir,
+    done: &Rewritten,
+    recipe: &Recipe,
+) -> anyhow::Result<Outputs> {
     let mut outputs = Outputs::default();
-    for part in &done.vlm.parts {
-        let text = serialize(verify(&part.model)?);
-        outputs.models.push((part.file.clone(), text));
-        let folder = part.file.parent().map(PathBuf::from).unwrap_or_default();
-        for location in locations(&part.model) {
+    for file in done.vlm.files()? {
+        let text = serialize(verify(&file.model)?);
+        let folder = file.file.parent().map(PathBuf::from).unwrap_or_default();
+        for location in locations(&file.model) {
             outputs.data.insert(folder.join(location));
         }
+        outputs.models.push((file.file, text));
     }
     if dir.layout == Layout::Directory
-        && let Some((before, after)) = token_counts(&done.vlm)
+        && let Some((before, after)) = token_counts(&done.vlm, recipe)
     {
         for name in ["processor_config.json", "config.json"] {
             let path = dir.root.join(name);
@@ -104,12 +108,18 @@ pub(super) fn outputs(dir: &ModelDir, done: &Rewritten) -> anyhow::Result<Output
 }
 
 /// (patch tokens of the tower, features per image now), if they differ.
-fn token_counts(vlm: &Vlm) -> Option<(i64, i64)> {
+fn token_counts(vlm: &Vlm, recipe: &Recipe) -> Option<(i64, i64)> {
     let (index, tower) = vlm.towers().next()?;
     let model = &vlm.parts[index].model;
-    let output = model.graph().outputs[tower.features_index];
-    let shape = model.value(output).ty.as_ref()?.shape()?;
-    let after = shape.get(1)?.known().filter(|_| shape.len() == 3)?;
+    let after = match tower.features_index {
+        Some(output) => {
+            let output = model.graph().outputs[output];
+            let shape = model.value(output).ty.as_ref()?.shape()?;
+            shape.get(1)?.known().filter(|_| shape.len() == 3)?
+        }
+        // An inner value need not state its shape.
+        None => recipe.pass::<TokenMerge>()?.tokens_out(tower)?,
+    };
     (Some(after) != tower.features_per_image()).then_some((tower.patches()?, after))
 }
 
@@ -158,6 +168,14 @@ pub(super) fn average(counts: &[i64]) -> f64 {
     counts.iter().sum::<i64>() as f64 / counts.len().max(1) as f64
 }
 
+/// That functions were inlined, for people.
+fn inlined(part: &Part) -> String {
+    match part.source.inlined.as_slice() {
+        [] => String::new(),
+        names => format!("; functions inlined: {}", names.join(", ")),
+    }
+}
+
 /// What was done, for people.
 pub(super) fn report(done: &Rewritten, recipe: &Recipe, global: &Global) {
     for (pass, summary) in &done.summaries {
@@ -165,9 +183,10 @@ pub(super) fn report(done: &Rewritten, recipe: &Recipe, global: &Global) {
         for change in done.changes.iter().filter(|c| c.pass == *pass) {
             let part = &done.vlm.parts[change.part];
             global.say(format!(
-                "  {}: {} nodes inserted",
-                part.file.display(),
-                change.inserted
+                "  {}: {} nodes inserted{}",
+                part.label(),
+                change.inserted,
+                inlined(part)
             ));
         }
     }
@@ -187,7 +206,7 @@ pub(super) fn report(done: &Rewritten, recipe: &Recipe, global: &Global) {
     for part in unknown {
         global.say(format!(
             "{}: not recognised, carried over as it is",
-            part.file.display()
+            part.label()
         ));
     }
 }

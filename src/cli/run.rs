@@ -10,7 +10,8 @@ use serde_json::json;
 
 use super::{Engine, Global, ModelArgument, Outcome, load, print_json};
 use crate::runtime::{
-    GenerateOptions, Generation, Message, Pixels, Sampling, Stop, VlmFiles, VlmPipeline,
+    GenerateOptions, Generation, Message, Pixels, Sampling, Stop, Token, VlmFiles, VlmPipeline,
+    WholePipeline,
 };
 
 /// Arguments of `duet run`.
@@ -50,7 +51,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
-    let mut pipeline = open(arguments)?;
+    let whole = load::whole(&arguments.model.path, arguments.variant.as_deref())?;
     let images = arguments
         .image
         .iter()
@@ -72,11 +73,10 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         ..Default::default()
     };
     let messages = [Message::user(images.len(), arguments.prompt.as_str())];
-    let prepared = pipeline.prepare(&messages, &images)?;
     let quiet_stream = arguments.json;
     let mut out = anstream::stdout();
     let mut failed = None;
-    let answer = pipeline.generate(&prepared, None, &options, &mut |token| {
+    let mut on_token = |token: &Token| {
         if !quiet_stream
             && let Err(error) = write!(out, "{}", token.text).and_then(|()| out.flush())
         {
@@ -84,7 +84,20 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
             return ControlFlow::Break(());
         }
         ControlFlow::Continue(())
-    })?;
+    };
+    let answer = match whole {
+        Some((dir, file)) => {
+            let engine = arguments.engine.options();
+            let mut pipeline = WholePipeline::open(&file, &dir.root, &engine)?;
+            let prepared = pipeline.prepare(&messages, &images)?;
+            pipeline.generate(&prepared, &options, &mut on_token)?
+        }
+        None => {
+            let mut pipeline = open(arguments)?;
+            let prepared = pipeline.prepare(&messages, &images)?;
+            pipeline.generate(&prepared, None, &options, &mut on_token)?
+        }
+    };
     if let Some(error) = failed
         && error.kind() != std::io::ErrorKind::BrokenPipe
     {
@@ -107,7 +120,12 @@ fn open(arguments: &Arguments) -> anyhow::Result<VlmPipeline> {
         decoder: trio.decoder,
         configs: dir.root,
     };
-    Ok(VlmPipeline::open(&files, &arguments.engine.options())?)
+    let options = arguments.engine.options();
+    let pipeline = VlmPipeline::open(&files, &options)?;
+    Ok(match trio.prompt {
+        Some(prompt) => pipeline.with_prompt_decoder(&prompt, &options)?,
+        None => pipeline,
+    })
 }
 
 pub(super) fn millis(duration: Duration) -> f64 {

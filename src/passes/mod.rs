@@ -28,8 +28,9 @@ use crate::ir::PatchPlan;
 /// Settings of a recipe that concern several passes.
 #[derive(Clone, Debug, Default)]
 pub struct Context {
-    /// How a decoder knows its visual tokens.
-    pub marker: Marker,
+    /// How a decoder knows its visual tokens; not said: as the model allows it, see
+    /// [`Marker::for_decoder`].
+    pub marker: Option<Marker>,
     /// Where they lie, for [`Marker::Static`].
     pub span: Option<StaticSpan>,
     /// How caches of later layers are laid out.

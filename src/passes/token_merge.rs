@@ -24,7 +24,10 @@ use serde::Deserialize;
 use super::recipe::Count;
 use super::{Context, Entry, Pass, PassError};
 use crate::arch::{NoMatch, VisionTower, Vlm};
-use crate::ir::{DataType, Dim, Model, Patch, PatchPlan, Size, ValueId, ValueType, consts, int};
+use crate::ir::cone::{ancestors, descendants};
+use crate::ir::{
+    DataType, Dim, Model, Node, Patch, PatchPlan, Size, ValueId, ValueType, consts, int,
+};
 
 pub(super) const ENTRY: Entry = Entry {
     name: "token_merge",
@@ -184,7 +187,7 @@ impl Pass for TokenMerge {
             return fail(why.to_string());
         }
         for (index, tower) in vlm.towers() {
-            let file = vlm.parts[index].file.display();
+            let file = vlm.parts[index].label();
             if let Some(node) = &tower.grid {
                 return fail(format!(
                     "{file}: behind the tower, {node} treats the tokens as a grid (pixel shuffle or pooling), \
@@ -220,7 +223,7 @@ impl Pass for TokenMerge {
             let part = &vlm.parts[index];
             let unsupported = |problem: String| PassError::Unsupported {
                 pass: ENTRY.name,
-                file: part.file.display().to_string(),
+                file: part.label(),
                 problem,
             };
             let patches = tower
@@ -236,7 +239,9 @@ impl Pass for TokenMerge {
             };
             let merged = build.tokens();
             patch.rewire_all(tower.entry, merged);
-            resize(&mut patch, tower, budget.total()).map_err(unsupported)?;
+            let embeds = vlm.decoders().find(|(i, _)| *i == index);
+            let embeds = embeds.map(|(_, decoder)| decoder.embeds);
+            resize(&mut patch, tower, embeds, budget.total()).map_err(unsupported)?;
             plans.push((index, patch.finish()));
         }
         Ok(plans)
@@ -245,14 +250,17 @@ impl Pass for TokenMerge {
     fn ensures(&self, vlm: &Vlm, _: &Context) -> Result<(), PassError> {
         for (index, tower) in vlm.towers() {
             let part = &vlm.parts[index];
-            let output = part.model.graph().outputs[tower.features_index];
+            let output = match tower.features_index {
+                Some(index) => part.model.graph().outputs[index],
+                None => tower.features,
+            };
             let shape = part.model.value(output).ty.as_ref().and_then(|t| t.shape());
             let want = self.tokens_out(tower);
             let found = shape.filter(|s| s.len() == 3).map(|s| s[1].known());
             if found.is_some_and(|f| f != want) {
                 return Err(PassError::Ensures {
                     pass: ENTRY.name,
-                    file: part.file.display().to_string(),
+                    file: part.label(),
                     problem: format!("expected {want:?} features, the output says {found:?}"),
                 });
             }
@@ -528,32 +536,77 @@ impl Build<'_, '_> {
     }
 }
 
+/// Whether a `Slice` or `Split` works on the tokens: on axis 1 of features, or
+/// on axis 0 of a list of them.
+fn token_axis(model: &Model, node: &Node) -> bool {
+    let axis = match node.op_type.as_str() {
+        "Split" => Some(node.attr_int("axis").unwrap_or(0)),
+        _ => node.input(3).and_then(|a| consts::int(model, a)),
+    };
+    matches!(axis, Some(0 | 1))
+}
+
 /// Brings what the file states about the token count behind the merge up to
 /// date: the output's shape, stated types, and counts that the exporter baked
 /// into reshape targets.
-fn resize(patch: &mut Patch<'_>, tower: &VisionTower, count: i64) -> Result<(), String> {
+fn resize(
+    patch: &mut Patch<'_>,
+    tower: &VisionTower,
+    embeds: Option<ValueId>,
+    count: i64,
+) -> Result<(), String> {
     let model: &Model = patch.model();
     let Some(old) = tower.features_per_image() else {
         return Err("the number of features is not fixed".into());
     };
-    let behind = crate::ir::cone::descendants(model, &[tower.entry], false);
+    let mut behind = descendants(model, &[tower.entry], false);
+    if tower.features_index.is_none() {
+        // In a whole model the sequence takes over: what lies behind its first
+        // tensor counts tokens, not features.
+        let Some(embeds) = embeds else {
+            return Err("the file's decoder was not recognised".into());
+        };
+        let ahead = ancestors(model, &[embeds], false);
+        behind.retain(|v| ahead.contains(v) && *v != embeds);
+    }
     patch.scope("shape");
     for &id in &model.graph().nodes {
         let node = model.node(id);
-        if !node.is("Reshape") || !node.input(0).is_some_and(|v| behind.contains(&v)) {
+        if !node.input(0).is_some_and(|v| behind.contains(&v)) {
             continue;
         }
-        let Some(shape) = node.input(1) else { continue };
-        let Some(dims) = consts::ints(model, shape) else {
+        let (slot, first) = match node.op_type.as_str() {
+            "Reshape" | "Expand" => (1, true),
+            // Where a list of features ends, and into what parts it is cut.
+            "Slice" => (2, false),
+            "Split" => (1, false),
+            _ => continue,
+        };
+        let Some(dims) = node.input(slot).and_then(|s| consts::ints(model, s)) else {
             continue;
         };
-        // The last dimension is the width, which may happen to equal N.
-        let rows = dims.len().saturating_sub(1);
-        if let Some(axis) = dims[..rows].iter().position(|d| *d == old) {
-            let mut dims = dims.clone();
-            dims[axis] = count;
-            let new = patch.i64s(&dims);
-            patch.rewire(id, 1, new);
+        // The last dimension is the width, which may happen to equal N; only a
+        // flat list of all elements has no other.
+        let wide = tower.feature_width.unwrap_or(0);
+        let rows = if first {
+            dims.len().saturating_sub(1)
+        } else {
+            dims.len()
+        };
+        let mut new = dims.clone();
+        if first {
+            if let Some(axis) = dims[..rows].iter().position(|d| *d == old) {
+                new[axis] = count;
+            } else if dims.len() == 1 && dims[0] == old * wide {
+                new[0] = count * wide;
+            }
+        } else if token_axis(model, node) {
+            let end = |d: &i64| if *d == old { count } else { *d };
+            new = dims.iter().map(end).collect();
+        }
+        if new != dims {
+            let new = patch.i64s(&new);
+            patch.rewire(id, slot, new);
         }
     }
     for &value in &behind {

@@ -10,11 +10,13 @@ pub mod reference;
 pub mod scenario;
 pub mod structure;
 
+mod decoders;
 mod error;
 mod numeric;
 mod probe;
 mod report;
 mod second;
+mod whole;
 
 pub use error::ValidateError;
 pub use numeric::{Options, check};

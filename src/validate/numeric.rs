@@ -2,11 +2,10 @@
 
 use ndarray::{Array2, Array3, Array4, s};
 
-use super::probe;
-use super::reference::{ReferenceDecoder, ReferenceVision, State, StepIn, StepOut};
+use super::reference::{ReferenceVision, State, StepIn, StepOut};
 use super::report::Report;
 use super::scenario::{Layout, Scenario, Seeded, lay_out, standard};
-use super::{ValidateError, second, structure};
+use super::{ValidateError, decoders, probe, second, structure, whole};
 use crate::arch::{Role, Vlm};
 use crate::ir::{DataType, Model};
 use crate::passes::{Marker, Recipe, TextQueries, TokenMerge, VisualPrune};
@@ -27,7 +26,7 @@ pub struct Options {
 /// Largest allowed difference in units of the standard deviation. Quantised
 /// layers round activations, so that the last bit of an input can move a whole
 /// quantisation step.
-fn tolerance(dtype: DataType, quantised: bool) -> f64 {
+pub(super) fn tolerance(dtype: DataType, quantised: bool) -> f64 {
     match dtype {
         _ if quantised => 2e-1,
         DataType::Float16 => 2e-2,
@@ -63,12 +62,51 @@ pub fn check(
         } else {
             format!("{variant}: ")
         };
-        let mut pair = Pair::open(base, rewritten, recipe, &variant, options)?;
-        pair.label = label;
-        let vocabulary = pair.vocabulary;
-        for scenario in standard(vocabulary, options.seed) {
-            progress(scenario.name);
-            pair.compare(&scenario, options.seed, &mut report)?;
+        whole::check(
+            base,
+            rewritten,
+            recipe,
+            &variant,
+            &label,
+            options,
+            progress,
+            &mut report,
+        )?;
+        let groups = decoders::groups(base, &variant);
+        let several = groups.len() > 1;
+        let each: Vec<Option<&decoders::Group>> = match groups.as_slice() {
+            [] => vec![None],
+            some => some.iter().map(Some).collect(),
+        };
+        for group in each {
+            let mut pair = Pair::open(base, rewritten, recipe, &variant, group, options)?;
+            pair.label.clone_from(&label);
+            if let Some(group) = group.filter(|_| several) {
+                let file = base.parts[group.main].file.display();
+                pair.label = format!("{label}{file}: ");
+            }
+            let vocabulary = pair.vocabulary;
+            let goes_on = pair.decoder.as_ref().is_none_or(|(d, _)| d.has_past());
+            let scenarios = match &pair {
+                Pair {
+                    vision: None,
+                    embed: None,
+                    decoder: None,
+                    ..
+                } => Vec::new(),
+                _ => standard(vocabulary, options.seed),
+            };
+            for mut scenario in scenarios {
+                // What cannot go on from a cache is asked once.
+                if !goes_on {
+                    if scenario.turns.len() > 1 {
+                        continue;
+                    }
+                    scenario.decode = 0;
+                }
+                progress(scenario.name);
+                pair.compare(&scenario, options.seed, &mut report)?;
+            }
         }
         progress("tract");
         second::check(
@@ -76,7 +114,7 @@ pub fn check(
             rewritten,
             recipe,
             &variant,
-            &pair.label,
+            &label,
             options,
             &mut report,
         )?;
@@ -89,7 +127,7 @@ struct Pair {
     label: String,
     vision: Option<(ReferenceVision, VisionEncoder, [usize; 3])>,
     embed: Option<(Embedder, Embedder)>,
-    decoder: Option<(ReferenceDecoder, RunDecoder)>,
+    decoder: Option<(decoders::Reference, RunDecoder)>,
     /// Plain width of embeddings.
     width: usize,
     features: usize,
@@ -102,7 +140,7 @@ struct Pair {
     span: Option<crate::passes::StaticSpan>,
 }
 
-fn fixed(model: &Model, value: crate::ir::ValueId, axis: usize) -> Option<usize> {
+pub(super) fn fixed(model: &Model, value: crate::ir::ValueId, axis: usize) -> Option<usize> {
     let shape = model.value(value).ty.as_ref()?.shape()?;
     shape
         .get(axis)?
@@ -111,7 +149,7 @@ fn fixed(model: &Model, value: crate::ir::ValueId, axis: usize) -> Option<usize>
 }
 
 /// The lowest floating-point precision among a graph's weights.
-fn precision(model: &Model) -> DataType {
+pub(super) fn precision(model: &Model) -> DataType {
     let weights = model
         .graph()
         .initializers
@@ -129,7 +167,7 @@ fn precision(model: &Model) -> DataType {
 }
 
 /// Whether a graph computes with quantised numbers.
-fn quantised(model: &Model) -> bool {
+pub(super) fn quantised(model: &Model) -> bool {
     let ops = [
         "MatMulInteger",
         "MatMulNBits",
@@ -149,6 +187,7 @@ impl Pair {
         rewritten: &Vlm,
         recipe: &Recipe,
         variant: &str,
+        group: Option<&decoders::Group>,
         options: &Options,
     ) -> Result<Self, ValidateError> {
         let session = &options.session;
@@ -162,7 +201,8 @@ impl Pair {
             width: 0,
             features: 8,
             vocabulary: 32,
-            channel: prune.is_some() && recipe.context.marker == Marker::Channel,
+            channel: prune.is_some()
+                && !matches!(recipe.context.marker, Some(m) if m != Marker::Channel),
             dtype: DataType::Float,
             quantised: false,
             salient: prune.is_some_and(|p| p.text == TextQueries::Salient),
@@ -196,22 +236,16 @@ impl Pair {
                     pair.embed = Some((reference, run));
                 }
                 Role::Decoder(decoder) => {
-                    let reference = ReferenceDecoder::open(&old.model, decoder, prune, session)?;
-                    let mut model = new.model.clone();
-                    for drop in 1..=pair.drops {
-                        let kept = format!("duet/visual_prune/drop{drop}/kept_indices");
-                        if let Some(value) = model.find(&kept) {
-                            model = probe::with_outputs(&model, &[value])?;
-                        }
-                    }
-                    let run = RunDecoder::new(probe::open(&model, &name, session)?)?;
                     pair.width = decoder.width.map_or(pair.width, |w| w as usize);
                     pair.vocabulary = decoder.vocabulary.unwrap_or(32);
                     pair.dtype = precision(&old.model);
-                    pair.decoder = Some((reference, run));
                 }
-                Role::Unknown(_) => {}
+                // Whole models are compared on their own.
+                Role::Whole(_) | Role::Unknown(_) => {}
             }
+        }
+        if let Some(group) = group {
+            pair.decoder = Some(decoders::open(base, rewritten, group, prune, session)?);
         }
         Ok(pair)
     }
@@ -289,6 +323,7 @@ impl Pair {
                 positions,
                 visual,
                 salient,
+                ids: None,
             };
             self.step(&mut state, &input, run_embeds, &mut tally)?;
             for step in 0..scenario.decode {
@@ -311,23 +346,12 @@ impl Pair {
                     positions,
                     visual: layout.visual.clone(),
                     salient: Array2::from_elem((batch, 1), false),
+                    ids: None,
                 };
                 self.step(&mut state, &input, run_embeds, &mut tally)?;
             }
         }
-        let limit = tolerance(self.dtype, self.quantised);
-        report.worst_logits = report.worst_logits.max(tally.logits);
-        report.worst_features = report.worst_features.max(tally.feature);
-        let passed = tally.problems.is_empty() && tally.logits <= limit && tally.feature <= limit;
-        let mut detail = format!(
-            "features {:.1e} σ, logits {:.1e} σ over {} steps, {} kept sets equal",
-            tally.feature, tally.logits, tally.steps, tally.kept
-        );
-        for problem in &tally.problems {
-            detail.push_str("; ");
-            detail.push_str(problem);
-        }
-        report.add(name, passed, detail);
+        tally.report(name, tolerance(self.dtype, self.quantised), report);
         Ok(())
     }
 
@@ -376,19 +400,23 @@ impl Pair {
             salient: Some(input.salient.clone()),
         };
         let (found, kept) = run_probed(run, &given, cache, self.drops)?;
-        tally.step(
-            &expected,
-            &found.last_logits()?,
-            &kept,
-            &found.cache.lengths(),
-        );
+        let lengths = match reference.has_past() {
+            true => found.cache.lengths(),
+            // Given out all the same, for another file to go on from.
+            false => reference
+                .present_keys()
+                .filter_map(|key| found.extra.iter().find(|(name, _)| name == key))
+                .map(|(_, value)| value.shape()[2])
+                .collect(),
+        };
+        tally.step(&expected, &found.last_logits()?, &kept, &lengths);
         *cache = found.cache;
         Ok(())
     }
 }
 
 /// Kept indices at every drop point, for every row.
-type Kept = Vec<Vec<Vec<usize>>>;
+pub(super) type Kept = Vec<Vec<Vec<usize>>>;
 
 /// A step that also returns the kept indices at every drop point.
 fn run_probed(
@@ -398,15 +426,16 @@ fn run_probed(
     drops: usize,
 ) -> Result<(crate::runtime::StepOutput, Kept), ValidateError> {
     let output = decoder.step(input, cache)?;
+    let kept = kept_of(&output.extra, drops)?;
+    Ok((output, kept))
+}
+
+/// The kept indices among a run's further outputs.
+pub(super) fn kept_of(extra: &[(String, Value)], drops: usize) -> Result<Kept, ValidateError> {
     let mut kept = Vec::new();
     for drop in 1..=drops {
         let name = format!("duet/visual_prune/drop{drop}/kept_indices");
-        let Some(value) = output
-            .extra
-            .iter()
-            .find(|(n, _)| *n == name)
-            .map(|(_, v)| v)
-        else {
+        let Some(value) = extra.iter().find(|(n, _)| *n == name).map(|(_, v)| v) else {
             continue;
         };
         let tensor = value.to_tensor()?;
@@ -417,21 +446,37 @@ fn run_probed(
             .map(|row| row.iter().map(|i| *i as usize).collect());
         kept.push(rows.collect());
     }
-    Ok((output, kept))
+    Ok(kept)
 }
 
 /// What a comparison has seen so far.
 #[derive(Default)]
-struct Tally {
-    logits: f64,
-    feature: f64,
-    steps: usize,
-    kept: usize,
-    problems: Vec<String>,
+pub(super) struct Tally {
+    pub(super) logits: f64,
+    pub(super) feature: f64,
+    pub(super) steps: usize,
+    pub(super) kept: usize,
+    pub(super) problems: Vec<String>,
 }
 
 impl Tally {
-    fn features(
+    /// The finding of a scenario.
+    pub(super) fn report(&self, name: String, limit: f64, report: &mut Report) {
+        report.worst_logits = report.worst_logits.max(self.logits);
+        report.worst_features = report.worst_features.max(self.feature);
+        let passed = self.problems.is_empty() && self.logits <= limit && self.feature <= limit;
+        let mut detail = format!(
+            "features {:.1e} σ, logits {:.1e} σ over {} steps, {} kept sets equal",
+            self.feature, self.logits, self.steps, self.kept
+        );
+        for problem in &self.problems {
+            detail.push_str("; ");
+            detail.push_str(problem);
+        }
+        report.add(name, passed, detail);
+    }
+
+    pub(super) fn features(
         &mut self,
         want: &Array2<f32>,
         found: &Tensor,
@@ -462,7 +507,7 @@ impl Tally {
         Ok(())
     }
 
-    fn step(
+    pub(super) fn step(
         &mut self,
         want: &StepOut,
         logits: &Array2<f32>,
@@ -527,7 +572,7 @@ fn difference(want: &Array2<f32>, found: &Array2<f32>) -> (f64, bool) {
 }
 
 /// Transformers' position ids: how many tokens came before; 0 for padding.
-fn positions_of(past: &Array2<i64>, mask: &Array2<i64>) -> Array2<i64> {
+pub(super) fn positions_of(past: &Array2<i64>, mask: &Array2<i64>) -> Array2<i64> {
     let mut out = Array2::zeros(mask.dim());
     for (row, m) in mask.outer_iter().enumerate() {
         let mut count: i64 = past.row(row).sum();
@@ -548,7 +593,7 @@ fn cast(tensors: Vec<Tensor>, dtype: &crate::runtime::DType) -> Result<Vec<Tenso
     Ok(each.collect::<Result<_, _>>()?)
 }
 
-fn array3(tensor: &Tensor) -> Result<Array3<f32>, ValidateError> {
+pub(super) fn array3(tensor: &Tensor) -> Result<Array3<f32>, ValidateError> {
     let array = tensor.to_array()?.into_dimensionality();
     array.map_err(|e| ValidateError::Model(e.to_string()))
 }

@@ -21,9 +21,10 @@ pub fn check(
     report: &mut Report,
 ) -> Result<(), ValidateError> {
     let again = rewrite(base.clone(), recipe)?;
-    for (index, part) in rewritten.parts.iter().enumerate() {
-        let (old, new) = (&base.parts[index].model, &part.model);
-        let file = part.file.display();
+    let (olds, news, again) = (base.files()?, rewritten.files()?, again.vlm.files()?);
+    for ((old, new), again) in olds.iter().zip(&news).zip(&again) {
+        let file = new.file.display();
+        let (old, new) = (&old.model, &new.model);
         interface(old, new, &format!("{file}: interface"), report);
         let lost = changed_weights(old, new)?;
         let detail = match lost.as_slice() {
@@ -31,7 +32,7 @@ pub fn check(
             some => format!("changed: {}", some.join(", ")),
         };
         report.add(format!("{file}: weights"), lost.is_empty(), detail);
-        let expected = serialize(verify(&again.vlm.parts[index].model)?).to_vec();
+        let expected = serialize(verify(&again.model)?).to_vec();
         let found = serialize(verify(new)?).to_vec();
         let same_tool = new.metadata("duet.version") == Some(env!("CARGO_PKG_VERSION"))
             || new.metadata("duet.version").is_none();
@@ -134,18 +135,19 @@ pub fn pair(base: Vlm, rewritten: Vlm) -> Result<(Vlm, Vlm), ValidateError> {
     let mut bases = Vec::new();
     for part in &rewritten.parts {
         let kind = std::mem::discriminant(&part.role);
-        let found = base.parts.iter().find(|b| b.file == part.file).or_else(|| {
-            let mut same = base
-                .parts
-                .iter()
-                .filter(|b| std::mem::discriminant(&b.role) == kind && b.variant == part.variant);
+        let found = base.parts.iter().find(|b| b.is_piece(part)).or_else(|| {
+            let mut same = base.parts.iter().filter(|b| {
+                std::mem::discriminant(&b.role) == kind
+                    && b.variant == part.variant
+                    && b.source.branch == part.source.branch
+            });
             same.next()
                 .filter(|_| !matches!(part.role, Role::Unknown(_)))
         });
         let Some(found) = found else {
             return Err(ValidateError::Model(format!(
                 "{}: no file of the base corresponds to it (same path, or same role and variant)",
-                part.file.display()
+                part.label()
             )));
         };
         bases.push(found.clone());

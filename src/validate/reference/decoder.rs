@@ -22,6 +22,8 @@ pub struct StepIn {
     pub visual: Array2<bool>,
     /// `[b, L]`, for `text: salient`.
     pub salient: Array2<bool>,
+    /// `[b, L]`, for decoders that take token ids too.
+    pub ids: Option<Array2<i64>>,
 }
 
 /// What one step gives.
@@ -31,17 +33,24 @@ pub struct StepOut {
     pub logits: Array2<f32>,
     /// Kept indices at each drop point, for each row, into the sequence before it.
     pub kept: Vec<Vec<Vec<usize>>>,
-    /// Length of every layer's cache.
+    /// Length of every layer's cache, where the decoder gives caches.
     pub lengths: Vec<usize>,
 }
 
 /// Caches and masks of a conversation.
 #[derive(Debug)]
 pub struct State {
-    /// Key and value of every layer.
+    /// Key and value of every layer; none where the decoder gives no caches.
     caches: Vec<(Value, Value)>,
     /// Mask `[b, past]` of every stage.
     masks: Vec<Array2<i64>>,
+}
+
+impl State {
+    /// Whether nothing was said yet.
+    pub fn is_new(&self) -> bool {
+        self.masks.iter().all(|mask| mask.ncols() == 0)
+    }
 }
 
 struct Stage {
@@ -56,9 +65,12 @@ pub struct ReferenceDecoder {
     names: Names,
     prune: Option<VisualPrune>,
     dtype: DType,
+    /// Inputs that are the same for all stages.
+    given: Vec<(String, Value)>,
 }
 
 struct Names {
+    ids: Option<String>,
     embeds: String,
     mask: Option<String>,
     positions: Option<String>,
@@ -110,6 +122,7 @@ impl ReferenceDecoder {
             stages.push(Stage { first, session });
         }
         let names = Names {
+            ids: decoder.ids.map(|i| name(i.value)),
             embeds: name(decoder.embeds),
             mask: decoder.attention_mask.map(name),
             positions: decoder.position_ids.map(name),
@@ -117,12 +130,12 @@ impl ReferenceDecoder {
             past: decoder
                 .layers
                 .iter()
-                .map(|l| (name(l.past.0), name(l.past.1)))
+                .filter_map(|l| l.past.map(|(k, v)| (name(k), name(v))))
                 .collect(),
             present: decoder
                 .layers
                 .iter()
-                .map(|l| (name(l.present.0), name(l.present.1)))
+                .filter_map(|l| l.present.map(|(k, v)| (name(k), name(v))))
                 .collect(),
             probes: drops
                 .iter()
@@ -143,7 +156,25 @@ impl ReferenceDecoder {
             names,
             prune: prune.cloned(),
             dtype,
+            given: Vec::new(),
         })
+    }
+
+    /// Gives an input of the graph that nothing behind the embeddings reads the
+    /// data of, for all stages.
+    pub fn give(&mut self, name: &str, value: Value) {
+        self.given.retain(|(n, _)| n != name);
+        self.given.push((name.to_owned(), value));
+    }
+
+    /// Whether it goes on from what it said before.
+    pub fn has_past(&self) -> bool {
+        !self.names.past.is_empty()
+    }
+
+    /// Names of the key outputs of its layers, if it gives caches.
+    pub fn present_keys(&self) -> impl Iterator<Item = &str> {
+        self.names.present.iter().map(|(key, _)| key.as_str())
     }
 
     /// Number of layers.
@@ -162,7 +193,7 @@ impl ReferenceDecoder {
     /// ONNX Runtime refuses an empty tensor.
     pub fn start(&self, batch: usize) -> Result<State, ValidateError> {
         let mut caches = Vec::new();
-        for _ in 0..self.depth() {
+        for _ in &self.names.present {
             caches.push((self.zeros(batch, 0)?, self.zeros(batch, 0)?));
         }
         Ok(State {
@@ -176,7 +207,8 @@ impl ReferenceDecoder {
             self.decoder.kv_heads as usize,
             self.decoder.head_dim as usize,
         );
-        let cache = self.stages[0].session.input(&self.names.past[0].0);
+        let past = self.names.past.first();
+        let cache = past.and_then(|(key, _)| self.stages[0].session.input(key));
         let dtype = cache.and_then(|p| p.dtype).unwrap_or(self.dtype);
         Ok(Value::new(Tensor::zeros(
             dtype,
@@ -185,6 +217,8 @@ impl ReferenceDecoder {
     }
 
     /// Runs new tokens through all stages.
+    ///
+    /// A decoder without a past has to be given a state of its own for each step.
     ///
     /// # Errors
     /// A run fails, or scores are not finite.
@@ -220,6 +254,7 @@ impl ReferenceDecoder {
         let mut embeds = input.embeds.clone();
         let mut mask = input.mask.clone();
         let mut positions = input.positions.clone();
+        let mut ids = input.ids.clone();
         let renumber = self
             .prune
             .as_ref()
@@ -237,9 +272,18 @@ impl ReferenceDecoder {
             let full_mask =
                 ndarray::concatenate(Axis(1), &[state.masks[number].view(), mask.view()])
                     .map_err(|e| ValidateError::Model(e.to_string()))?;
-            let outputs = self.run(number, state, &embeds, &full_mask, &positions, past, batch)?;
-            for layer in first..end {
-                let (key, value) = &self.names.present[layer];
+            let outputs = self.run(
+                number,
+                state,
+                &embeds,
+                &full_mask,
+                &positions,
+                ids.as_ref(),
+                past,
+                batch,
+            )?;
+            let presents = self.names.present.iter().enumerate();
+            for (layer, (key, value)) in presents.take(end).skip(first) {
                 state.caches[layer] = (outputs.get(key)?.clone(), outputs.get(value)?.clone());
             }
             if number + 1 == self.stages.len() {
@@ -291,6 +335,9 @@ impl ReferenceDecoder {
                 }
                 visual[row] = keep.iter().map(|&i| visual[row][i]).collect();
             }
+            ids = ids.map(|ids| {
+                Array2::from_shape_fn((batch, length), |(row, slot)| ids[[row, kept[row][slot]]])
+            });
             (mask, positions, embeds) = (next_mask, next_positions, next_embeds);
             kept_all.push(kept);
         }
@@ -312,6 +359,7 @@ impl ReferenceDecoder {
         embeds: &Array3<f32>,
         mask: &Array2<i64>,
         positions: &Array2<i64>,
+        ids: Option<&Array2<i64>>,
         past: usize,
         batch: usize,
     ) -> Result<crate::runtime::Outputs, ValidateError> {
@@ -323,6 +371,15 @@ impl ReferenceDecoder {
         let filler = self.zeros(batch, past)?;
         let embeds = Value::new(Tensor::from(embeds.clone()).cast_float(self.dtype)?)?;
         let mut feed: Vec<(&str, Value)> = vec![(&self.names.embeds, embeds)];
+        if let (Some(name), Some(ids)) = (&self.names.ids, ids) {
+            let narrow = self.stages[0].session.input(name).and_then(|p| p.dtype);
+            let ids: Tensor = match narrow {
+                Some(DType::I32) => ids.map(|i| i32::try_from(*i).unwrap_or(i32::MAX)).into(),
+                _ => ids.clone().into(),
+            };
+            feed.push((name, Value::new(ids)?));
+        }
+        feed.extend(self.given.iter().map(|(n, v)| (n.as_str(), v.clone())));
         if let Some(name) = &self.names.mask {
             feed.push((name, Value::new(Tensor::from(mask.clone()))?));
         }

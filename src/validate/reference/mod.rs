@@ -14,4 +14,5 @@ mod decoder;
 mod vision;
 
 pub use decoder::{ReferenceDecoder, State, StepIn, StepOut};
+pub(in crate::validate) use vision::per_image;
 pub use vision::{ReferenceFeatures, ReferenceVision};
