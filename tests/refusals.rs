@@ -71,8 +71,8 @@ fn layers_that_share_keys_are_refused() {
     };
     // Layer 5 also reads what layer 1 made of the tokens: nothing between them is
     // all that the later layers depend on.
-    let early = decoder.layers[1].new_key;
-    let late = decoder.layers[5].new_key;
+    let early = decoder.layers[1].new_key.value;
+    let late = decoder.layers[5].new_key.value;
     let reader = model.value(late).uses[0];
     let mut patch = Patch::new(&model, "share");
     let sum = patch.op("Add", &[late, early]);
@@ -119,7 +119,7 @@ fn an_unknown_input_that_later_layers_read_is_refused() {
     let Role::Decoder(decoder) = Role::of(&model) else {
         panic!("a decoder");
     };
-    let late = decoder.layers[5].boundary;
+    let late = decoder.layers[5].boundary[0];
     let reader = model.value(late).uses[0];
     let mut patch = Patch::new(&model, "gate");
     let shape = vec![

@@ -31,7 +31,8 @@ pub struct Site {
     pub key: Operand,
     /// Factor applied to the product itself.
     pub post_scale: f64,
-    /// A bound put on the scores before the softmax (0: none).
+    /// A bound c put on a scaled score s before the softmax, c·tanh(s / c)
+    /// (0: none).
     pub softcap: f64,
 }
 
@@ -90,7 +91,7 @@ fn softmax_site(model: &Model, id: NodeId) -> Option<Site> {
                     node: id,
                     query,
                     key,
-                    post_scale,
+                    post_scale: uncapped(post_scale, softcap),
                     softcap,
                 });
             }
@@ -108,11 +109,14 @@ fn softmax_site(model: &Model, id: NodeId) -> Option<Site> {
                     node: id,
                     query,
                     key,
-                    post_scale: post_scale * f64::from(node.attr_float("alpha").unwrap_or(1.0)),
+                    post_scale: uncapped(post_scale, softcap)
+                        * f64::from(node.attr_float("alpha").unwrap_or(1.0)),
                     softcap,
                 });
             }
-            "Cast" | "Identity" | "Reshape" => at = node.input(0)?,
+            "Cast" | "Identity" | "Reshape" | "QuantizeLinear" | "DequantizeLinear" => {
+                at = node.input(0)?;
+            }
             // scores + mask, in either order: the scores come from a product.
             "Add" => {
                 let (a, b) = (node.input(0)?, node.input(1)?);
@@ -148,6 +152,16 @@ fn softmax_site(model: &Model, id: NodeId) -> Option<Site> {
     None
 }
 
+/// The factor before a bound c: the quotient by c inside of the tanh is no part
+/// of it.
+fn uncapped(inside: f64, softcap: f64) -> f64 {
+    if softcap == 0.0 {
+        inside
+    } else {
+        inside * softcap
+    }
+}
+
 /// Whether a value is a product of two computed tensors, possibly scaled.
 fn from_product(model: &Model, mut value: ValueId) -> bool {
     for _ in 0..6 {
@@ -156,7 +170,8 @@ fn from_product(model: &Model, mut value: ValueId) -> bool {
         };
         let next = match node.op_type.as_str() {
             "MatMul" | "FusedMatMul" => return true,
-            "Cast" | "Identity" | "Reshape" | "Div" | "Tanh" | "Add" => node.input(0),
+            "Cast" | "Identity" | "Reshape" | "Div" | "Tanh" | "Add" | "QuantizeLinear"
+            | "DequantizeLinear" => node.input(0),
             "Mul" => {
                 let (a, b) = (node.input(0), node.input(1));
                 let constant = a.is_some_and(|a| consts::constant(model, a).is_some());
@@ -188,7 +203,9 @@ pub(super) fn operand(model: &Model, value: ValueId) -> Operand {
         };
         let Some(first) = node.input(0) else { break };
         match node.op_type.as_str() {
-            "Transpose" | "Cast" | "Identity" | "Unsqueeze" | "Squeeze" | "Expand" | "Flatten" => {
+            // A quantised model rounds between its operators: that changes no layout.
+            "Transpose" | "Cast" | "Identity" | "Unsqueeze" | "Squeeze" | "Expand" | "Flatten"
+            | "QuantizeLinear" | "DequantizeLinear" => {
                 result.root = first;
             }
             "Reshape" => {

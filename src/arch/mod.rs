@@ -9,7 +9,6 @@ mod attention;
 mod decoder;
 mod embedding;
 mod hidden;
-mod layers;
 mod residual;
 mod scalar;
 mod tower;
@@ -18,7 +17,7 @@ mod vlm;
 mod whole;
 
 pub use attention::{Operand, Site, sites};
-pub use decoder::{Decoder, DecoderLayer, TokenIds};
+pub use decoder::{Decoder, DecoderLayer, Layout, Projection, Rotary, TokenIds, cache_heads};
 pub use embedding::Embedding;
 pub use hidden::{hidden_network, network_functions};
 pub use tower::VisionTower;

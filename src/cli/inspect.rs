@@ -144,7 +144,7 @@ fn decoder(model: &Model, d: &Decoder) -> Value {
         "dtype": d.dtype.to_string(),
         "drop_points": (1..d.depth()).map(|l| json!({
             "after_layer": l,
-            "residual": model.name(d.layers[l].boundary),
+            "residual": d.layers[l].boundary.iter().map(|v| model.name(*v)).collect::<Vec<_>>().join(", "),
         })).collect::<Vec<_>>(),
         "prelude_nodes": prelude(model, d),
     })
@@ -156,7 +156,7 @@ fn prelude(model: &Model, decoder: &Decoder) -> usize {
     let Some(second) = decoder.layers.get(1) else {
         return 0;
     };
-    let behind = crate::ir::cone::descendants(model, &[second.boundary], false);
+    let behind = crate::ir::cone::descendants(model, &second.boundary, false);
     let data = crate::ir::cone::descendants(model, &[decoder.embeds], true);
     let side: Vec<_> = model
         .graph()
@@ -167,7 +167,7 @@ fn prelude(model: &Model, decoder: &Decoder) -> usize {
             n.outputs
                 .iter()
                 .flatten()
-                .any(|o| behind.contains(o) && *o != second.boundary)
+                .any(|o| behind.contains(o) && !second.boundary.contains(o))
         })
         .flat_map(|n| n.inputs.iter().flatten().copied())
         .filter(|v| !behind.contains(v) && !data.contains(v))

@@ -40,7 +40,7 @@ pub mod whole;
 #[cfg(test)]
 mod test_models;
 
-pub use decoder::{Cache, Decoder, StepInput, StepOutput};
+pub use decoder::{Cache, CacheHeads, Decoder, StepInput, StepOutput};
 pub use error::RuntimeError;
 pub use generate::{
     GenerateOptions, Generation, Prepared, Stop, Timing, Token, VlmFiles, VlmPipeline,

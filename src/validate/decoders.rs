@@ -5,7 +5,7 @@ use super::reference::{ReferenceDecoder, State, StepIn, StepOut};
 use super::{ValidateError, probe};
 use crate::arch::{Decoder, Part, Role, Vlm};
 use crate::passes::VisualPrune;
-use crate::runtime::{DType, Decoder as RunDecoder, Session, SessionOptions};
+use crate::runtime::{CacheHeads, DType, Decoder as RunDecoder, Session, SessionOptions};
 
 /// Positions in [`Vlm::parts`] of one decoder's graphs.
 #[derive(Clone, Debug, Default)]
@@ -76,6 +76,16 @@ impl Reference {
     /// Whether it goes on from what it said before.
     pub(super) fn has_past(&self) -> bool {
         self.main.has_past()
+    }
+
+    /// Why the unmodified decoder takes no several new tokens on top of a cache, if
+    /// it does not.
+    pub(super) fn continues(&mut self) -> Result<Option<String>, ValidateError> {
+        if self.main.has_past() {
+            self.main.continues()
+        } else {
+            Ok(None)
+        }
     }
 
     /// Names of the key outputs of its layers, if it gives caches.
@@ -149,7 +159,11 @@ pub(super) fn open(
             found.ok_or_else(|| ValidateError::Model(format!("{}: lost", file.display())))?;
         probe::open(&found.model, &file.display().to_string(), session)
     };
-    let mut run = RunDecoder::new(open(group.main)?)?;
+    let heads = CacheHeads {
+        count: usize::try_from(decoder.kv_heads).unwrap_or(1),
+        width: usize::try_from(decoder.head_dim).unwrap_or(1),
+    };
+    let mut run = RunDecoder::with_heads(open(group.main)?, Some(heads))?;
     if let Some(prompt) = group.prompt
         && rewritten.parts[prompt].file != rewritten.parts[group.main].file
     {

@@ -32,6 +32,19 @@ pub struct Scenario {
     pub decode: usize,
 }
 
+impl Scenario {
+    /// Whether a row is shorter than another, and so padded on the left (images
+    /// have the same number of features each).
+    pub fn padded(&self) -> bool {
+        let length = |row: &Vec<Vec<i64>>| (row.len(), row.iter().map(Vec::len).sum::<usize>());
+        self.turns.iter().any(|turn| {
+            let mut lengths = turn.rows.iter().map(length);
+            let first = lengths.next();
+            lengths.any(|other| Some(other) != first)
+        })
+    }
+}
+
 /// A small generator of reproducible numbers (SplitMix64): the scenarios have to
 /// be the same on every machine and in every version of any library.
 #[derive(Clone, Debug)]
@@ -140,6 +153,10 @@ pub fn standard(vocabulary: i64, seed: u64) -> Vec<Scenario> {
             turns: vec![turn(&[&[5, 9]]), turn(&[&[4, 6]])],
             decode: 2,
         },
+        single(
+            "batch of two rows of one length",
+            turn(&[&[5, 9], &[3, 11]]),
+        ),
     ]
 }
 

@@ -4,9 +4,9 @@
 use ndarray::Array2;
 
 use super::report::Report;
-use super::scenario::{Seeded, lay_out, standard};
+use super::scenario::{Scenario, Seeded, lay_out, standard};
 use super::{Options, ValidateError, probe};
-use crate::arch::{Decoder, Role, VisionTower, Vlm};
+use crate::arch::{Decoder, Layout, Projection, Role, VisionTower, Vlm};
 use crate::ir::cone::ancestors;
 use crate::ir::{DataType, Dim, Model, ValueId, ValueType, extract, verify};
 use crate::onnx::serialize;
@@ -137,11 +137,15 @@ fn decoder_check(
 ) -> Result<(), ValidateError> {
     for drop in 1..=prune.drops.len() {
         let scope = format!("duet/visual_prune/drop{drop}");
-        let boundary = decoder.layers[prune.drops[drop - 1].after_layer].boundary;
+        let layer = &decoder.layers[prune.drops[drop - 1].after_layer];
+        let rank = |projection: &Projection| match projection.layout {
+            Layout::Heads => 4,
+            Layout::Rows { .. } => 3,
+        };
         let mut inputs = vec![
-            port(format!("{scope}/query"), 4, decoder.dtype),
-            port(format!("{scope}/key"), 4, decoder.dtype),
-            port(old.name(boundary), 3, decoder.dtype),
+            port(format!("{scope}/query"), rank(&layer.query), decoder.dtype),
+            port(format!("{scope}/key"), rank(&layer.new_key), decoder.dtype),
+            port(old.name(layer.boundary[0]), 3, decoder.dtype),
             port("duet/visual_prune/entry/visual_mask", 2, DataType::Bool),
             port("duet/visual_prune/entry/real_mask", 2, DataType::Bool),
             port("duet/visual_prune/entry/text_mask", 2, DataType::Bool),
@@ -182,7 +186,12 @@ fn decoder_feed(
     decoder: &Decoder,
     rng: &mut Seeded,
 ) -> Result<Vec<(String, Tensor)>, ValidateError> {
-    let scenario = &standard(8, 1)[4];
+    // A batch, padded if the model takes padding.
+    let all = standard(8, 1);
+    let fits = |s: &&Scenario| s.turns[0].rows.len() == 2 && s.padded() == decoder.takes_padding();
+    let Some(scenario) = all.iter().find(fits) else {
+        return Err(ValidateError::Model("no scenario fits the decoder".into()));
+    };
     let layout = lay_out(&scenario.turns[0], &[24, 24]);
     let (b, l) = layout.ids.dim();
     let mut feed = Vec::new();
@@ -214,7 +223,8 @@ fn decoder_feed(
         } else if name == crate::passes::SALIENT_MASK_INPUT {
             Tensor::from(Array2::from_elem((b, l), false))
         } else {
-            let dims = [b, known(1).unwrap_or(1), 0, known(3).unwrap_or(1)];
+            let (heads, width) = (decoder.kv_heads as usize, decoder.head_dim as usize);
+            let dims = [b, known(1).unwrap_or(heads), 0, known(3).unwrap_or(width)];
             Tensor::zeros(dtype(decoder.dtype), dims)?
         };
         feed.push((name.to_owned(), tensor));

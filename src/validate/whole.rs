@@ -439,8 +439,8 @@ fn decoder_alone(model: &Model, decoder: &Decoder) -> Result<(Model, Decoder), V
         }
     };
     moved(&mut alone.embeds);
-    alone.residuals.iter_mut().for_each(moved);
-    let boundaries = alone.layers.iter_mut().map(|l| &mut l.boundary);
+    alone.residuals.iter_mut().flatten().for_each(moved);
+    let boundaries = alone.layers.iter_mut().flat_map(|l| &mut l.boundary);
     boundaries.for_each(moved);
     Ok((cut, alone))
 }

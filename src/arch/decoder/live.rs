@@ -1,9 +1,12 @@
 //! What makes a decoder's attentions its layers, whether a cache names them or
 //! not.
 
-use super::attention::{Site, head_rows, operand, sites, split_heads};
-use super::tower::projection_width;
-use super::{DecoderLayer, NoMatch};
+use super::layer::cache_dim;
+use super::{DecoderLayer, Layout, Projection};
+use crate::arch::NoMatch;
+use crate::arch::attention::{Site, head_rows, operand, sites, split_heads};
+use crate::arch::residual::Cut;
+use crate::arch::tower::projection_width;
 use crate::ir::cone::{ancestors, descendants};
 use crate::ir::{Model, NodeId, ValueId};
 
@@ -44,7 +47,7 @@ impl Live {
     /// Every attention has to be a layer's: one that is not would keep the
     /// length that a drop before it changed.
     pub(super) fn all_taken(&self, model: &Model, layers: &[DecoderLayer]) -> Result<(), String> {
-        let taken = |n: NodeId| layers.iter().any(|l| l.site.node == n);
+        let taken = |n: NodeId| layers.iter().any(|l| l.node == n);
         if let Some(site) = self.sites.iter().find(|s| !taken(s.node)) {
             return Err(format!(
                 "{} is an attention that belongs to none of the {} layers found by their cache outputs",
@@ -64,40 +67,12 @@ impl Live {
     }
 }
 
-/// The query that an attention reads and the factor it applies besides.
-pub(super) fn scored(
-    model: &Model,
-    site: &Site,
-    boundary: ValueId,
-) -> Result<(ValueId, f64), String> {
-    let at = || model.describe(site.node);
-    if site.softcap != 0.0 {
-        return Err(format!(
-            "{} bounds its scores (softcap), which is not supported",
-            at()
-        ));
-    }
-    let scale = site.key.scale * site.post_scale;
-    if !scale.is_finite() {
-        return Err(format!("the scale of {} is not a constant", at()));
-    }
-    let query = site.query.value;
-    if !descendants(model, &[boundary], true).contains(&query) {
-        return Err(format!(
-            "the query of {} does not come from '{}'",
-            at(),
-            model.name(boundary)
-        ));
-    }
-    Ok((query, scale))
-}
-
 /// The layer of an attention that no cache output names.
 pub(super) fn uncached(
     model: &Model,
     number: usize,
     site: &Site,
-    residuals: &[ValueId],
+    residuals: &[Cut],
 ) -> Result<DecoderLayer, NoMatch> {
     let fail = |found: String| NoMatch::new(format!("decoder layer {number}"), found);
     let Some(new_key) = head_rows(model, site) else {
@@ -109,21 +84,37 @@ pub(super) fn uncached(
     // Scaling before these rows is theirs already.
     let carried = operand(model, new_key).scale;
     let source = ancestors(model, &[new_key], true);
-    let Some(&boundary) = residuals.iter().rev().find(|r| source.contains(r)) else {
+    let enters = |cut: &&Cut| cut.iter().any(|v| source.contains(v));
+    let at = model.describe(site.node);
+    let Some(boundary) = residuals.iter().rev().find(enters) else {
         return Err(fail(format!(
-            "the keys of {} do not depend on the residual stream",
-            model.describe(site.node)
+            "the keys of {at} do not depend on the residual stream"
         )));
     };
-    let (query, scale) = scored(model, site, boundary).map_err(&fail)?;
+    let scale = site.key.scale * site.post_scale;
+    if !scale.is_finite() {
+        return Err(fail(format!("the scale of {at} is not a constant")));
+    }
+    if !descendants(model, boundary, true).contains(&site.query.value) {
+        return Err(fail(format!(
+            "the query of {at} does not come from '{}'",
+            model.name(boundary[0])
+        )));
+    }
     Ok(DecoderLayer {
-        boundary,
+        boundary: boundary.clone(),
         past: None,
         present: None,
-        new_key,
-        query,
+        new_key: Projection::heads(new_key),
+        query: Projection::heads(site.query.value),
+        rotary: None,
         scale: scale / carried,
-        site: site.clone(),
+        softcap: site.softcap,
+        node: site.node,
+        masked: true,
+        heads: site.query.heads.map(|h| h.0).filter(|h| *h > 0),
+        kv_heads: None,
+        head_dim: None,
     })
 }
 
@@ -131,20 +122,18 @@ pub(super) fn uncached(
 /// the key projection is split.
 pub(super) fn key_shape(model: &Model, layer: &DecoderLayer) -> Option<(i64, i64)> {
     let caches = [layer.past, layer.present];
-    let caches = caches.into_iter().flatten();
-    let values: Vec<ValueId> = caches.flat_map(|(k, v)| [k, v]).collect();
-    let stated = |axis: usize| {
-        values.iter().find_map(|&v| {
-            let shape = model.value(v).ty.as_ref()?.shape()?;
-            (shape.len() == 4).then(|| shape[axis].known()).flatten()
-        })
-    };
-    if let Some(both) = stated(1).zip(stated(3)) {
+    let ends = || caches.into_iter().flatten().flat_map(|(k, v)| [k, v]);
+    let kv_heads = cache_dim(model, ends(), 1).or(layer.kv_heads);
+    let head_dim = cache_dim(model, ends(), 3).or(layer.head_dim);
+    if let Some(both) = kv_heads.zip(head_dim) {
         return Some(both);
     }
+    if layer.new_key.layout != Layout::Heads {
+        return None;
+    }
     // The reshape nearest before the rotary embedding, if there is one.
-    let tokens = descendants(model, &[layer.boundary], true);
-    let mut front = vec![layer.new_key];
+    let tokens = descendants(model, &layer.boundary, true);
+    let mut front = vec![layer.new_key.value];
     for _ in 0..12 {
         let mut before = Vec::new();
         for value in front {

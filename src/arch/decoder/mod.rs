@@ -7,40 +7,102 @@
 //! cache has its attentions for layers, in the order of the data. Either way no
 //! attention between embeddings and logits may be left over.
 
-use std::collections::BTreeMap;
+mod cache;
+mod fused;
+mod layer;
+mod live;
 
-use super::attention::{Site, operand};
-use super::layers::{Live, key_shape, scored, uncached};
-use super::residual::articulations;
+use cache::Caches;
+use layer::Layer;
+use live::{Live, key_shape, uncached};
+
+pub use layer::cache_heads;
+
+use super::residual::cuts;
 use super::tower::element_type;
 use super::{MIN_OPSET, NoMatch, hidden_network};
-use crate::ir::cone::{ancestors, carries_data, descendants};
-use crate::ir::{DataType, Def, Dim, Model, Node, ValueId, consts};
+use crate::ir::cone::carries_data;
+use crate::ir::{DataType, Dim, Model, Node, NodeId, ValueId, consts};
 
-/// What is looked for.
-const WANT: &str = "a decoder";
+/// How the queries or keys of all heads lie in a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// `[batch, heads, sequence, head_dim]`.
+    Heads,
+    /// `[batch, sequence, columns]`: heads side by side from column `start` on.
+    Rows {
+        /// First column.
+        start: i64,
+        /// Number of heads.
+        heads: i64,
+    },
+}
+
+/// Queries or keys of the tokens processed now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Projection {
+    /// The tensor they are in.
+    pub value: ValueId,
+    /// Where in it.
+    pub layout: Layout,
+    /// A vector that the attention adds to them, and its first column
+    /// (`MultiHeadAttention` with `bias`).
+    pub bias: Option<(ValueId, i64)>,
+}
+
+/// A rotary embedding that the attention operator itself applies to queries and
+/// keys (`GroupQueryAttention` with `do_rotary`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rotary {
+    /// Cosines `[positions, width / 2]`.
+    pub cos: ValueId,
+    /// Sines `[positions, width / 2]`.
+    pub sin: ValueId,
+    /// `seqlens_k` `[batch]`: length of each row with its past, less 1. Token i of
+    /// L is at position `seqlens_k + 1 − L + i`.
+    pub lengths: ValueId,
+    /// Position ids `[batch, sequence]`, where the operator is given them.
+    pub positions: Option<ValueId>,
+    /// Whether neighbours are rotated together, rather than the two halves.
+    pub interleaved: bool,
+    /// Columns of each head that are rotated (the first ones).
+    pub width: i64,
+}
 
 /// One decoder layer.
 #[derive(Clone, Debug)]
 pub struct DecoderLayer {
-    /// Residual tensor `[batch, sequence, width]` that enters the layer.
-    pub boundary: ValueId,
+    /// What enters the layer, `[batch, sequence, width]` each: the residual
+    /// tensor, or (where one operator computes the residual sum and its norm)
+    /// that operator's outputs.
+    pub boundary: Vec<ValueId>,
     /// Cache inputs `[batch, kv_heads, past, head_dim]`, if the decoder goes on
     /// from a cache.
     pub past: Option<(ValueId, ValueId)>,
     /// Cache outputs `[batch, kv_heads, past + sequence, head_dim]`, if it gives
     /// them.
     pub present: Option<(ValueId, ValueId)>,
-    /// Keys of the tokens processed now, rotary embedding applied, before the
-    /// cache: `[batch, kv_heads, sequence, head_dim]`.
-    pub new_key: ValueId,
-    /// Query operand `[batch, heads, sequence, head_dim]`, rotary embedding (and
-    /// what scale the exporter put on it) applied.
-    pub query: ValueId,
+    /// Keys of the tokens processed now, before the cache, with every rotary
+    /// embedding applied but `rotary`.
+    pub new_key: Projection,
+    /// Queries, with every rotary embedding but `rotary` (and what scale the
+    /// exporter put on them) applied.
+    pub query: Projection,
+    /// Rotary embedding inside the attention operator.
+    pub rotary: Option<Rotary>,
     /// Factor that the attention applies besides what `query` carries.
     pub scale: f64,
-    /// The attention.
-    pub site: Site,
+    /// Bound on the scores, `c·tanh(s / c)` of a scaled score s (0: none).
+    pub softcap: f64,
+    /// The attention (its `Softmax`, or the fused operator).
+    pub node: NodeId,
+    /// Whether the attention takes a mask. One that takes lengths only
+    /// (`GroupQueryAttention` without `attention_bias`) knows no padding on the
+    /// left.
+    pub masked: bool,
+    heads: Option<i64>,
+    kv_heads: Option<i64>,
+    head_dim: Option<i64>,
 }
 
 /// Token ids beside the embeddings.
@@ -51,6 +113,9 @@ pub struct TokenIds {
     /// The id that image features take the place of, as the graph compares it.
     pub image: i64,
 }
+
+/// What is looked for.
+const WANT: &str = "a decoder";
 
 /// A recognised decoder.
 #[derive(Clone, Debug)]
@@ -68,8 +133,9 @@ pub struct Decoder {
     pub logits: ValueId,
     /// Layers in order.
     pub layers: Vec<DecoderLayer>,
-    /// Residual tensors in order, `embeds` first (the boundaries among them).
-    pub residuals: Vec<ValueId>,
+    /// What all data passes through, in order, `embeds` first (the boundaries
+    /// among them): single residual tensors, or several outputs of one node.
+    pub residuals: Vec<Vec<ValueId>>,
     /// Width of the residual stream, where the file states it.
     pub width: Option<i64>,
     /// Query heads, where they can be told.
@@ -120,10 +186,9 @@ impl Decoder {
 
     /// The output that is none of the cache's.
     pub(super) fn logits_of(model: &Model) -> Result<ValueId, NoMatch> {
-        let caches = Caches::of(model);
         let mut outputs = model.graph().outputs.iter().copied();
         let logits = outputs.find(|v| {
-            caches.role(model.name(*v)).is_none()
+            !Caches::holds(model.name(*v))
                 && element_type(model, *v).is_some_and(DataType::is_float)
         });
         let none = || NoMatch::new(WANT, "no floating-point output besides the cache (logits)");
@@ -141,7 +206,7 @@ impl Decoder {
     ) -> Result<Self, NoMatch> {
         let fail = |found: String| Err(NoMatch::new(WANT, found));
         let caches = Caches::of(model);
-        let residuals = articulations(model, embeds, logits);
+        let residuals = cuts(model, embeds, logits);
         if residuals.is_empty() {
             return fail(format!(
                 "'{}' does not depend on '{}'",
@@ -150,7 +215,7 @@ impl Decoder {
             ));
         }
         let live = Live::of(model, embeds, logits);
-        let mut layers = Vec::new();
+        let mut layers: Vec<DecoderLayer> = Vec::new();
         for (number, present) in &caches.present {
             let layer = Layer {
                 model,
@@ -180,30 +245,41 @@ impl Decoder {
         if let Err(found) = live.all_taken(model, &layers) {
             return fail(found);
         }
-        let order = |v: ValueId| residuals.iter().position(|r| *r == v);
+        let order = |cut: &[ValueId]| residuals.iter().position(|r| r == cut);
         for (i, pair) in layers.windows(2).enumerate() {
-            if order(pair[0].boundary) >= order(pair[1].boundary) {
+            if order(&pair[0].boundary) >= order(&pair[1].boundary) {
                 return fail(format!(
                     "layers {i} and {} are entered by the same tensor '{}'; parallel layers are not supported",
                     i + 1,
-                    model.name(pair[1].boundary)
+                    model.name(pair[1].boundary[0])
                 ));
             }
         }
-        let Some((kv_heads, head_dim)) = key_shape(model, &layers[0]) else {
+        let first: &DecoderLayer = &layers[0];
+        let Some((kv_heads, head_dim)) = key_shape(model, first) else {
             return fail(format!(
                 "the number of heads and their width cannot be told from '{}'; expected [batch, kv_heads, \
                  sequence, head_dim], stated by a cache or by the reshape of the key projection",
-                model.name(layers[0].new_key)
+                model.name(first.new_key.value)
             ));
         };
+        if let Some(i) = layers.iter().position(|l| {
+            l.kv_heads.is_some_and(|h| h != kv_heads) || l.head_dim.is_some_and(|w| w != head_dim)
+        }) {
+            return fail(format!(
+                "layer {i} has other heads than layer 0 ({kv_heads} key heads of width {head_dim}), at {}; \
+                 layers of different shape are not supported",
+                model.describe(layers[i].node)
+            ));
+        }
         let named = |name: &str| model.input(name);
         let last = |v: ValueId| {
             let shape = model.value(v).ty.as_ref().and_then(|t| t.shape());
             shape.and_then(<[Dim]>::last).and_then(Dim::known)
         };
-        let stated = layers[0].site.query.heads.map(|h| h.0).filter(|h| *h > 0);
-        let heads = stated.or_else(|| output_width(model, &layers[0].site).map(|w| w / head_dim));
+        let heads = first
+            .heads
+            .or_else(|| output_width(model, first.node).map(|w| w / head_dim));
         let heads = heads.filter(|h| *h > 0 && h % kv_heads == 0);
         Ok(Self {
             embeds,
@@ -237,12 +313,18 @@ impl Decoder {
     pub fn depth(&self) -> usize {
         self.layers.len()
     }
+
+    /// Whether rows of a batch may be padded on the left: every attention takes
+    /// a mask.
+    pub fn takes_padding(&self) -> bool {
+        self.layers.iter().all(|l| l.masked)
+    }
 }
 
 /// What the heads of an attention give together: the depth of the linear layer
 /// that reads its result. (The query projection may be packed with others.)
-fn output_width(model: &Model, site: &Site) -> Option<i64> {
-    let mut at = model.node(site.node).output(0)?;
+fn output_width(model: &Model, attention: NodeId) -> Option<i64> {
+    let mut at = model.node(attention).output(0)?;
     for _ in 0..16 {
         // The result goes one way; sizes are read off it besides.
         let mut readers = model
@@ -274,193 +356,5 @@ fn linear_depth(model: &Model, node: &Node) -> Option<i64> {
         "Gemm" => weight().map(|d| d[usize::from(node.attr_int("transB") == Some(1))]),
         "MatMulNBits" => node.attr_int("K"),
         _ => None,
-    }
-}
-
-/// Cache inputs and outputs by layer number.
-struct Caches {
-    present: BTreeMap<usize, (ValueId, ValueId)>,
-    past: BTreeMap<usize, (ValueId, ValueId)>,
-}
-
-impl Caches {
-    fn of(model: &Model) -> Self {
-        let graph = model.graph();
-        let mut found = Self {
-            present: BTreeMap::new(),
-            past: BTreeMap::new(),
-        };
-        let pairs = |values: &[ValueId], what: &str| {
-            let (mut keys, mut layers) = (BTreeMap::new(), BTreeMap::new());
-            for &value in values {
-                match cache_name(model.name(value), what) {
-                    Some((layer, true)) => {
-                        keys.insert(layer, value);
-                    }
-                    Some((layer, false)) => {
-                        if let Some(&key) = keys.get(&layer) {
-                            layers.insert(layer, (key, value));
-                        }
-                    }
-                    None => {}
-                }
-            }
-            layers
-        };
-        found.present = pairs(&graph.outputs, "present");
-        found.past = pairs(&graph.inputs, "past");
-        found
-    }
-
-    fn role(&self, name: &str) -> Option<(usize, bool)> {
-        cache_name(name, "present")
-    }
-}
-
-/// (layer, is key) of a cache name such as `present.3.key`,
-/// `past_key_values.3.value` or `past_key_3`.
-fn cache_name(name: &str, what: &str) -> Option<(usize, bool)> {
-    let rest = name.strip_prefix(what)?;
-    let digits: String = rest
-        .chars()
-        .skip_while(|c| !c.is_ascii_digit())
-        .take_while(char::is_ascii_digit)
-        .collect();
-    let layer = digits.parse().ok()?;
-    // `past_key_values` holds both words: the layer's own word comes last.
-    let own = rest.replace("key_values", "");
-    match (own.contains("key"), own.contains("value")) {
-        (true, false) => Some((layer, true)),
-        (false, true) => Some((layer, false)),
-        _ => None,
-    }
-}
-
-struct Layer<'a> {
-    model: &'a Model,
-    caches: &'a Caches,
-    number: usize,
-    present: (ValueId, ValueId),
-}
-
-impl Layer<'_> {
-    fn recognise(&self, residuals: &[ValueId], all: &[Site]) -> Result<DecoderLayer, NoMatch> {
-        let model = self.model;
-        let number = self.number;
-        let fail = |found: String| NoMatch::new(format!("decoder layer {number}"), found);
-        let past = self.caches.past.get(&number).copied();
-        if past.is_none() && !self.caches.past.is_empty() {
-            return Err(fail(format!(
-                "no cache inputs past_key_values.{number}.key/value, which other layers have"
-            )));
-        }
-        let (new_key, cache) = match past {
-            Some(past) => self.new_rows(past.0, self.present.0),
-            None => self.only_rows(residuals[0], self.present.0),
-        }
-        .map_err(&fail)?;
-        let source = ancestors(model, &[new_key], true);
-        let Some(&boundary) = residuals.iter().rev().find(|r| source.contains(r)) else {
-            return Err(fail(format!(
-                "'{}' does not depend on the residual stream",
-                model.name(self.present.0)
-            )));
-        };
-        // Re-arranging may lie on both sides of what the cache holds.
-        let own = [self.present.0, cache, operand(model, cache).root];
-        let reads = |s: &&Site| own.contains(&s.key.root);
-        let Some(site) = all.iter().find(reads) else {
-            let fused = model
-                .value(cache)
-                .uses
-                .iter()
-                .map(|u| model.describe(u.node));
-            let fused: Vec<String> = fused.chain(self.fused()).collect();
-            return Err(fail(format!(
-                "no attention reads '{}' (its readers: {})",
-                model.name(self.present.0),
-                if fused.is_empty() {
-                    "none".into()
-                } else {
-                    fused.join(", ")
-                }
-            )));
-        };
-        let (query, scale) = scored(model, site, boundary).map_err(&fail)?;
-        Ok(DecoderLayer {
-            boundary,
-            past,
-            present: Some(self.present),
-            new_key,
-            query,
-            scale,
-            site: site.clone(),
-        })
-    }
-
-    fn fused(&self) -> Option<String> {
-        self.model
-            .producer_of(self.present.0)
-            .map(|n| self.model.describe(n))
-    }
-
-    /// The keys that a decoder without a past gives out, as they are or behind a
-    /// concatenation with an empty cache, and what it gives out.
-    fn only_rows(&self, embeds: ValueId, present: ValueId) -> Result<(ValueId, ValueId), String> {
-        let model = self.model;
-        let data = descendants(model, &[embeds], true);
-        let mut at = present;
-        while let Some(producer) = model.producer_node(at) {
-            let mut fresh = producer
-                .inputs
-                .iter()
-                .flatten()
-                .filter(|i| data.contains(i));
-            let next = match (producer.op_type.as_str(), fresh.next(), fresh.next()) {
-                ("Identity" | "Cast" | "Concat", Some(&new), None) => new,
-                _ => break,
-            };
-            at = next;
-        }
-        if !data.contains(&at) {
-            return Err(format!(
-                "'{}' is not computed from the tokens",
-                model.name(present)
-            ));
-        }
-        Ok((at, at))
-    }
-
-    /// The rows that are appended to the cache (the other part of the
-    /// concatenation with the past), and the concatenation.
-    fn new_rows(&self, past: ValueId, present: ValueId) -> Result<(ValueId, ValueId), String> {
-        let model = self.model;
-        let from_past = descendants(model, &[past], true);
-        let mut at = present;
-        loop {
-            let Def::Node { node, slot: _ } = model.value(at).def else {
-                return Err(format!("'{}' is not computed", model.name(present)));
-            };
-            let producer = model.node(node);
-            if producer.is("Identity") || producer.is("Cast") {
-                at = producer.input(0).ok_or("an Identity without input")?;
-                continue;
-            }
-            if producer.is("Concat") {
-                let mut fresh = producer
-                    .inputs
-                    .iter()
-                    .flatten()
-                    .filter(|i| !from_past.contains(i));
-                if let (Some(&new), None) = (fresh.next(), fresh.next()) {
-                    return Ok((new, at));
-                }
-            }
-            return Err(format!(
-                "expected '{}' to be Concat(past, new keys), found {}",
-                model.name(present),
-                model.describe(node)
-            ));
-        }
     }
 }
