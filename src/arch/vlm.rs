@@ -41,12 +41,13 @@ impl Role {
                 Err(why) => Self::Unknown(vec![why]),
             };
         }
-        let vision = match VisionTower::recognise(model) {
-            Ok(tower) => return Self::Vision(Box::new(tower)),
-            Err(why) => why,
-        };
+        // First: layers with a cache are also layers, which a tower is made of.
         let decoder = match Decoder::recognise(model) {
             Ok(decoder) => return Self::Decoder(Box::new(decoder)),
+            Err(why) => why,
+        };
+        let vision = match VisionTower::recognise(model) {
+            Ok(tower) => return Self::Vision(Box::new(tower)),
             Err(why) => why,
         };
         let embedding = match Embedding::recognise(model) {

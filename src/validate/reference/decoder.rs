@@ -148,15 +148,18 @@ impl ReferenceDecoder {
                 let layer = &decoder.layers[next];
                 outputs.extend(&layer.boundary);
                 outputs.extend([layer.query.value, layer.new_key.value]);
+                let mut copies = Vec::new();
                 // In a mixed graph, other layers' attention may count positions.
                 let any = decoder.layers.iter().find_map(|l| l.rotary);
                 if let Some(rotary) = layer.rotary.or(any) {
                     // Copies: a table may be a weight, which cannot be given out.
-                    for value in [rotary.cos, rotary.sin, rotary.lengths] {
-                        let copy = patch.op("Identity", &[value]);
-                        patch.add_output(copy, probe::INFERRED);
-                        outputs.push(copy);
-                    }
+                    copies.extend([rotary.cos, rotary.sin, rotary.lengths]);
+                }
+                copies.extend(layer.query.bias.map(|b| b.0));
+                for value in copies {
+                    let copy = patch.op("Identity", &[value]);
+                    patch.add_output(copy, probe::INFERRED);
+                    outputs.push(copy);
                 }
             }
             let plan = patch.finish();
