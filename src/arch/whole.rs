@@ -19,7 +19,7 @@ use super::{Decoder, MIN_OPSET, NoMatch, TokenIds, VisionTower, hidden_network};
 use crate::ir::cone::{ancestors, descendants};
 use crate::ir::{DataType, Model, NodeId, ValueId, consts};
 
-const WANT: &str = "a whole vision-language model";
+const WANT: &str = "a whole model (vision tower, token embedding and decoder in one graph)";
 
 /// A recognised whole model.
 #[derive(Clone, Debug)]
