@@ -488,6 +488,94 @@ fn a_decoder_in_functions_is_inlined_and_rewritten() {
     }
 }
 
+/// The nodes in eight functions, one after the other, each called once.
+fn in_stretches(plain: &ModelProto) -> ModelProto {
+    let mut file = plain.clone();
+    let imports = file.opset_import.clone();
+    let graph = file.graph.as_mut().unwrap();
+    let given: Vec<String> = graph.output.iter().map(|o| o.name().to_owned()).collect();
+    let nodes = std::mem::take(&mut graph.node);
+    let length = nodes.len().div_ceil(8);
+    for (number, stretch) in nodes.chunks(length).enumerate() {
+        let made: Vec<&String> = stretch.iter().flat_map(|n| &n.output).collect();
+        let mut reads: Vec<String> = Vec::new();
+        for input in stretch.iter().flat_map(|n| &n.input) {
+            if !input.is_empty() && !made.contains(&input) && !reads.contains(input) {
+                reads.push(input.clone());
+            }
+        }
+        let later: Vec<&String> = nodes[(number * length + stretch.len())..]
+            .iter()
+            .flat_map(|n| &n.input)
+            .chain(&given)
+            .collect();
+        let gives: Vec<String> = made
+            .iter()
+            .filter(|o| later.contains(*o))
+            .map(|o| (*o).clone())
+            .collect();
+        let name = format!("Stretch{number}");
+        graph.node.push(NodeProto {
+            name: Some(format!("stretch.{number}")),
+            op_type: Some(name.clone()),
+            domain: Some("hidden".into()),
+            input: reads.clone(),
+            output: gives.clone(),
+            ..Default::default()
+        });
+        file.functions.push(FunctionProto {
+            name: Some(name),
+            domain: Some("hidden".into()),
+            input: reads,
+            output: gives,
+            node: stretch.to_vec(),
+            opset_import: imports.clone(),
+            ..Default::default()
+        });
+    }
+    graph.value_info.clear();
+    file.opset_import.push(opset("hidden", 1));
+    file.ir_version = Some(file.ir_version().max(8));
+    file
+}
+
+#[test]
+fn a_decoder_in_a_row_of_functions_is_inlined_and_rewritten() {
+    let name = "dynamo18-mha";
+    let proto = in_stretches(&decoder_of(name));
+    let base = with_decoders(name, &[(DECODER, &proto)]);
+    let (index, _) = base.decoders().next().unwrap();
+    assert_eq!(base.parts[index].source.inlined.len(), 8);
+    let changed = rewritten(&base, &both());
+    valid(&base, &changed);
+    same_answers(&rewritten(&fixture(name), &both()), &changed);
+}
+
+#[test]
+fn a_merged_decoder_whose_branches_call_functions_is_rewritten() {
+    let name = "ts-eager-mha";
+    let plain = decoder_of(name);
+    let mut proto = merged(&plain);
+    // The branch with a past is one call.
+    let graph = plain.graph.as_ref().unwrap();
+    let (mut made, call) = function(graph, "hidden", "Decoder");
+    made.opset_import.clone_from(&plain.opset_import);
+    let branches = &mut proto.graph.as_mut().unwrap().node[0].attribute;
+    let then = branches
+        .iter_mut()
+        .find(|a| a.name() == "then_branch")
+        .unwrap();
+    then.g.as_mut().unwrap().node = vec![call];
+    proto.functions.push(made);
+    proto.opset_import.push(opset("hidden", 1));
+    proto.ir_version = Some(proto.ir_version().max(8));
+    let base = with_decoders(name, &[(DECODER, &proto)]);
+    assert_eq!(base.decoders().count(), 2, "{:?}", base.parts[0].role);
+    let changed = rewritten(&base, &both());
+    valid(&base, &changed);
+    same_answers(&rewritten(&fixture(name), &both()), &changed);
+}
+
 #[test]
 fn two_files_that_share_the_work_are_rewritten_together() {
     let name = "ts-eager-mha";
