@@ -58,7 +58,7 @@ fn a_tower_that_takes_token_ids_is_a_whole_model() {
     let plan = patch.finish();
     let message = refusal(model.apply(plan).expect("applies"), MERGE);
     assert!(
-        message.contains("export vision encoder, token embedding and decoder"),
+        message.contains("a whole model") && message.contains("looked up with 'input_ids'"),
         "{message}"
     );
 }
@@ -133,4 +133,32 @@ fn an_unknown_input_that_later_layers_read_is_refused() {
     let plan = patch.finish();
     let message = refusal(model.apply(plan).expect("applies"), PRUNE);
     assert!(message.contains("'token_gate'"), "{message}");
+}
+
+/// The residual tensor `x` of a layer becomes `x + softmax(x·xᵀ)·x`.
+fn with_another_attention(model: Model, at: duet_onnx::ir::ValueId) -> Model {
+    let mut patch = Patch::new(&model, "plant");
+    let key = patch.transpose(at, &[0, 2, 1]);
+    let scores = patch.op("MatMul", &[at, key]);
+    let shares = patch.softmax(scores);
+    let mixed = patch.op("MatMul", &[shares, at]);
+    let sum = patch.op("Add", &[at, mixed]);
+    patch.rewire_all(at, sum);
+    let plan = patch.finish();
+    model.apply(plan).expect("applies")
+}
+
+#[test]
+fn an_attention_that_is_no_layers_is_not_skipped() {
+    let model = fixture("ts-eager-mha/onnx/decoder_model_merged.onnx");
+    let Role::Decoder(decoder) = Role::of(&model) else {
+        panic!("a decoder");
+    };
+    let at = decoder.layers[4].boundary;
+    let message = refusal(with_another_attention(model, at), PRUNE);
+    assert!(
+        message.contains("belongs to none of the 8 layers")
+            && message.contains("duet/plant/Softmax"),
+        "{message}"
+    );
 }

@@ -302,7 +302,7 @@ fn rows(model: &Model, table: ValueId) -> Option<i64> {
     let node = model.producer_node(table)?;
     match node.op_type.as_str() {
         "Gather" => consts::dims(model, node.input(1)?)?.last().copied(),
-        "Cast" | "Identity" | "Unsqueeze" => rows(model, node.input(0)?),
+        "Cast" | "Identity" | "Unsqueeze" | "DequantizeLinear" => rows(model, node.input(0)?),
         _ => None,
     }
 }
@@ -324,19 +324,31 @@ fn head_shape(model: &Model, site: &Site) -> Option<(i64, i64)> {
 /// Output width of a linear layer, from its bias or weight.
 pub(super) fn projection_width(model: &Model, value: ValueId) -> Option<i64> {
     let node = model.producer_node(value)?;
-    let dims = |slot: usize| node.input(slot).and_then(|v| consts::dims(model, v));
+    let dims = |slot: usize| {
+        let value = node.input(slot)?;
+        let packed = model
+            .producer_node(value)
+            .filter(|n| n.is("DequantizeLinear"));
+        consts::dims(model, packed.and_then(|n| n.input(0)).unwrap_or(value))
+    };
     match node.op_type.as_str() {
         "Add" => {
             let bias = dims(0).or_else(|| dims(1)).filter(|d| d.len() == 1)?;
             Some(bias[0])
         }
-        "MatMul" => dims(1)?.last().copied(),
+        "MatMul" | "MatMulInteger" => dims(1)?.last().copied(),
         "Gemm" => {
             let weight = dims(1)?;
             let transposed = node.attr_int("transB") == Some(1);
             weight.get(usize::from(!transposed)).copied()
         }
         "MatMulNBits" => node.attr_int("N"),
+        // An integer product and its scale.
+        "Cast" => projection_width(model, node.input(0)?),
+        "Mul" => {
+            let product = |v: &ValueId| model.producer_node(*v).is_some_and(|n| n.is("Cast"));
+            projection_width(model, node.inputs.iter().flatten().copied().find(product)?)
+        }
         _ => None,
     }
 }

@@ -19,7 +19,7 @@ use super::{Decoder, MIN_OPSET, NoMatch, TokenIds, VisionTower, hidden_network};
 use crate::ir::cone::{ancestors, descendants};
 use crate::ir::{DataType, Model, NodeId, ValueId, consts};
 
-const WANT: &str = "a whole vision-language model";
+const WANT: &str = "a whole model (vision tower, token embedding and decoder in one graph)";
 
 /// A recognised whole model.
 #[derive(Clone, Debug)]
@@ -121,28 +121,29 @@ impl WholeModel {
     }
 }
 
+/// Operators that pass on what their first input holds.
+const ARRANGING: &[&str] = &[
+    "Reshape",
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+    "Identity",
+    "Cast",
+    "CastLike",
+    "Slice",
+    "Split",
+    "Concat",
+    "Expand",
+    "Gather",
+    "GatherND",
+    "GatherElements",
+    "Transpose",
+];
+
 /// Whether a value is more than a re-arrangement of another.
 fn computed(model: &Model, value: ValueId) -> bool {
-    const ARRANGING: &[&str] = &[
-        "Reshape",
-        "Flatten",
-        "Squeeze",
-        "Unsqueeze",
-        "Identity",
-        "Cast",
-        "CastLike",
-        "Slice",
-        "Split",
-        "Concat",
-        "Expand",
-        "Gather",
-        "GatherND",
-        "GatherElements",
-        "Transpose",
-        "Where",
-    ];
     let producer = model.producer_node(value);
-    producer.is_some_and(|n| !ARRANGING.contains(&n.op_type.as_str()))
+    producer.is_some_and(|n| !n.is("Where") && !ARRANGING.contains(&n.op_type.as_str()))
 }
 
 /// The graph input of token ids, by its name and type.
@@ -184,7 +185,7 @@ fn image_token(
     let is_ids = |mut v: ValueId| {
         while v != ids {
             match model.producer_node(v) {
-                Some(n) if n.is("Cast") || n.is("Identity") => match n.input(0) {
+                Some(n) if ARRANGING.contains(&n.op_type.as_str()) => match n.input(0) {
                     Some(next) => v = next,
                     None => return false,
                 },

@@ -195,6 +195,17 @@ impl Pass for TokenMerge {
                      alone works on such models"
                 ));
             }
+            let ids = vlm.decoders().find(|(i, _)| *i == index);
+            let ids = ids.and_then(|(_, decoder)| decoder.ids);
+            if let Some(ids) = ids.filter(|_| tower.features_index.is_none())
+                && let Some(length) = fixed_length(&vlm.parts[index].model, ids.value)
+            {
+                return fail(format!(
+                    "{file}: '{}' holds {length} tokens, always, and fewer features need fewer of them; export \
+                     with a sequence of any length (dynamic axes)",
+                    vlm.parts[index].model.name(ids.value)
+                ));
+            }
             let Some(patches) = tower.patches() else {
                 return fail(format!(
                     "{file}: the number of patch tokens is not fixed in the file (neither by the shape of \
@@ -534,6 +545,11 @@ impl Build<'_, '_> {
         }
         self.patch.cast(x, self.tower.dtype)
     }
+}
+
+/// Length of `[batch, sequence]`, where the file fixes it.
+fn fixed_length(model: &Model, ids: ValueId) -> Option<i64> {
+    model.value(ids).ty.as_ref()?.shape()?.get(1)?.known()
 }
 
 /// Whether a `Slice` or `Split` works on the tokens: on axis 1 of features, or

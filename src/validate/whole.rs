@@ -326,7 +326,12 @@ impl Pair {
             }),
         };
         let embeds = self.embeds(layout, &expected[..images])?;
-        self.decoder.give(&self.pixels, Value::new(pixels.clone())?);
+        let stated = self.base.session().input(&self.pixels);
+        let given = match stated.and_then(|p| p.dtype).filter(|d| d.is_float()) {
+            Some(dtype) => pixels.clone().cast_float(dtype)?,
+            None => pixels.clone(),
+        };
+        self.decoder.give(&self.pixels, Value::new(given)?);
         let input = StepIn {
             embeds,
             mask: layout.mask.clone(),
@@ -419,8 +424,10 @@ pub(super) fn tower_alone(
         &[(tower.pixels, pixels)],
         &[(tower.features, features)],
     )?;
-    let alone = VisionTower::recognise(&part)
+    let mut alone = VisionTower::recognise(&part)
         .map_err(|why| ValidateError::Model(format!("the tower cut out of the file: {why}")))?;
+    // Types that the file states between nodes do not come along.
+    alone.tokens = tower.tokens;
     Ok((part, alone))
 }
 
