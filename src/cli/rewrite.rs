@@ -7,7 +7,8 @@ use anyhow::bail;
 
 use super::{Global, ModelArgument, Outcome, load, style};
 use crate::arch::{Part, Role, Vlm};
-use crate::ir::{Model, TensorData, verify};
+use crate::ir::cone::holder_of;
+use crate::ir::{Model, TensorData, ValueId, verify};
 use crate::onnx::{
     DataMode, Layout, ModelDir, Outputs, patch_processor, serialize, write_beside, write_out,
 };
@@ -47,6 +48,12 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     let done = rewrite(vlm, &recipe)?;
     let outputs = outputs(&dir, &done, &recipe)?;
     if arguments.data == Data::Hardlink {
+        if let Some(place) = data_in_bodies(&done.vlm)? {
+            bail!(
+                "{place} keeps external data, and ONNX Runtime refuses hard-linked data there; use --data copy \
+                 or --beside"
+            );
+        }
         global.say("warning: onnx 1.23 and later, and ONNX Runtime in places, refuse hard-linked external data");
     }
     let mode = match arguments.data {
@@ -121,6 +128,25 @@ fn token_counts(vlm: &Vlm, recipe: &Recipe) -> Option<(i64, i64)> {
         None => recipe.pass::<TokenMerge>()?.tokens_out(tower)?,
     };
     (Some(after) != tower.features_per_image()).then_some((tower.patches()?, after))
+}
+
+/// The first file with external data in a branch or another body.
+fn data_in_bodies(vlm: &Vlm) -> anyhow::Result<Option<String>> {
+    let external = |model: &Model, value: &ValueId| {
+        let tensor = model.value(*value).initializer.as_ref();
+        tensor.is_some_and(|t| matches!(t.data, TensorData::External(_)))
+    };
+    for file in vlm.files()? {
+        let model = &file.model;
+        for (id, graph) in model.graphs().filter(|(id, _)| *id != model.main()) {
+            if graph.initializers.iter().any(|v| external(model, v)) {
+                let holder = holder_of(model, id).map(|n| model.describe(n));
+                let holder = holder.unwrap_or_else(|| format!("graph '{}'", graph.name));
+                return Ok(Some(format!("{}: {holder}", file.file.display())));
+            }
+        }
+    }
+    Ok(None)
 }
 
 fn locations(model: &Model) -> BTreeSet<String> {
