@@ -8,14 +8,16 @@
 mod attention;
 mod decoder;
 mod embedding;
+mod projection;
 mod residual;
 mod scalar;
 mod tower;
 mod vlm;
 
-pub use attention::{Operand, Site, sites};
+pub use attention::{Mask, Operand, Site, sites};
 pub use decoder::{Decoder, DecoderLayer};
 pub use embedding::Embedding;
+pub use projection::{Packed, PackedWeight, Quantised};
 pub use tower::VisionTower;
 pub use vlm::{Part, Role, Vlm};
 

@@ -6,11 +6,11 @@
 
 use std::collections::HashSet;
 
-use super::attention::{Site, sites};
+use super::attention::{Site, refused, sites};
 use super::residual::articulations;
 use super::{MIN_OPSET, NoMatch, hidden_network};
 use crate::ir::cone::{ancestors, descendants};
-use crate::ir::{DataType, Dim, Model, Node, ValueId, consts};
+use crate::ir::{DataType, Dim, Model, Node, NodeId, ValueId, consts};
 
 /// A recognised vision tower and projector.
 #[derive(Clone, Debug)]
@@ -108,14 +108,16 @@ impl VisionTower {
         let features = graph.outputs[features_index];
         let line = articulations(model, pixels, features);
         let needed = ancestors(model, &[features], true);
+        let is_live = |node: NodeId| {
+            let output = model.node(node).output(0);
+            output.is_some_and(|o| needed.contains(&o))
+        };
+        if let Some((_, why)) = refused(model).into_iter().find(|(n, _)| is_live(*n)) {
+            return fail(why);
+        }
         let live: Vec<Site> = sites(model)
             .into_iter()
-            .filter(|s| {
-                model
-                    .node(s.node)
-                    .output(0)
-                    .is_some_and(|o| needed.contains(&o))
-            })
+            .filter(|s| is_live(s.node))
             .collect();
         let Some(site) = live.last().cloned() else {
             return fail(format!(
@@ -129,12 +131,25 @@ impl VisionTower {
                 model.describe(site.node)
             ));
         };
+        let at = after_norm(model, &line, at);
         let hidden = line[at];
         let (entry, dropped) = after_cls(model, &line[at..]);
         let cls = dropped || prepends_token(model, &line, &reached);
         if !site.scale().is_finite() {
             return fail(format!(
                 "the attention scale of {} is not a constant",
+                model.describe(site.node)
+            ));
+        }
+        if site.scaled_mask {
+            return fail(format!(
+                "{} scales its scores after a mask was added, which is not supported",
+                model.describe(site.node)
+            ));
+        }
+        if site.softcap != 0.0 {
+            return fail(format!(
+                "{} bounds its scores (softcap), which is not supported",
                 model.describe(site.node)
             ));
         }
@@ -197,7 +212,9 @@ fn grid_node(model: &Model, entry: ValueId, needed: &HashSet<ValueId>) -> Option
 }
 
 /// Position on the residual line of the last sum of two data paths behind the
-/// last attention: the end of the last block.
+/// last attention: the end of the last block. A fused normalisation
+/// (`SkipLayerNormalization`) sums its inputs too; where it gives out the sum,
+/// that is the end, else what it makes of it.
 fn tower_end(
     model: &Model,
     line: &[ValueId],
@@ -207,11 +224,56 @@ fn tower_end(
     let output = model.node(site.node).output(0)?;
     let after = descendants(model, &[output], true);
     line.iter().rposition(|&v| {
-        let joins = model
-            .producer_node(v)
-            .is_some_and(|n| n.is("Add") && n.inputs.iter().flatten().all(|i| reached.contains(i)));
+        let joins = model.producer_node(v).is_some_and(|n| {
+            let sums = match n.is_ms("SkipLayerNormalization") {
+                true => 2,
+                false if n.is("Add") => n.inputs.len(),
+                false => return false,
+            };
+            let mut summed = n.inputs.iter().take(sums).flatten();
+            summed.all(|i| reached.contains(i))
+        });
         joins && after.contains(&v)
     })
+}
+
+/// Past the normalisation that ends some towers, if there is one: its output is
+/// what the projector receives. As one operator, or as the exporter spelt it out:
+/// (x − mean) / √(variance + ε) · weight + bias.
+fn after_norm(model: &Model, line: &[ValueId], end: usize) -> usize {
+    let reads = |at: usize, op: &str| {
+        let node = line.get(at).and_then(|v| model.producer_node(*v));
+        node.is_some_and(|n| {
+            n.op_type == op
+                && n.inputs.contains(&Some(line[at - 1]))
+                && n.output(0) == Some(line[at])
+        })
+    };
+    let learned = |at: usize| {
+        let node = model.producer_node(line[at]);
+        node.is_some_and(|n| {
+            n.inputs
+                .iter()
+                .flatten()
+                .any(|i| consts::dims(model, *i).is_some_and(|d| d.len() == 1))
+        })
+    };
+    if reads(end + 1, "LayerNormalization") {
+        return end + 1;
+    }
+    let mut at = end + 1;
+    // A cast to the precision of the statistics.
+    let cast = reads(at, "Cast");
+    at += usize::from(cast);
+    if !(reads(at, "Sub") && reads(at + 1, "Div")) {
+        return end;
+    }
+    at += 2;
+    at += usize::from(reads(at, "Cast"));
+    match reads(at, "Mul") && learned(at) && reads(at + 1, "Add") && learned(at + 1) {
+        true => at + 1,
+        false => end,
+    }
 }
 
 /// Follows the line from the tower's end to what the projector reads: past a
@@ -300,7 +362,7 @@ fn head_shape(model: &Model, site: &Site) -> Option<(i64, i64)> {
 }
 
 /// Output width of a linear layer, from its bias or weight.
-fn projection_width(model: &Model, value: ValueId) -> Option<i64> {
+pub(super) fn projection_width(model: &Model, value: ValueId) -> Option<i64> {
     let node = model.producer_node(value)?;
     let dims = |slot: usize| node.input(slot).and_then(|v| consts::dims(model, v));
     match node.op_type.as_str() {
@@ -337,6 +399,20 @@ pub(super) fn element_type(model: &Model, value: ValueId) -> Option<DataType> {
         }
         if let Some(tensor) = consts::constant(model, at) {
             return Some(tensor.dtype);
+        }
+        if matches!(
+            node.op_type.as_str(),
+            "Equal"
+                | "Less"
+                | "LessOrEqual"
+                | "Greater"
+                | "GreaterOrEqual"
+                | "And"
+                | "Or"
+                | "Not"
+                | "IsNaN"
+        ) {
+            return Some(DataType::Bool);
         }
         // Operators of these graphs give out the type of their first data
         // input; a constant operand (bias, weight) has it too.

@@ -23,7 +23,7 @@ use serde::Deserialize;
 
 use super::recipe::Count;
 use super::{Context, Entry, Pass, PassError};
-use crate::arch::{NoMatch, VisionTower, Vlm};
+use crate::arch::{Mask, NoMatch, Operand, VisionTower, Vlm};
 use crate::ir::{DataType, Dim, Model, Patch, PatchPlan, Size, ValueId, ValueType, consts, int};
 
 pub(super) const ENTRY: Entry = Entry {
@@ -310,11 +310,18 @@ impl Build<'_, '_> {
         self.patch.cast(x, DataType::Float)
     }
 
-    /// A projection as `[n, T, h, d]`, fp32.
-    fn heads(&mut self, projection: ValueId) -> ValueId {
-        let tokens = self.budget.patches + self.cls_rows();
+    /// A projection as `[n, T, h, d]`, fp32; with `first` only its first token.
+    fn heads(&mut self, operand: &Operand, first: bool) -> ValueId {
+        let (projection, done) = operand.build(self.patch, first);
+        let tokens = match done {
+            true => 1,
+            false => self.budget.patches + self.cls_rows(),
+        };
         let dims = [-1, tokens, self.tower.heads, self.tower.head_dim];
-        let split = self.patch.reshape(projection, &dims);
+        let mut split = self.patch.reshape(projection, &dims);
+        if first && !done {
+            split = self.patch.slice(split, Size::Known(0), Size::Known(1), 1);
+        }
         self.in_f32(split)
     }
 
@@ -322,9 +329,9 @@ impl Build<'_, '_> {
     fn tokens(&mut self) -> ValueId {
         let tower = self.tower;
         self.patch.scope("score");
-        let q = self.heads(tower.site.query.root);
-        let k = self.heads(tower.site.key.root);
         let needs_all = !tower.cls || self.merge.selector == Selector::Local;
+        let q = self.heads(&tower.site.query, !needs_all);
+        let k = self.heads(&tower.site.key, false);
         // [n, h, T, T] or, for the CLS row alone, [n, h, 1, T]
         let probabilities = self.attention(q, k, needs_all);
         let score = if tower.cls {
@@ -366,20 +373,45 @@ impl Build<'_, '_> {
         merged
     }
 
-    /// softmax(q · kᵀ · scale): all rows or the CLS row.
+    /// softmax(q · kᵀ · scale, masked as the tower's own): all rows or the CLS row.
     fn attention(&mut self, q: ValueId, k: ValueId, all: bool) -> ValueId {
-        let q = if all {
-            q
-        } else {
-            self.patch.slice(q, Size::Known(0), Size::Known(1), 1)
-        };
         let q = self.patch.transpose(q, &[0, 2, 1, 3]);
         #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
         let scale = self.patch.f32(self.tower.site.scale() as f32);
         let q = self.patch.op("Mul", &[q, scale]);
         let k = self.patch.transpose(k, &[0, 2, 3, 1]);
-        let product = self.patch.op("MatMul", &[q, k]);
-        self.patch.softmax(product)
+        let mut scores = self.patch.op("MatMul", &[q, k]);
+        let masks = &self.tower.site.masks;
+        for mask in masks {
+            let mut of_rows = mask.value();
+            if !all {
+                // The axis of the queries, which may be broadcast.
+                let (from, to) = (Size::Known(0), Size::Known(1));
+                of_rows = self.patch.slice(of_rows, from, to, -2);
+            }
+            scores = match *mask {
+                Mask::Added(_) => {
+                    let of_rows = self.patch.cast(of_rows, DataType::Float);
+                    self.patch.op("Add", &[scores, of_rows])
+                }
+                Mask::Chosen { when, fill, .. } => {
+                    let fill = match fill {
+                        Some(fill) => self.patch.cast(fill, DataType::Float),
+                        None => self.patch.f32(f32::NEG_INFINITY),
+                    };
+                    let (yes, no) = if when { (scores, fill) } else { (fill, scores) };
+                    self.patch.op("Where", &[of_rows, yes, no])
+                }
+            };
+        }
+        let probabilities = self.patch.softmax(scores);
+        if masks.is_empty() {
+            return probabilities;
+        }
+        // A query that sees no key gives nothing.
+        let undefined = self.patch.op("IsNaN", &[probabilities]);
+        let zero = self.patch.f32(0.0);
+        self.patch.op("Where", &[undefined, zero, probabilities])
     }
 
     /// Indices among the patches: dominant `[n, k₁]` ascending, and the residual

@@ -50,11 +50,14 @@ pub(super) fn check(
         match &old.role {
             Role::Vision(tower) if new.model.find("duet/token_merge/merged_tokens").is_some() => {
                 let name = |v: ValueId| old.model.name(v).to_owned();
-                let inputs = [
-                    port(name(tower.hidden), 3, tower.dtype),
-                    port(name(tower.site.query.root), 3, tower.dtype),
-                    port(name(tower.site.key.root), 3, tower.dtype),
-                ];
+                let mut inputs = vec![port(name(tower.hidden), 3, tower.dtype)];
+                for operand in [&tower.site.query, &tower.site.key] {
+                    let (rank, dtype) = operand.shape(tower.dtype);
+                    let known = inputs.iter().any(|p| p.name == name(operand.root));
+                    if !known {
+                        inputs.push(port(name(operand.root), rank, dtype));
+                    }
+                }
                 let outputs = [port("duet/token_merge/merged_tokens", 3, tower.dtype)];
                 let size = |axis: usize| {
                     let shape = old.model.value(tower.pixels).ty.as_ref()?.shape()?;

@@ -137,6 +137,10 @@ pub struct MergeInput<'a> {
     pub key: ArrayView3<'a, f32>,
     /// Factor of the attention logits, usually `1 / √head_dim`.
     pub scale: f32,
+    /// Added to the scaled logits: 0 or a bias where a query sees a key, −∞ or a
+    /// huge negative number where not, `[heads, T, T]`; `None`: nothing is masked.
+    /// A query that sees no key at all (only −∞) gives no attention.
+    pub mask: Option<ArrayView3<'a, f32>>,
 }
 
 /// What the merge selected and emits. All indices are patch indices in `0..N`.
@@ -338,6 +342,13 @@ fn attention_mass(input: &MergeInput<'_>, queries: usize) -> Vec<f64> {
             let q = input.query.slice(s![head, query, ..]);
             for (key, logit) in row.iter_mut().enumerate() {
                 *logit = f64::from(input.scale) * dot(q, input.key.slice(s![head, key, ..]));
+                if let Some(mask) = input.mask {
+                    // In f32, as the tower adds it: beside a huge number nothing is left.
+                    *logit = f64::from(*logit as f32 + mask[[head, query, key]]);
+                }
+            }
+            if row.iter().all(|l| *l == f64::NEG_INFINITY) {
+                continue;
             }
             softmax(&mut row);
             mass.iter_mut().zip(&row).for_each(|(m, p)| *m += p);
@@ -364,6 +375,13 @@ fn first_patch(input: &MergeInput<'_>, cls: Option<Cls>) -> Result<usize, Oracle
         });
     }
     expect_extent("hidden tokens", tokens, input.hidden.nrows())?;
+    if let Some(mask) = input.mask.filter(|m| m.dim() != (heads, tokens, tokens)) {
+        return Err(OracleError::Shape {
+            what: "attention mask",
+            expected: format!("[{heads}, {tokens}, {tokens}]"),
+            found: format!("{:?}", mask.shape()),
+        });
+    }
     let first_patch = usize::from(cls.is_some());
     if tokens < first_patch {
         return Err(OracleError::Shape {

@@ -11,6 +11,7 @@
 //! recipe says, in the precision that the base model has.
 
 mod decoder;
+mod projection;
 mod vision;
 
 pub use decoder::{ReferenceDecoder, State, StepIn, StepOut};

@@ -4,6 +4,7 @@ use ndarray::{Array2, Array3, Axis, s};
 
 use super::super::oracle::{self, MergeInput, MergeParams, Merged};
 use super::super::{ValidateError, probe};
+use super::projection::Probes;
 use crate::arch::VisionTower;
 use crate::ir::{DataType, Dim, Model, ValueType, extract};
 use crate::passes::{Cls, Count, Selector, TokenMerge};
@@ -24,6 +25,7 @@ pub struct ReferenceVision {
     tower: VisionTower,
     session: Session,
     names: Names,
+    probes: Probes,
     merge: Option<(MergeParams, Session)>,
 }
 
@@ -32,8 +34,6 @@ struct Names {
     pixels: String,
     features: String,
     hidden: String,
-    query: String,
-    key: String,
     entry: String,
 }
 
@@ -48,8 +48,7 @@ impl ReferenceVision {
         merge: Option<&TokenMerge>,
         options: &SessionOptions,
     ) -> Result<Self, ValidateError> {
-        let (query, key) = (tower.site.query.root, tower.site.key.root);
-        let probed = probe::with_outputs(model, &[tower.hidden, query, key])?;
+        let (probed, probes) = Probes::new(model, tower, &[tower.hidden])?;
         let session = probe::open(&probed, "reference vision encoder", options)?;
         let merge = match merge {
             None => None,
@@ -77,12 +76,11 @@ impl ReferenceVision {
                 pixels: name(tower.pixels),
                 features: name(tower.features),
                 hidden: name(tower.hidden),
-                query: name(query),
-                key: name(key),
                 entry: name(tower.entry),
             },
             tower: tower.clone(),
             session,
+            probes,
             merge,
         })
     }
@@ -109,12 +107,8 @@ impl ReferenceVision {
         };
         let hidden = rank3(out.get(&self.names.hidden)?)?;
         let (_, tokens, _) = hidden.dim();
-        let query = self
-            .tower
-            .heads_of(out.get(&self.names.query)?, images, tokens)?;
-        let key = self
-            .tower
-            .heads_of(out.get(&self.names.key)?, images, tokens)?;
+        let (query, key) = self.probes.heads(&out, &self.tower, images, tokens)?;
+        let masks = self.probes.masks(&out, &self.tower, images, tokens)?;
         #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
         let scale = self.tower.site.scale() as f32;
         let (mut tokens, mut merged) = (Vec::new(), Vec::new());
@@ -124,6 +118,7 @@ impl ReferenceVision {
                 query: query[image].view(),
                 key: key[image].view(),
                 scale,
+                mask: masks.as_ref().map(|m| m[image].view()),
             };
             let choice = oracle::merge(&input, params)?;
             tokens.push(choice.tokens.clone().insert_axis(Axis(0)));
@@ -171,31 +166,6 @@ pub(in crate::validate) fn params(
         },
         cls,
     })
-}
-
-impl VisionTower {
-    /// A projection as one `[heads, T, head_dim]` for each image.
-    fn heads_of(
-        &self,
-        projection: &Value,
-        images: usize,
-        tokens: usize,
-    ) -> Result<Vec<Array3<f32>>, ValidateError> {
-        let (heads, width) = (self.heads as usize, self.head_dim as usize);
-        let data = projection.f32s()?.into_owned();
-        let found = projection.shape().to_vec();
-        let split = ndarray::Array4::from_shape_vec((images, tokens, heads, width), data);
-        let split = split.map_err(|_| {
-            ValidateError::Model(format!(
-                "a projection of the tower is {found:?}; expected {images} × {tokens} × {heads} × {width} \
-                 elements"
-            ))
-        })?;
-        Ok(split
-            .outer_iter()
-            .map(|image| image.permuted_axes([1, 0, 2]).to_owned())
-            .collect())
-    }
 }
 
 fn rank3(value: &Value) -> Result<Array3<f32>, ValidateError> {

@@ -84,6 +84,7 @@ fn cls_scores_sum_heads_and_leave_cls_out() {
         query: query.view(),
         key: key.view(),
         scale: 0.5,
+        mask: None,
     };
     close(
         &patch_scores(&input, Some(Cls::Keep)).unwrap(),
@@ -106,6 +107,7 @@ fn received_attention_counts_every_query() {
         query: query.view(),
         key: key.view(),
         scale: 1.0,
+        mask: None,
     };
     close(&patch_scores(&input, None).unwrap(), &[0.75, 1.25]);
     close(&received_attention(&input, None).unwrap(), &[1.5, 2.5]);
@@ -347,6 +349,7 @@ fn inputs_that_do_not_fit_are_errors() {
             query: query.view(),
             key: key.view(),
             scale: 1.0,
+            mask: None,
         };
         let params = MergeParams {
             cls: Some(Cls::Keep),
@@ -428,6 +431,7 @@ fn run(tower: &(Array2<f32>, Array3<f32>, Array3<f32>), params: &MergeParams) ->
         query: tower.1.view(),
         key: tower.2.view(),
         scale: 0.7,
+        mask: None,
     };
     merge(&input, params).unwrap()
 }
@@ -493,6 +497,7 @@ proptest! {
             query: tower.1.view(),
             key: tower.2.view(),
             scale: 1.3,
+            mask: None,
         };
         let (heads, tokens, _) = tower.1.dim();
         let sum = |scores: Vec<f32>| scores.iter().sum::<f32>();
@@ -529,6 +534,7 @@ proptest! {
             query: tower.1.view(),
             key: tower.2.view(),
             scale: 0.7,
+            mask: None,
         };
         for scores in [merged.scores.clone(), received_attention(&input, params.cls).unwrap()] {
             let mut scores = scores;
