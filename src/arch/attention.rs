@@ -82,6 +82,27 @@ impl Site {
         }
     }
 
+    /// The computed tensors that masks read, with rank and element type.
+    pub fn mask_reads(&self, model: &Model) -> Vec<(ValueId, usize, DataType)> {
+        let values = self.masks.iter().flat_map(|mask| match *mask {
+            Mask::Added(value) => [Some(value), None],
+            Mask::Chosen {
+                condition, fill, ..
+            } => [Some(condition), fill],
+        });
+        let mut all: Vec<_> = values
+            .flatten()
+            .filter(|v| consts::constant(model, *v).is_none())
+            .map(|value| {
+                let rank = consts::known_rank(model, value).unwrap_or(4);
+                let dtype = element_type(model, value).unwrap_or(DataType::Float);
+                (value, rank, dtype)
+            })
+            .collect();
+        all.dedup_by_key(|read| read.0);
+        all
+    }
+
     /// Total factor between q_root·k_rootᵀ and the softmax.
     pub fn scale(&self) -> f64 {
         self.query.scale * self.key.scale * self.post_scale

@@ -50,16 +50,30 @@ pub struct Quantised {
 }
 
 impl Operand {
-    /// Rank and element type of the root, for a tower that computes in `dtype`.
-    pub fn shape(&self, dtype: DataType) -> (usize, DataType) {
+    /// What [`build`](Self::build) reads besides weights: values with their ranks
+    /// and element types, for a tower that computes in `dtype`.
+    pub fn reads(&self, model: &Model, dtype: DataType) -> Vec<(ValueId, usize, DataType)> {
         let packed = self.packed.as_ref();
-        let parts = packed.is_some_and(|p| p.part.is_some());
+        let rank = match packed.and_then(|p| p.part) {
+            Some(_) => 5,
+            None => 3,
+        };
         let weight = packed.and_then(|p| p.weight.as_ref());
-        let quantised = weight.is_some_and(|w| w.quantised.is_some());
-        (
-            if parts { 5 } else { 3 },
-            if quantised { DataType::Uint8 } else { dtype },
-        )
+        let Some(quantised) = weight.and_then(|w| w.quantised.as_ref()) else {
+            return vec![(self.root, rank, dtype)];
+        };
+        // The zero point, where it is a constant, has the tokens' type; what
+        // DynamicQuantizeLinear gives is uint8.
+        let zero = quantised.input_zero;
+        let code = zero
+            .and_then(|z| consts::constant(model, z))
+            .map(|t| t.dtype);
+        let code = code.filter(|t| !t.is_float()).unwrap_or(DataType::Uint8);
+        let mut all = vec![(self.root, rank, code)];
+        all.push((quantised.input_scale, 0, DataType::Float));
+        all.extend(quantised.input_zero.map(|zero| (zero, 0, code)));
+        all.retain(|(value, ..)| consts::constant(model, *value).is_none());
+        all
     }
 
     /// The projection in a patch of the operand's model: its root, or what a

@@ -52,11 +52,14 @@ pub(super) fn check(
                 let name = |v: ValueId| old.model.name(v).to_owned();
                 let mut inputs = vec![port(name(tower.hidden), 3, tower.dtype)];
                 for operand in [&tower.site.query, &tower.site.key] {
-                    let (rank, dtype) = operand.shape(tower.dtype);
-                    let known = inputs.iter().any(|p| p.name == name(operand.root));
-                    if !known {
-                        inputs.push(port(name(operand.root), rank, dtype));
+                    for (value, rank, dtype) in operand.reads(&old.model, tower.dtype) {
+                        if inputs.iter().all(|p| p.name != name(value)) {
+                            inputs.push(port(name(value), rank, dtype));
+                        }
                     }
+                }
+                for (value, rank, dtype) in tower.site.mask_reads(&old.model) {
+                    inputs.push(port(name(value), rank, dtype));
                 }
                 let outputs = [port("duet/token_merge/merged_tokens", 3, tower.dtype)];
                 let size = |axis: usize| {
