@@ -3,7 +3,9 @@
 use ndarray::{Array2, Array3, Array4, s};
 
 use super::probe;
-use super::reference::{ReferenceDecoder, ReferenceVision, State, StepIn, StepOut};
+use super::reference::{
+    Choice, ReferenceDecoder, ReferenceVision, State, StepIn, StepOut, Tolerance,
+};
 use super::report::Report;
 use super::scenario::{Layout, Scenario, Seeded, lay_out, standard};
 use super::{ValidateError, second, structure};
@@ -33,6 +35,16 @@ fn tolerance(dtype: DataType, quantised: bool) -> f64 {
         DataType::Float16 => 2e-2,
         DataType::Bfloat16 => 1e-1,
         _ => 1e-4,
+    }
+}
+
+/// How close scores have to be for either of two tokens to be right.
+fn ties(dtype: DataType, quantised: bool) -> Tolerance {
+    match dtype {
+        _ if quantised => Tolerance::QUANTISED,
+        DataType::Float16 => Tolerance::FP16,
+        DataType::Bfloat16 => Tolerance::BF16,
+        _ => Tolerance::FP32,
     }
 }
 
@@ -323,6 +335,13 @@ impl Pair {
             "features {:.1e} σ, logits {:.1e} σ over {} steps, {} kept sets equal",
             tally.feature, tally.logits, tally.steps, tally.kept
         );
+        if tally.near_ties > 0 {
+            detail.push_str(&format!(
+                ", {} near-ties (within {:.0e} of the cut-off score) decided as the graph did",
+                tally.near_ties,
+                ties(self.dtype, self.quantised).0
+            ));
+        }
         for problem in &tally.problems {
             detail.push_str("; ");
             detail.push_str(problem);
@@ -366,7 +385,6 @@ impl Pair {
         let Some((ref_state, cache)) = state else {
             return Ok(());
         };
-        let expected = reference.step(ref_state, input)?;
         let given = StepInput {
             embeds: Value::new(run_embeds.cast_float(reference.dtype())?)?,
             ids: None,
@@ -376,6 +394,11 @@ impl Pair {
             salient: Some(input.salient.clone()),
         };
         let (found, kept) = run_probed(run, &given, cache, self.drops)?;
+        let choice = Choice {
+            kept: &kept,
+            tolerance: ties(self.dtype, self.quantised),
+        };
+        let expected = reference.step(ref_state, input, Some(choice))?;
         tally.step(
             &expected,
             &found.last_logits()?,
@@ -427,6 +450,7 @@ struct Tally {
     feature: f64,
     steps: usize,
     kept: usize,
+    near_ties: usize,
     problems: Vec<String>,
 }
 
@@ -470,6 +494,7 @@ impl Tally {
         lengths: &[usize],
     ) {
         self.steps += 1;
+        self.near_ties += want.near_ties;
         let (worst, finite) = difference(&want.logits, logits);
         self.logits = self.logits.max(worst);
         if !finite {

@@ -4,6 +4,7 @@ use ndarray::{Array2, Array3, Array4, Axis, s};
 
 use super::super::oracle::{self, Text};
 use super::super::{ValidateError, probe};
+use super::ties::{Choice, exchanged};
 use crate::arch::Decoder;
 use crate::ir::{Model, Patch};
 use crate::passes::{Positions, TextQueries, VisualPrune};
@@ -33,6 +34,8 @@ pub struct StepOut {
     pub kept: Vec<Vec<Vec<usize>>>,
     /// Length of every layer's cache.
     pub lengths: Vec<usize>,
+    /// Tokens that were exchanged because their scores tie as well as exactly.
+    pub near_ties: usize,
 }
 
 /// Caches and masks of a conversation.
@@ -184,11 +187,17 @@ impl ReferenceDecoder {
         )?)?)
     }
 
-    /// Runs new tokens through all stages.
+    /// Runs new tokens through all stages. Where `choice` differs from the
+    /// oracle's only by near-ties, the choice is followed.
     ///
     /// # Errors
     /// A run fails, or scores are not finite.
-    pub fn step(&mut self, state: &mut State, input: &StepIn) -> Result<StepOut, ValidateError> {
+    pub fn step(
+        &mut self,
+        state: &mut State,
+        input: &StepIn,
+        choice: Option<Choice<'_>>,
+    ) -> Result<StepOut, ValidateError> {
         let batch = input.mask.nrows();
         let bools = |row: ndarray::ArrayView1<'_, bool>| row.to_vec();
         let mut visual: Vec<Vec<bool>> = input.visual.outer_iter().map(bools).collect();
@@ -225,6 +234,7 @@ impl ReferenceDecoder {
             .as_ref()
             .is_none_or(|p| p.positions == Positions::Renumber);
         let mut kept_all = Vec::new();
+        let mut near_ties = 0;
         let mut logits = None;
         // Behind the last stage nothing is dropped.
         for (number, dropped) in drops.into_iter().chain([0]).enumerate() {
@@ -263,7 +273,14 @@ impl ReferenceDecoder {
                 } else {
                     Vec::new()
                 };
-                let keep = oracle::select(&scores, &visual[row], dropped)?;
+                let mut keep = oracle::select(&scores, &visual[row], dropped)?;
+                let found = choice.and_then(|c| Some((c.kept.get(number)?.get(row)?, c.tolerance)));
+                if let Some((found, tolerance)) = found
+                    && let Some(count) = exchanged(&keep, found, &scores, &visual[row], tolerance)
+                {
+                    near_ties += count;
+                    keep.clone_from(found);
+                }
                 rows[row] = oracle::carry_rows(&rows[row], &keep, &real)?;
                 kept.push(keep);
             }
@@ -298,6 +315,7 @@ impl ReferenceDecoder {
             logits: logits.ok_or_else(|| ValidateError::Model("no stage gave logits".into()))?,
             kept: kept_all,
             lengths: state.caches.iter().map(|(k, _)| k.shape()[2]).collect(),
+            near_ties,
         })
     }
 

@@ -12,7 +12,9 @@
 
 mod decoder;
 mod projection;
+mod ties;
 mod vision;
 
 pub use decoder::{ReferenceDecoder, State, StepIn, StepOut};
+pub use ties::{Choice, Tolerance};
 pub use vision::{ReferenceFeatures, ReferenceVision};
