@@ -3,7 +3,7 @@
 use ndarray::{Array2, Array3, Axis};
 
 use super::error::{Result, RuntimeError};
-use super::session::{Port, Session};
+use super::session::{Outputs, Port, Session};
 use super::tensor::{DType, Element, Tensor, TensorData};
 use super::value::Value;
 
@@ -73,6 +73,15 @@ impl VisionEncoder {
     /// # Errors
     /// The pixels do not fit the input, the run fails, or the output cannot be divided among the images.
     pub fn run(&mut self, pixels: Tensor) -> Result<Vec<Tensor>> {
+        Ok(self.run_with_outputs(pixels)?.0)
+    }
+
+    /// The same, and all outputs of the model: a model that was opened up gives
+    /// more than features.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_with_outputs(&mut self, pixels: Tensor) -> Result<(Vec<Tensor>, Outputs)> {
         let images = pixels.shape().first().copied().unwrap_or(0);
         let pixels = match self.pixels.dtype {
             Some(dtype) => pixels.cast_float(dtype)?,
@@ -96,7 +105,8 @@ impl VisionEncoder {
                 });
             }
         };
-        split(output.to_tensor()?, images, rows, width)
+        let features = split(output.to_tensor()?, images, rows, width)?;
+        Ok((features, outputs))
     }
 }
 

@@ -1,13 +1,14 @@
 //! Running the rewritten model beside the reference.
 
-use ndarray::{Array2, Array3, Array4, s};
+use ndarray::{Array2, Array3, Array4};
 
 use super::probe;
 use super::reference::{
-    Choice, ReferenceDecoder, ReferenceVision, State, StepIn, StepOut, Tolerance,
+    Choice, Ranking, ReferenceDecoder, ReferenceVision, State, StepIn, Tolerance,
 };
 use super::report::Report;
 use super::scenario::{Layout, Scenario, Seeded, lay_out, standard};
+use super::tally::Tally;
 use super::{ValidateError, second, structure};
 use crate::arch::{Role, Vlm};
 use crate::ir::{DataType, Model};
@@ -96,6 +97,9 @@ pub fn check(
     Ok(report)
 }
 
+/// What the rewritten vision encoder ranks its tokens by, `[n, N]`.
+const SCORE: &str = "duet/token_merge/score";
+
 /// Both models, opened.
 struct Pair {
     label: String,
@@ -138,6 +142,15 @@ fn precision(model: &Model) -> DataType {
         }
     }
     lowest
+}
+
+/// The less precise of two types.
+fn lower(a: DataType, b: DataType) -> DataType {
+    match (a, b) {
+        (DataType::Bfloat16, _) | (_, DataType::Bfloat16) => DataType::Bfloat16,
+        (DataType::Float16, _) | (_, DataType::Float16) => DataType::Float16,
+        _ => DataType::Float,
+    }
 }
 
 /// Whether a graph computes with quantised numbers.
@@ -190,13 +203,16 @@ impl Pair {
             match &old.role {
                 Role::Vision(tower) => {
                     let reference = ReferenceVision::open(&old.model, tower, merge, session)?;
-                    let run = VisionEncoder::new(probe::open(&new.model, &name, session)?)?;
+                    let score: Vec<_> = new.model.find(SCORE).into_iter().collect();
+                    let probed = probe::with_outputs(&new.model, &score)?;
+                    let run = VisionEncoder::new(probe::open(&probed, &name, session)?)?;
                     let size = |axis| fixed(&old.model, tower.pixels, axis);
                     let Some(dims) = size(2).zip(size(3)) else {
                         return Err(ValidateError::Model(format!(
                             "{name}: the image size is not fixed in the file; expected pixels [n, 3, height, width]"
                         )));
                     };
+                    pair.dtype = lower(pair.dtype, precision(&old.model));
                     pair.vision = Some((reference, run, [size(1).unwrap_or(3), dims.0, dims.1]));
                     if let Some(width) = tower.feature_width {
                         pair.width = width as usize;
@@ -219,7 +235,7 @@ impl Pair {
                     let run = RunDecoder::new(probe::open(&model, &name, session)?)?;
                     pair.width = decoder.width.map_or(pair.width, |w| w as usize);
                     pair.vocabulary = decoder.vocabulary.unwrap_or(32);
-                    pair.dtype = precision(&old.model);
+                    pair.dtype = lower(pair.dtype, precision(&old.model));
                     pair.decoder = Some((reference, run));
                 }
                 Role::Unknown(_) => {}
@@ -262,8 +278,18 @@ impl Pair {
             let (mut plain, mut marked) = (Vec::new(), Vec::new());
             if let (true, Some((reference, run, [c, h, w]))) = (images > 0, &mut self.vision) {
                 let pixels: Array4<f32> = rng.images(images, *c, *h, *w);
-                let expected = reference.features(Tensor::from(pixels.clone()))?;
-                for (want, found) in expected.features.iter().zip(run.run(Tensor::from(pixels))?) {
+                let (found, outputs) = run.run_with_outputs(Tensor::from(pixels.clone()))?;
+                let scores = match outputs.get(SCORE) {
+                    Ok(scores) => rows_of(scores)?,
+                    Err(_) => Vec::new(),
+                };
+                let ranking = Ranking {
+                    scores: &scores,
+                    tolerance: ties(self.dtype, self.quantised),
+                };
+                let expected = reference.features(Tensor::from(pixels), Some(ranking))?;
+                tally.near_ties += expected.near_ties;
+                for (want, found) in expected.features.iter().zip(found) {
                     tally.features(want, &found, self.channel)?;
                     plain.push(Tensor::from(want.clone()));
                     marked.push(found);
@@ -443,112 +469,11 @@ fn run_probed(
     Ok((output, kept))
 }
 
-/// What a comparison has seen so far.
-#[derive(Default)]
-struct Tally {
-    logits: f64,
-    feature: f64,
-    steps: usize,
-    kept: usize,
-    near_ties: usize,
-    problems: Vec<String>,
-}
-
-impl Tally {
-    fn features(
-        &mut self,
-        want: &Array2<f32>,
-        found: &Tensor,
-        channel: bool,
-    ) -> Result<(), ValidateError> {
-        let all = found.to_array()?.into_dimensionality::<ndarray::Ix2>();
-        let all = all.map_err(|e| ValidateError::Model(e.to_string()))?;
-        let width = all.ncols() - usize::from(channel);
-        if (all.nrows(), width) != want.dim() {
-            self.problems.push(format!(
-                "features are {:?}, expected {:?}",
-                all.dim(),
-                want.dim()
-            ));
-            return Ok(());
-        }
-        if channel
-            && all
-                .column(width)
-                .iter()
-                .any(|m| (*m - 1.0).abs() > f32::EPSILON)
-        {
-            self.problems
-                .push("the marker channel of a feature is not 1".into());
-        }
-        let (worst, _) = difference(want, &all.slice(s![.., ..width]).to_owned());
-        self.feature = self.feature.max(worst);
-        Ok(())
-    }
-
-    fn step(
-        &mut self,
-        want: &StepOut,
-        logits: &Array2<f32>,
-        kept: &[Vec<Vec<usize>>],
-        lengths: &[usize],
-    ) {
-        self.steps += 1;
-        self.near_ties += want.near_ties;
-        let (worst, finite) = difference(&want.logits, logits);
-        self.logits = self.logits.max(worst);
-        if !finite {
-            self.problems
-                .push(format!("step {}: logits are not finite", self.steps));
-        }
-        if want.lengths != lengths {
-            let problem = format!(
-                "step {}: cache lengths {lengths:?}, expected {:?}",
-                self.steps, want.lengths
-            );
-            self.problems.push(problem);
-        }
-        for (drop, (want, found)) in want.kept.iter().zip(kept).enumerate() {
-            if want == found {
-                self.kept += 1;
-            } else {
-                self.problems.push(format!(
-                    "step {}: another set is kept at drop {}",
-                    self.steps,
-                    drop + 1
-                ));
-            }
-        }
-        if want.kept.len() != kept.len() {
-            self.problems
-                .push("the kept indices cannot be read off the rewritten graph".into());
-        }
-    }
-}
-
-/// Largest difference in standard deviations of `want`, and whether all is
-/// finite.
-fn difference(want: &Array2<f32>, found: &Array2<f32>) -> (f64, bool) {
-    let mean = want.iter().map(|v| f64::from(*v)).sum::<f64>() / want.len().max(1) as f64;
-    let variance = want
-        .iter()
-        .map(|v| (f64::from(*v) - mean).powi(2))
-        .sum::<f64>();
-    let deviation = (variance / want.len().max(1) as f64).sqrt().max(1e-30);
-    let worst = want
-        .iter()
-        .zip(found)
-        .map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs())
-        .fold(0.0, f64::max);
-    let finite = found.iter().all(|v| v.is_finite());
-    (
-        if finite {
-            worst / deviation
-        } else {
-            f64::INFINITY
-        },
-        finite,
-    )
+/// The rows of a matrix.
+fn rows_of(value: &Value) -> Result<Vec<Vec<f32>>, ValidateError> {
+    let width = value.shape().last().copied().unwrap_or(0).max(1);
+    let all = value.f32s()?;
+    Ok(all.chunks(width).map(<[f32]>::to_vec).collect())
 }
 
 /// Transformers' position ids: how many tokens came before; 0 for padding.

@@ -169,8 +169,20 @@ pub struct Merged {
 /// [`OracleError::Shape`] if the tensors do not fit together or a CLS token is announced and there
 /// is no token at all; [`OracleError::NotFinite`] if a score or the metric is NaN or infinite.
 pub fn merge(input: &MergeInput<'_>, params: &MergeParams) -> Result<Merged, OracleError> {
-    let first_patch = first_patch(input, params.cls)?;
     let scores = patch_scores(input, params.cls)?;
+    merge_by(input, scores, params)
+}
+
+/// [`merge()`] with patches ranked by the given scores `[N]`.
+///
+/// # Errors
+/// As [`merge()`].
+pub fn merge_by(
+    input: &MergeInput<'_>,
+    scores: Vec<f32>,
+    params: &MergeParams,
+) -> Result<Merged, OracleError> {
+    let first_patch = first_patch(input, params.cls)?;
     let received = match params.selector {
         Selector::Local => received_attention(input, params.cls)?,
         Selector::Attention | Selector::Uniform => Vec::new(),

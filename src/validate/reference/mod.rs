@@ -16,5 +16,5 @@ mod ties;
 mod vision;
 
 pub use decoder::{ReferenceDecoder, State, StepIn, StepOut};
-pub use ties::{Choice, Tolerance};
+pub use ties::{Choice, Ranking, Tolerance};
 pub use vision::{ReferenceFeatures, ReferenceVision};

@@ -5,6 +5,8 @@
 //! one bit is a thousandth. Where two scores are as close as that, either choice
 //! is right. Everything after it is then compared on the graph's choice.
 
+use super::super::oracle;
+
 /// Largest relative distance from the cut-off score at which a token may be
 /// exchanged.
 ///
@@ -39,6 +41,41 @@ pub struct Choice<'a> {
     pub kept: &'a [Vec<Vec<usize>>],
     /// How close a tie has to be.
     pub tolerance: Tolerance,
+}
+
+/// The same for a merge: scores that the rewritten graph ranked by.
+#[derive(Clone, Copy, Debug)]
+pub struct Ranking<'a> {
+    /// Score of every token, for each image.
+    pub scores: &'a [Vec<f32>],
+    /// How close a tie has to be.
+    pub tolerance: Tolerance,
+}
+
+/// In how many of its `first` places the order by falling `found` differs from
+/// the order by falling `own`, if only near-ties of `own` are exchanged; `None` if
+/// a token comes before one that is clearly better.
+pub(super) fn reordered(
+    own: &[f32],
+    found: &[f32],
+    first: usize,
+    tolerance: Tolerance,
+) -> Option<usize> {
+    if own.len() != found.len() || found.iter().any(|s| !s.is_finite()) {
+        return None;
+    }
+    let (want, order) = (oracle::by_score(own), oracle::by_score(found));
+    let mut lowest = f32::INFINITY;
+    for (place, &token) in order.iter().enumerate() {
+        if own[token] > lowest && !tolerance.covers(own[token], lowest) {
+            return None;
+        }
+        if place < first {
+            lowest = lowest.min(own[token]);
+        }
+    }
+    let places = want.iter().zip(&order).take(first);
+    Some(places.filter(|(a, b)| a != b).count())
 }
 
 /// How many tokens were exchanged between the oracle's set `own` and the graph's
@@ -86,7 +123,7 @@ pub(super) fn exchanged(
 
 #[cfg(test)]
 mod tests {
-    use super::{Tolerance, exchanged};
+    use super::{Tolerance, exchanged, reordered};
 
     const VISUAL: [bool; 6] = [false, true, true, true, true, false];
     const SCORES: [f32; 4] = [0.3, 0.2, 0.199_9, 0.1];
@@ -118,5 +155,19 @@ mod tests {
         ] {
             assert_eq!(count(found, 1.0), None, "{found:?}");
         }
+    }
+
+    #[test]
+    fn an_order_may_differ_by_near_ties_only() {
+        let own = [0.1, 0.4, 0.3999, 0.2];
+        let count = |found: &[f32], first| reordered(&own, found, first, Tolerance(1e-3));
+        assert_eq!(count(&own, 4), Some(0));
+        assert_eq!(count(&[0.1, 0.3999, 0.4, 0.2], 4), Some(2));
+        assert_eq!(count(&[0.2, 0.4, 0.3999, 0.1], 4), None);
+        // Behind the first places, the order does not matter.
+        assert_eq!(count(&[0.2, 0.4, 0.3999, 0.1], 2), Some(0));
+        assert_eq!(count(&[0.1, 0.4, 0.2, 0.3999], 2), None);
+        assert_eq!(count(&[0.1, 0.4, 0.2], 2), None);
+        assert_eq!(count(&[0.1, f32::NAN, 0.4, 0.2], 2), None);
     }
 }

@@ -5,6 +5,7 @@ use ndarray::{Array2, Array3, Axis, s};
 use super::super::oracle::{self, MergeInput, MergeParams, Merged};
 use super::super::{ValidateError, probe};
 use super::projection::Probes;
+use super::ties::{Ranking, reordered};
 use crate::arch::VisionTower;
 use crate::ir::{DataType, Dim, Model, ValueType, extract};
 use crate::passes::{Cls, Count, Selector, TokenMerge};
@@ -17,6 +18,8 @@ pub struct ReferenceFeatures {
     pub features: Vec<Array2<f32>>,
     /// What the merge chose, for each image; empty without a merge.
     pub merged: Vec<Merged>,
+    /// Tokens that changed places because their scores tie as well as exactly.
+    pub near_ties: usize,
 }
 
 /// The unmodified vision encoder, opened up at the tower's end.
@@ -85,11 +88,16 @@ impl ReferenceVision {
         })
     }
 
-    /// Features of `[n, C, H, W]` pixels.
+    /// Features of `[n, C, H, W]` pixels. Where `ranking` orders tokens otherwise
+    /// than the oracle only by near-ties, it is followed.
     ///
     /// # Errors
     /// The run fails or the tower gives something else than it was recognised as.
-    pub fn features(&mut self, pixels: Tensor) -> Result<ReferenceFeatures, ValidateError> {
+    pub fn features(
+        &mut self,
+        pixels: Tensor,
+        ranking: Option<Ranking<'_>>,
+    ) -> Result<ReferenceFeatures, ValidateError> {
         let dtype = self.session.input(&self.names.pixels).and_then(|p| p.dtype);
         let pixels = match dtype.filter(|d| d.is_float()) {
             Some(dtype) => pixels.cast_float(dtype)?,
@@ -103,6 +111,7 @@ impl ReferenceVision {
             return Ok(ReferenceFeatures {
                 features: per_image(features, images)?,
                 merged: Vec::new(),
+                near_ties: 0,
             });
         };
         let hidden = rank3(out.get(&self.names.hidden)?)?;
@@ -111,7 +120,7 @@ impl ReferenceVision {
         let masks = self.probes.masks(&out, &self.tower, images, tokens)?;
         #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
         let scale = self.tower.site.scale() as f32;
-        let (mut tokens, mut merged) = (Vec::new(), Vec::new());
+        let (mut tokens, mut merged, mut near_ties) = (Vec::new(), Vec::new(), 0);
         for image in 0..images {
             let input = MergeInput {
                 hidden: hidden.index_axis(Axis(0), image),
@@ -120,7 +129,16 @@ impl ReferenceVision {
                 scale,
                 mask: masks.as_ref().map(|m| m[image].view()),
             };
-            let choice = oracle::merge(&input, params)?;
+            let mut choice = oracle::merge(&input, params)?;
+            let found = ranking.and_then(|r| Some((r.scores.get(image)?, r.tolerance)));
+            if let Some((found, tolerance)) = found {
+                let first = choice.dominant.len() + choice.pool.len();
+                let moved = reordered(&choice.scores, found, first, tolerance);
+                if let Some(moved @ 1..) = moved {
+                    near_ties += moved;
+                    choice = oracle::merge_by(&input, found.clone(), params)?;
+                }
+            }
             tokens.push(choice.tokens.clone().insert_axis(Axis(0)));
             merged.push(choice);
         }
@@ -134,6 +152,7 @@ impl ReferenceVision {
         Ok(ReferenceFeatures {
             features: per_image(projected.get(&self.names.features)?, images)?,
             merged,
+            near_ties,
         })
     }
 }
