@@ -225,6 +225,8 @@ fn softmax_site(model: &Model, id: NodeId) -> Option<Site> {
                     (b, a)
                 };
                 at = scores;
+                // The walk goes backwards: factors met so far apply after the mask.
+                scaled_mask |= post_scale != 1.0 || softcap != 0.0;
                 masks.push(Mask::Added(mask));
             }
             // Where(mask, scores, -inf) and Where(mask, -inf, scores).
@@ -233,6 +235,7 @@ fn softmax_site(model: &Model, id: NodeId) -> Option<Site> {
                 let when = from_product(model, a);
                 let fill = Some(if when { b } else { a });
                 at = if when { a } else { b };
+                scaled_mask |= post_scale != 1.0 || softcap != 0.0;
                 masks.push(Mask::Chosen {
                     condition,
                     when,
@@ -240,7 +243,6 @@ fn softmax_site(model: &Model, id: NodeId) -> Option<Site> {
                 });
             }
             "Mul" => {
-                scaled_mask |= !masks.is_empty();
                 let (a, b) = (node.input(0)?, node.input(1)?);
                 let factor = |v| scalar::evaluate(model, v, None);
                 (at, post_scale) = match (factor(a), factor(b)) {
@@ -256,7 +258,6 @@ fn softmax_site(model: &Model, id: NodeId) -> Option<Site> {
                 }
             }
             "Div" => {
-                scaled_mask |= !masks.is_empty();
                 post_scale /= scalar::evaluate(model, node.input(1)?, None)?;
                 at = node.input(0)?;
             }

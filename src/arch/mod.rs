@@ -11,6 +11,7 @@ mod embedding;
 mod projection;
 mod residual;
 mod scalar;
+mod shuffle;
 mod tower;
 mod vlm;
 
@@ -18,6 +19,7 @@ pub use attention::{Mask, Operand, Site, sites};
 pub use decoder::{Decoder, DecoderLayer};
 pub use embedding::Embedding;
 pub use projection::{Packed, PackedWeight, Quantised};
+pub use shuffle::Shuffle;
 pub use tower::VisionTower;
 pub use vlm::{Part, Role, Vlm};
 

@@ -8,6 +8,7 @@ use std::collections::HashSet;
 
 use super::attention::{Site, refused, sites};
 use super::residual::articulations;
+use super::shuffle::{self, Shuffle};
 use super::{MIN_OPSET, NoMatch, hidden_network};
 use crate::ir::cone::{ancestors, descendants};
 use crate::ir::{DataType, Dim, Model, Node, NodeId, ValueId, consts};
@@ -23,7 +24,8 @@ pub struct VisionTower {
     pub features_index: usize,
     /// Output of the last live block: `[images, T, width]`, T = N or 1 + N.
     pub hidden: ValueId,
-    /// What the projector reads: `hidden`, or `hidden` without the CLS token.
+    /// What the projector reads: `hidden`, or `hidden` without the CLS token, or
+    /// what a shuffle made of it.
     pub entry: ValueId,
     /// Whether token 0 of `hidden` is a CLS token.
     pub cls: bool,
@@ -37,12 +39,16 @@ pub struct VisionTower {
     pub head_dim: i64,
     /// T, where the file fixes it.
     pub tokens: Option<i64>,
+    /// Width of the rows of `hidden`, D, where the file says it.
+    pub width: Option<i64>,
     /// Element type of `hidden`.
     pub dtype: DataType,
     /// Width of the features, where the file states it.
     pub feature_width: Option<i64>,
-    /// The first node behind the tower that treats its tokens as a grid (pixel
-    /// shuffle, pooling), by name: fewer tokens make no grid.
+    /// The re-arrangement of patches into wider tokens that ends at `entry`.
+    pub shuffle: Option<Shuffle>,
+    /// The first node behind `entry` that treats its tokens as a grid (pooling,
+    /// convolution), by name: fewer tokens make no grid.
     pub grid: Option<String>,
 }
 
@@ -52,8 +58,20 @@ impl VisionTower {
         self.tokens.map(|t| t - i64::from(self.cls))
     }
 
+    /// Tokens that a merge chooses among, where the file fixes their number: the
+    /// patches, or what a shuffle made of them.
+    pub fn candidates(&self) -> Option<i64> {
+        match &self.shuffle {
+            Some(shuffle) => Some(shuffle.tokens()),
+            None => self.patches(),
+        }
+    }
+
     /// Features that come out per image, where the file fixes their number.
     pub fn features_per_image(&self) -> Option<i64> {
+        if let Some(shuffle) = &self.shuffle {
+            return Some(shuffle.tokens());
+        }
         let dropped = self.cls && self.entry != self.hidden;
         self.tokens.map(|t| t - i64::from(dropped))
     }
@@ -133,7 +151,7 @@ impl VisionTower {
         };
         let at = after_norm(model, &line, at);
         let hidden = line[at];
-        let (entry, dropped) = after_cls(model, &line[at..]);
+        let (mut entry, dropped) = after_cls(model, &line[at..]);
         let cls = dropped || prepends_token(model, &line, &reached);
         if !site.scale().is_finite() {
             return fail(format!(
@@ -161,9 +179,21 @@ impl VisionTower {
         };
         let stated = model.value(features).ty.as_ref().and_then(|t| t.shape());
         let rows = stated.filter(|s| s.len() == 3).and_then(|s| s[1].known());
-        let tokens = rows
-            .map(|n| n + i64::from(dropped))
-            .or_else(|| position_rows(model, &line, &reached));
+        let counted = position_rows(model, &line, &reached)
+            .or_else(|| conv_patches(model, pixels).map(|n| n + i64::from(cls)));
+        let stated_width = row_width(model, hidden);
+        let width = stated_width.unwrap_or(heads * head_dim);
+        let shuffle = counted.and_then(|tokens| {
+            let (tokens, width) = (usize::try_from(tokens).ok()?, usize::try_from(width).ok()?);
+            shuffle::find(model, &line[at..], tokens, width, usize::from(cls))
+        });
+        let tokens = match &shuffle {
+            Some(found) => {
+                entry = found.output;
+                counted
+            }
+            None => rows.map(|n| n + i64::from(dropped)).or(counted),
+        };
         let dtype = element_type(model, hidden).unwrap_or(DataType::Float);
         Ok(Self {
             pixels,
@@ -177,8 +207,10 @@ impl VisionTower {
             heads,
             head_dim,
             tokens,
+            width: stated_width.or(shuffle.as_ref().map(|_| width)),
             dtype,
             feature_width: stated.and_then(<[Dim]>::last).and_then(Dim::known),
+            shuffle,
             grid: grid_node(model, entry, &needed),
         })
     }
@@ -204,11 +236,69 @@ fn grid_node(model: &Model, entry: ValueId, needed: &HashSet<ValueId>) -> Option
         }
         _ => false,
     };
-    let mut nodes = model.graph().nodes.iter().filter(|n| {
-        let node = model.node(**n);
-        node.outputs.iter().flatten().any(on_the_way) && rearranges(node)
-    });
-    nodes.next().map(|n| model.describe(*n))
+    let found: Vec<NodeId> = model
+        .graph()
+        .nodes
+        .iter()
+        .copied()
+        .filter(|n| {
+            let node = model.node(*n);
+            node.outputs.iter().flatten().any(on_the_way) && rearranges(node)
+        })
+        .collect();
+    // What is done with the grid says more than how it is laid out.
+    let moves = |n: &NodeId| matches!(model.node(*n).op_type.as_str(), "Transpose" | "Reshape");
+    let named = found.iter().find(|n| !moves(n)).or(found.first());
+    named.map(|n| model.describe(*n))
+}
+
+/// Width of the rows of a value, where the file says it or a learned vector that
+/// is applied to them does.
+fn row_width(model: &Model, value: ValueId) -> Option<i64> {
+    let stated = model.value(value).ty.as_ref().and_then(|t| t.shape());
+    if let Some(known) = stated.and_then(<[Dim]>::last).and_then(Dim::known) {
+        return Some(known);
+    }
+    let node = model.producer_node(value)?;
+    let vectors = node.inputs.iter().flatten();
+    let mut vectors = vectors.filter_map(|v| consts::dims(model, *v).filter(|d| d.len() == 1));
+    vectors.next().map(|d| d[0])
+}
+
+/// Number of patches that the first convolution cuts images of a fixed size into.
+fn conv_patches(model: &Model, pixels: ValueId) -> Option<i64> {
+    let size = model.value(pixels).ty.as_ref()?.shape()?;
+    let edges: Vec<Option<i64>> = size.iter().rev().take(2).map(Dim::known).collect();
+    let [Some(w), Some(h)] = edges.as_slice() else {
+        return None;
+    };
+    let seen = descendants(model, &[pixels], true);
+    let conv = model
+        .graph()
+        .nodes
+        .iter()
+        .map(|n| model.node(*n))
+        .find(|n| {
+            matches!(n.op_type.as_str(), "Conv" | "ConvInteger" | "QLinearConv")
+                && n.input(0).is_some_and(|v| seen.contains(&v))
+        })?;
+    if conv
+        .attr_ints("pads")
+        .is_some_and(|p| p.iter().any(|n| *n != 0))
+    {
+        return None;
+    }
+    let weight = conv.input(if conv.op_type == "QLinearConv" { 3 } else { 1 })?;
+    let kernel = conv.attr_ints("kernel_shape").map(<[i64]>::to_vec);
+    let kernel = kernel.or_else(|| consts::dims(model, weight)?.get(2..4).map(<[i64]>::to_vec))?;
+    let strides = conv.attr_ints("strides")?;
+    let ([kh, kw], [sh, sw]) = (kernel.as_slice(), strides) else {
+        return None;
+    };
+    let along = |size: i64, kernel: i64, stride: i64| {
+        (stride > 0 && size >= kernel).then(|| (size - kernel) / stride + 1)
+    };
+    Some(along(*h, *kh, *sh)? * along(*w, *kw, *sw)?)
 }
 
 /// Position on the residual line of the last sum of two data paths behind the

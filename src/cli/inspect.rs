@@ -101,11 +101,12 @@ fn describe(part: &Part) -> Value {
             "cls": t.cls,
             "cls_dropped_before_projector": t.cls && t.entry != t.hidden,
             "patches": t.patches(),
+            "patches_per_token": t.shuffle.as_ref().map_or(1, |s| s.per),
             "features_per_image": t.features_per_image(),
             "feature_width": t.feature_width,
             "dtype": t.dtype.to_string(),
             "attention": model.describe(t.site.node),
-            "merge_point": model.name(t.hidden),
+            "merge_point": model.name(merge_point(t)),
         }),
         Role::Embedding(e) => json!({ "width": e.width, "dtype": e.dtype.to_string() }),
         Role::Decoder(d) => json!({
@@ -128,6 +129,14 @@ fn describe(part: &Part) -> Value {
     };
     file["found"] = found;
     file
+}
+
+/// Where a merge takes its tokens from.
+fn merge_point(tower: &crate::arch::VisionTower) -> crate::ir::ValueId {
+    match tower.shuffle {
+        Some(_) => tower.entry,
+        None => tower.hidden,
+    }
 }
 
 /// Nodes before the first layer that later layers read from: what is cloned at a
@@ -203,13 +212,17 @@ fn print(path: &Path, parts: &[Part]) {
                     t.head_dim,
                     t.dtype
                 );
-                anstream::println!("  tokens     {cls}{} patches", optional(t.patches()));
+                let shuffled = t.shuffle.as_ref().map_or(String::new(), |s| {
+                    format!(", {} in a token (pixel shuffle)", s.per)
+                });
+                let patches = optional(t.patches());
+                anstream::println!("  tokens     {cls}{patches} patches{shuffled}");
                 anstream::println!(
                     "  features   {} × {} per image",
                     optional(t.features_per_image()),
                     optional(t.feature_width)
                 );
-                anstream::println!("  merge at   {}", model.name(t.hidden));
+                anstream::println!("  merge at   {}", model.name(merge_point(t)));
             }
             Role::Embedding(e) => {
                 anstream::println!("  width      {}, {}", optional(e.width), e.dtype)

@@ -110,7 +110,7 @@ fn token_counts(vlm: &Vlm) -> Option<(i64, i64)> {
     let output = model.graph().outputs[tower.features_index];
     let shape = model.value(output).ty.as_ref()?.shape()?;
     let after = shape.get(1)?.known().filter(|_| shape.len() == 3)?;
-    (Some(after) != tower.features_per_image()).then_some((tower.patches()?, after))
+    (Some(after) != tower.features_per_image()).then_some((tower.candidates()?, after))
 }
 
 fn locations(model: &Model) -> BTreeSet<String> {

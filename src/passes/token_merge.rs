@@ -16,6 +16,15 @@
 //! key metric is nearest to the anchor's (cosine). The tower's own attention is
 //! not touched: only the rows that are needed are computed again beside it.
 //!
+//! **Behind a pixel shuffle** (Idefics3, SmolVLM, InternVL) the merge works on the
+//! shuffled tokens `[n, N/r², r²·D]`: N in the budgets is N/r², H is the shuffled
+//! row, and score and metric of a token are the means over its r² patches, as
+//! Qwen2.5-VL's merge groups have them. Which patches make up a token is known
+//! from the re-arrangement itself (see [`Shuffle`](crate::arch::Shuffle)).
+//!
+//! **Masks** that the tower applies (images padded to a common size, position
+//! biases) apply to the scores too.
+//!
 //! Source: DUET-VLM (arXiv 2602.18846), section on vision-to-vision merging, and
 //! its public implementation, which adds the anchor to the mean.
 
@@ -105,9 +114,9 @@ fn default_width() -> i64 {
 /// Token counts of a merge, clamped to what is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MergeBudget {
-    /// Patch tokens of the tower, N.
+    /// Tokens chosen among, N: the tower's patches, or what a shuffle made of them.
     pub patches: i64,
-    /// Patch tokens kept as they are.
+    /// Of these, tokens kept as they are.
     pub dominant: i64,
     /// Contextual tokens.
     pub contextual: i64,
@@ -149,7 +158,7 @@ pub fn merge_budget(merge: &TokenMerge, patches: i64, has_cls: bool) -> MergeBud
 impl TokenMerge {
     /// Tokens that come out of `tower` per image, if their number is fixed.
     pub fn tokens_out(&self, tower: &VisionTower) -> Option<i64> {
-        Some(merge_budget(self, tower.patches()?, tower.cls).total())
+        Some(merge_budget(self, tower.candidates()?, tower.cls).total())
     }
 }
 
@@ -187,15 +196,21 @@ impl Pass for TokenMerge {
             let file = vlm.parts[index].file.display();
             if let Some(node) = &tower.grid {
                 return fail(format!(
-                    "{file}: behind the tower, {node} treats the tokens as a grid (pixel shuffle or pooling), \
-                     which fewer tokens do not fill; merging in front of it is not supported. visual_prune \
-                     alone works on such models"
+                    "{file}: behind the tower, {node} treats the tokens as a grid (pooling, convolution, \
+                     resizing), which fewer tokens do not fill; merging in front of it is not supported. \
+                     visual_prune alone works on such models"
                 ));
             }
-            let Some(patches) = tower.patches() else {
+            if tower.cls && tower.shuffle.is_some() && self.cls == Cls::Keep {
+                return fail(format!(
+                    "{file}: the projector receives tokens that a pixel shuffle made of several patches, so \
+                     the CLS token cannot go with them; use 'cls: drop'"
+                ));
+            }
+            let Some(patches) = tower.candidates() else {
                 return fail(format!(
                     "{file}: the number of patch tokens is not fixed in the file (neither by the shape of \
-                     '{}' nor by a position table)",
+                     '{}' nor by a position table or the image size)",
                     vlm.parts[index].model.name(tower.features)
                 ));
             };
@@ -224,7 +239,7 @@ impl Pass for TokenMerge {
                 problem,
             };
             let patches = tower
-                .patches()
+                .candidates()
                 .ok_or_else(|| unsupported("the token count is not fixed".into()))?;
             let budget = merge_budget(self, patches, tower.cls);
             let mut patch = Patch::new(&part.model, ENTRY.name);
@@ -264,10 +279,14 @@ impl Pass for TokenMerge {
         let lines: Vec<String> = vlm
             .towers()
             .filter_map(|(_, tower)| {
-                let b = merge_budget(self, tower.patches()?, tower.cls);
+                let b = merge_budget(self, tower.candidates()?, tower.cls);
                 let cls = if b.cls { "CLS + " } else { "" };
+                let kind = match &tower.shuffle {
+                    Some(shuffle) => format!("shuffled tokens ({} patches each)", shuffle.per),
+                    None => "patch tokens".into(),
+                };
                 Some(format!(
-                    "{} patch tokens → {} ({cls}{} dominant + {} contextual) after block {}",
+                    "{} {kind} → {} ({cls}{} dominant + {} contextual) after block {}",
                     b.patches,
                     b.total(),
                     b.dominant,
@@ -290,10 +309,6 @@ struct Build<'a, 'm> {
 }
 
 impl Build<'_, '_> {
-    fn cls_rows(&self) -> i64 {
-        i64::from(self.tower.cls)
-    }
-
     /// Rows of patch tokens only.
     fn patches_only(&mut self, x: ValueId, axis: i64) -> ValueId {
         if !self.tower.cls {
@@ -315,7 +330,7 @@ impl Build<'_, '_> {
         let (projection, done) = operand.build(self.patch, first);
         let tokens = match done {
             true => 1,
-            false => self.budget.patches + self.cls_rows(),
+            false => self.tower.tokens.unwrap_or(-1),
         };
         let dims = [-1, tokens, self.tower.heads, self.tower.head_dim];
         let mut split = self.patch.reshape(projection, &dims);
@@ -334,7 +349,7 @@ impl Build<'_, '_> {
         let k = self.heads(&tower.site.key, false);
         // [n, h, T, T] or, for the CLS row alone, [n, h, 1, T]
         let probabilities = self.attention(q, k, needs_all);
-        let score = if tower.cls {
+        let of_patches = if tower.cls {
             let row = if needs_all {
                 self.patch
                     .slice(probabilities, Size::Known(0), Size::Known(1), 2)
@@ -347,6 +362,7 @@ impl Build<'_, '_> {
             let received = self.patch.reduce_sum(probabilities, &[2], false);
             self.patch.reduce("ReduceMean", received, &[1], false)
         };
+        let score = self.pooled(of_patches, &[]);
         self.patch.name_value(score, "score");
         let mut parts = Vec::new();
         if self.budget.cls {
@@ -441,8 +457,25 @@ impl Build<'_, '_> {
         (dominant, pool)
     }
 
+    /// Mean over the patches of each shuffled token: `[n, patches, …]` →
+    /// `[n, N, …]`, `…` being `rest`. Without a shuffle, x itself.
+    fn pooled(&mut self, x: ValueId, rest: &[i64]) -> ValueId {
+        let Some(shuffle) = &self.tower.shuffle else {
+            return x;
+        };
+        let at = self.patch.i64s(&shuffle.patches);
+        let grouped = self.patch.gather(x, at, 1);
+        let mut dims = vec![-1, shuffle.tokens(), shuffle.per];
+        dims.extend(rest);
+        let grouped = self.patch.reshape(grouped, &dims);
+        self.patch.reduce("ReduceMean", grouped, &[2], false)
+    }
+
     /// H at patch indices `[n, m]` → `[n, m, D]`.
     fn rows(&mut self, indices: ValueId) -> ValueId {
+        if self.tower.shuffle.is_some() {
+            return self.patch.gather_rows(self.tower.entry, indices);
+        }
         let indices = if self.tower.cls {
             let one = self.patch.i64(1);
             self.patch.op("Add", &[indices, one])
@@ -456,6 +489,7 @@ impl Build<'_, '_> {
     fn metric(&mut self, k: ValueId) -> ValueId {
         let mean = self.patch.reduce("ReduceMean", k, &[2], false);
         let metric = self.patches_only(mean, 1);
+        let metric = self.pooled(metric, &[self.tower.head_dim]);
         let square = self.patch.op("Mul", &[metric, metric]);
         let sum = self.patch.reduce_sum(square, &[2], true);
         let norm = self.patch.op("Sqrt", &[sum]);
@@ -512,6 +546,7 @@ impl Build<'_, '_> {
         self.patch.scope("contextual");
         let received = self.patch.reduce_sum(probabilities, &[1, 2], false);
         let received = self.patches_only(received, 1);
+        let received = self.pooled(received, &[]);
         let received = self.patch.gather_rows(received, residual);
         let (_, place) = self.patch.top_k(received, Size::Known(b.contextual), true);
         let anchor = self.patch.gather_rows(residual, place);

@@ -51,6 +51,9 @@ pub(super) fn check(
             Role::Vision(tower) if new.model.find("duet/token_merge/merged_tokens").is_some() => {
                 let name = |v: ValueId| old.model.name(v).to_owned();
                 let mut inputs = vec![port(name(tower.hidden), 3, tower.dtype)];
+                if tower.shuffle.is_some() {
+                    inputs.push(port(name(tower.entry), 3, tower.dtype));
+                }
                 for operand in [&tower.site.query, &tower.site.key] {
                     for (value, rank, dtype) in operand.reads(&old.model, tower.dtype) {
                         if inputs.iter().all(|p| p.name != name(value)) {

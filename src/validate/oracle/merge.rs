@@ -191,6 +191,64 @@ pub fn merge_by(
     merge_selected(input.hidden, scores, &received, metric.view(), params)
 }
 
+/// Stage 1 behind a pixel shuffle, on one image: `rows` `[tokens, r²·D]` are the
+/// shuffled tokens, and token i is made of the patches `groups[i]`. Score, received
+/// attention and metric of a token are the means over its patches; `scores`, if
+/// given, are those of the tokens. There is no CLS token among the rows, so with
+/// [`Cls::Keep`] this is an error.
+///
+/// # Errors
+/// As [`merge()`]; [`OracleError::Index`] for a patch that is not there.
+pub fn merge_shuffled(
+    input: &MergeInput<'_>,
+    rows: ArrayView2<'_, f32>,
+    groups: &[Vec<usize>],
+    scores: Option<Vec<f32>>,
+    params: &MergeParams,
+) -> Result<Merged, OracleError> {
+    if params.cls == Some(Cls::Keep) {
+        return Err(OracleError::Parameter {
+            what: "cls",
+            expected: "'drop' behind a pixel shuffle".into(),
+            found: "'keep'".into(),
+        });
+    }
+    let first_patch = first_patch(input, params.cls)?;
+    let of_patches = patch_scores(input, params.cls)?;
+    let known = |patch: &&usize| **patch >= of_patches.len();
+    if let Some(patch) = groups.iter().flatten().find(known) {
+        return Err(OracleError::Index {
+            what: "patches of a shuffled token",
+            expected: format!("patches below {}", of_patches.len()),
+            found: patch.to_string(),
+        });
+    }
+    let mean = |all: &[f32], group: &Vec<usize>| {
+        let sum: f64 = group.iter().map(|&p| f64::from(all[p])).sum();
+        (sum / group.len().max(1) as f64) as f32
+    };
+    let pooled = |all: &[f32]| groups.iter().map(|g| mean(all, g)).collect::<Vec<f32>>();
+    let received = match params.selector {
+        Selector::Local => pooled(&received_attention(input, params.cls)?),
+        Selector::Attention | Selector::Uniform => Vec::new(),
+    };
+    let of_patch = metric(input.key.slice(s![.., first_patch.., ..]));
+    let width = of_patch.ncols();
+    let mut of_tokens = Array2::zeros((groups.len(), width));
+    for (column, values) in of_patch.columns().into_iter().enumerate() {
+        let pooled = pooled(&values.to_vec());
+        of_tokens
+            .column_mut(column)
+            .assign(&ndarray::Array1::from(pooled));
+    }
+    let scores = scores.unwrap_or_else(|| pooled(&of_patches));
+    let params = MergeParams {
+        cls: None,
+        ..*params
+    };
+    merge_selected(rows, scores, &received, of_tokens.view(), &params)
+}
+
 /// Stage 1 from given scores, for towers whose scores and metric are pooled before selection.
 ///
 /// `hidden` is `[T, D]` as in [`MergeInput`], `scores` `[N]`, `metric` `[N, head_dim]`, and

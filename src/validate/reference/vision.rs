@@ -30,6 +30,9 @@ pub struct ReferenceVision {
     names: Names,
     probes: Probes,
     merge: Option<(MergeParams, Session)>,
+    /// Patches of each token that a shuffle makes, by the base graph's own
+    /// operators.
+    groups: Option<Vec<Vec<usize>>>,
 }
 
 #[derive(Debug)]
@@ -51,7 +54,7 @@ impl ReferenceVision {
         merge: Option<&TokenMerge>,
         options: &SessionOptions,
     ) -> Result<Self, ValidateError> {
-        let (probed, probes) = Probes::new(model, tower, &[tower.hidden])?;
+        let (probed, probes) = Probes::new(model, tower, &[tower.hidden, tower.entry])?;
         let session = probe::open(&probed, "reference vision encoder", options)?;
         let merge = match merge {
             None => None,
@@ -73,8 +76,13 @@ impl ReferenceVision {
                 Some((params(merge, tower)?, projector))
             }
         };
+        let groups = match &tower.shuffle {
+            Some(_) => Some(shuffled(model, tower, options)?),
+            None => None,
+        };
         let name = |v| model.name(v).to_owned();
         Ok(Self {
+            groups,
             names: Names {
                 pixels: name(tower.pixels),
                 features: name(tower.features),
@@ -115,6 +123,7 @@ impl ReferenceVision {
             });
         };
         let hidden = rank3(out.get(&self.names.hidden)?)?;
+        let entry = rank3(out.get(&self.names.entry)?)?;
         let (_, tokens, _) = hidden.dim();
         let (query, key) = self.probes.heads(&out, &self.tower, images, tokens)?;
         let masks = self.probes.masks(&out, &self.tower, images, tokens)?;
@@ -129,14 +138,23 @@ impl ReferenceVision {
                 scale,
                 mask: masks.as_ref().map(|m| m[image].view()),
             };
-            let mut choice = oracle::merge(&input, params)?;
+            let rows = entry.index_axis(Axis(0), image);
+            let groups = self.groups.as_deref();
+            let choose = |scores: Option<Vec<f32>>| match (groups, scores) {
+                (Some(groups), scores) => {
+                    oracle::merge_shuffled(&input, rows, groups, scores, params)
+                }
+                (None, None) => oracle::merge(&input, params),
+                (None, Some(scores)) => oracle::merge_by(&input, scores, params),
+            };
+            let mut choice = choose(None)?;
             let found = ranking.and_then(|r| Some((r.scores.get(image)?, r.tolerance)));
             if let Some((found, tolerance)) = found {
                 let first = choice.dominant.len() + choice.pool.len();
                 let moved = reordered(&choice.scores, found, first, tolerance);
                 if let Some(moved @ 1..) = moved {
                     near_ties += moved;
-                    choice = oracle::merge_by(&input, found.clone(), params)?;
+                    choice = choose(Some(found.clone()))?;
                 }
             }
             tokens.push(choice.tokens.clone().insert_axis(Axis(0)));
@@ -147,8 +165,8 @@ impl ReferenceVision {
         let views: Vec<_> = tokens.iter().map(|t| t.view()).collect();
         let tokens = ndarray::concatenate(Axis(0), &views);
         let tokens = tokens.map_err(|e| ValidateError::Model(e.to_string()))?;
-        let entry = Tensor::from(tokens).cast_float(out.get(&self.names.hidden)?.dtype())?;
-        let projected = projector.run(&[(&self.names.entry, &Value::new(entry)?)])?;
+        let merged_rows = Tensor::from(tokens).cast_float(out.get(&self.names.hidden)?.dtype())?;
+        let projected = projector.run(&[(&self.names.entry, &Value::new(merged_rows)?)])?;
         Ok(ReferenceFeatures {
             features: per_image(projected.get(&self.names.features)?, images)?,
             merged,
@@ -163,7 +181,7 @@ pub(in crate::validate) fn params(
     tower: &VisionTower,
 ) -> Result<MergeParams, ValidateError> {
     let patches = tower
-        .patches()
+        .candidates()
         .and_then(|n| usize::try_from(n).ok())
         .ok_or_else(|| ValidateError::Model("the tower's token count is not fixed".into()))?;
     let budget = |count: Count| match count {
@@ -185,6 +203,58 @@ pub(in crate::validate) fn params(
         },
         cls,
     })
+}
+
+/// Runs the base graph's own re-arrangement on the numbers of the patches, digit
+/// by digit so that every element type holds them, and reads off which patches a
+/// token is made of.
+fn shuffled(
+    model: &Model,
+    tower: &VisionTower,
+    options: &SessionOptions,
+) -> Result<Vec<Vec<usize>>, ValidateError> {
+    const BASE: usize = 128;
+    let wrong = |what: &str| ValidateError::Model(format!("the pixel shuffle {what}"));
+    let size = |n: Option<i64>| n.and_then(|n| usize::try_from(n).ok());
+    let (Some(tokens), Some(shuffle)) = (size(tower.tokens), &tower.shuffle) else {
+        return Err(wrong("works on a number of tokens that is not fixed"));
+    };
+    let ty = ValueType::tensor(tower.dtype, vec![Dim::Unknown; 3]);
+    let part = extract(model, &[(tower.hidden, ty.clone())], &[(tower.entry, ty)])?;
+    let mut session = probe::open(&part, "reference pixel shuffle", options)?;
+    let port = session.inputs().first().and_then(|p| p.dtype);
+    let first = usize::from(tower.cls);
+    let width = size(tower.width).ok_or_else(|| wrong("works on rows of unknown width"))?;
+    let mut found: Vec<Vec<usize>> = Vec::new();
+    let (mut scale, mut digits) = (1, tokens);
+    while digits > 0 {
+        let numbers = Array3::from_shape_fn((1, tokens, width), |(_, token, _)| {
+            (token / scale % BASE) as f32
+        });
+        let mut numbers = Tensor::from(numbers);
+        if let Some(dtype) = port {
+            numbers = numbers.cast_float(dtype)?;
+        }
+        let out = session.run(&[(model.name(tower.hidden), &Value::new(numbers)?)])?;
+        let out = rank3(out.first()?)?;
+        let rows = out.index_axis(Axis(0), 0);
+        found.resize(rows.nrows(), vec![0; rows.ncols()]);
+        for (all, row) in found.iter_mut().zip(rows.outer_iter()) {
+            all.iter_mut()
+                .zip(row)
+                .for_each(|(n, digit)| *n += *digit as usize * scale);
+        }
+        (scale, digits) = (scale * BASE, digits / BASE);
+    }
+    for row in &mut found {
+        row.sort_unstable();
+        row.dedup();
+        if row.len() as i64 != shuffle.per || row.first().is_some_and(|t| *t < first) {
+            return Err(wrong("does not make tokens of whole patches"));
+        }
+        row.iter_mut().for_each(|token| *token -= first);
+    }
+    Ok(found)
 }
 
 fn rank3(value: &Value) -> Result<Array3<f32>, ValidateError> {
