@@ -278,7 +278,9 @@ impl Pair {
             let (mut plain, mut marked) = (Vec::new(), Vec::new());
             if let (true, Some((reference, run, [c, h, w]))) = (images > 0, &mut self.vision) {
                 let pixels: Array4<f32> = rng.images(images, *c, *h, *w);
-                let (found, outputs) = run.run_with_outputs(Tensor::from(pixels.clone()))?;
+                let mask = run.takes_mask().then(|| rng.masks(images, *h, *w));
+                let (found, outputs) =
+                    run.run_with_outputs(Tensor::from(pixels.clone()), mask.as_ref())?;
                 let scores = match outputs.get(SCORE) {
                     Ok(scores) => rows_of(scores)?,
                     Err(_) => Vec::new(),
@@ -287,7 +289,8 @@ impl Pair {
                     scores: &scores,
                     tolerance: ties(self.dtype, self.quantised),
                 };
-                let expected = reference.features(Tensor::from(pixels), Some(ranking))?;
+                let expected =
+                    reference.features(Tensor::from(pixels), mask.as_ref(), Some(ranking))?;
                 tally.near_ties += expected.near_ties;
                 for (want, found) in expected.features.iter().zip(found) {
                     tally.features(want, &found, self.channel)?;

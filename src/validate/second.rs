@@ -81,7 +81,19 @@ pub(super) fn check(
                     .and_then(ValueType::dtype);
                 let pixels = Tensor::from(pixels)
                     .cast_float(dtype(pixel_type.unwrap_or(DataType::Float)))?;
-                let feed = vec![(name(tower.pixels), pixels)];
+                let mut feed = vec![(name(tower.pixels), pixels)];
+                // A mask of padded pixels, where the model takes one.
+                let others = old.model.graph().inputs.iter().copied();
+                for other in others.filter(|v| *v != tower.pixels) {
+                    let ty = old.model.value(other).ty.as_ref();
+                    let kind = ty.and_then(ValueType::dtype);
+                    let mask = rng.masks(2, h, w).mapv(i64::from);
+                    let mask = match kind {
+                        Some(DataType::Bool) => Tensor::from(mask.mapv(|m| m != 0)),
+                        _ => Tensor::from(mask),
+                    };
+                    feed.push((name(other), mask));
+                }
                 compare(
                     &new.model,
                     &inputs,

@@ -9,7 +9,7 @@ use super::ties::{Ranking, reordered};
 use crate::arch::VisionTower;
 use crate::ir::{DataType, Dim, Model, ValueType, extract};
 use crate::passes::{Cls, Count, Selector, TokenMerge};
-use crate::runtime::{Session, SessionOptions, Tensor, Value};
+use crate::runtime::{Port, Session, SessionOptions, Tensor, Value, pixel_mask};
 
 /// What the reference gives for a batch of images.
 #[derive(Debug)]
@@ -96,7 +96,8 @@ impl ReferenceVision {
         })
     }
 
-    /// Features of `[n, C, H, W]` pixels. Where `ranking` orders tokens otherwise
+    /// Features of `[n, C, H, W]` pixels; `mask` `[n, H, W]` is for models that are
+    /// told which pixels are padding. Where `ranking` orders tokens otherwise
     /// than the oracle only by near-ties, it is followed.
     ///
     /// # Errors
@@ -104,6 +105,7 @@ impl ReferenceVision {
     pub fn features(
         &mut self,
         pixels: Tensor,
+        mask: Option<&Array3<u8>>,
         ranking: Option<Ranking<'_>>,
     ) -> Result<ReferenceFeatures, ValidateError> {
         let dtype = self.session.input(&self.names.pixels).and_then(|p| p.dtype);
@@ -113,7 +115,15 @@ impl ReferenceVision {
         };
         let pixels = Value::new(pixels)?;
         let images = pixels.shape()[0];
-        let out = self.session.run(&[(&self.names.pixels, &pixels)])?;
+        let mut inputs: Vec<(&str, Value)> = vec![(&self.names.pixels, pixels)];
+        let other = |p: &&Port| p.name != self.names.pixels;
+        if let (Some(port), Some(mask)) = (self.session.inputs().iter().find(other), mask) {
+            inputs.push((&port.name, pixel_mask(mask, port)?));
+        }
+        let inputs: Vec<(String, Value)> =
+            inputs.into_iter().map(|(n, v)| (n.to_owned(), v)).collect();
+        let inputs: Vec<(&str, &Value)> = inputs.iter().map(|(n, v)| (n.as_str(), v)).collect();
+        let out = self.session.run(&inputs)?;
         let Some((params, projector)) = &mut self.merge else {
             let features = out.get(&self.names.features)?;
             return Ok(ReferenceFeatures {
