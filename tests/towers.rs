@@ -6,13 +6,16 @@ mod support;
 use bytes::Bytes;
 use duet_onnx::arch::{Role, VisionTower, Vlm};
 use duet_onnx::ir::{
-    Attribute, DataType, Model, Patch, Tensor, ValueId, ValueType, consts, float, int, verify,
+    Attribute, DataType, Dim, Model, Patch, Tensor, ValueId, ValueType, consts, extract, float,
+    int, verify,
 };
 use duet_onnx::onnx::{read_bytes, serialize};
 use duet_onnx::passes::rewrite;
+use duet_onnx::runtime::Value;
+use duet_onnx::validate::scenario::Seeded;
 use duet_onnx::validate::{Options, Report, check};
 
-use support::models::{fixture, options, recipe, recipe_text, rewritten, runtime};
+use support::models::{fixture, open, options, recipe, recipe_text, rewritten, runtime};
 
 const MERGES: [&str; 3] = [
     "{dominant: 30, contextual: 6}",
@@ -252,6 +255,68 @@ fn multi_head_attention_with_and_without_a_bias() {
     same_tower(&biased);
     for merge in MERGES {
         passes(&biased, merge);
+    }
+}
+
+/// Scores and dominant patches of a merged model, without what is behind the tower: some layouts run on
+/// other devices only.
+fn ranked(base: &Vlm) -> (Vec<f32>, Vec<i64>) {
+    let text = recipe_text(&[("token_merge", MERGES[0])], "");
+    let merged = rewritten(base, &text);
+    let (model, pixels) = (&merged.parts[0].model, tower_of(base).pixels);
+    let typed = |name: &str, dtype| {
+        let value = model.find(name).unwrap_or_else(|| panic!("{name}"));
+        (value, ValueType::tensor(dtype, vec![Dim::Unknown; 2]))
+    };
+    let wanted = [
+        typed("duet/token_merge/score", DataType::Float),
+        typed("duet/token_merge/dominant_indices", DataType::Int64),
+    ];
+    let name = base.parts[0].model.name(pixels).to_owned();
+    let given = model.find(&name).expect("pixels");
+    let ty = model.value(given).ty.clone().expect("typed pixels");
+    let part = extract(model, &[(given, ty)], &wanted).expect("a part");
+    let mut session = open(&part, std::path::Path::new("ranked"));
+    let images = Seeded::new(3).images(2, 3, 126, 126);
+    let images = Value::new(images.into()).expect("pixels");
+    let out = session.run(&[(name.as_str(), &images)]).expect("runs");
+    let at = |i: usize| out.get(model.name(wanted[i].0)).expect("an output");
+    let dominant = at(1).to_tensor().expect("indices");
+    (
+        at(0).f32s().expect("scores").into_owned(),
+        dominant.i64s().expect("indices").to_vec(),
+    )
+}
+
+#[test]
+fn queries_and_keys_packed_with_values_are_taken_apart() {
+    let pack = |patch: &mut Patch<'_>, roots: &[ValueId]| {
+        let parts: Vec<ValueId> = roots
+            .iter()
+            .map(|root| patch.reshape(*root, &[-1, 82, 4, 1, 12]))
+            .collect();
+        let all = patch.concat(&parts, 3);
+        Some(patch.reshape(all, &[-1, 82, 4, parts.len() as i64, 12]))
+    };
+    let (model, _) = plain();
+    let want = ranked(&alone(model));
+    assert_eq!((want.0.len(), want.1.len()), (2 * 81, 2 * 29));
+    let all = fused(
+        "MultiHeadAttention",
+        |patch, _, _, _, roots| vec![pack(patch, &roots)],
+        vec![],
+    );
+    let keys = fused(
+        "MultiHeadAttention",
+        |patch, _, _, _, roots| vec![Some(roots[0]), pack(patch, &roots[1..])],
+        vec![],
+    );
+    for vlm in [all, keys] {
+        same_tower(&vlm);
+        let found = ranked(&vlm);
+        assert_eq!(found.1, want.1);
+        let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-6;
+        assert!(found.0.iter().zip(&want.0).all(near));
     }
 }
 

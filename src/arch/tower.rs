@@ -180,7 +180,7 @@ impl VisionTower {
         let stated = model.value(features).ty.as_ref().and_then(|t| t.shape());
         let rows = stated.filter(|s| s.len() == 3).and_then(|s| s[1].known());
         let counted = position_rows(model, &line, &reached)
-            .or_else(|| conv_patches(model, pixels).map(|n| n + i64::from(cls)));
+            .or_else(|| conv_patches(model, pixels, hidden).map(|n| n + i64::from(cls)));
         let stated_width = row_width(model, hidden);
         let width = stated_width.unwrap_or(heads * head_dim);
         let shuffle = counted.and_then(|tokens| {
@@ -265,23 +265,30 @@ fn row_width(model: &Model, value: ValueId) -> Option<i64> {
     vectors.next().map(|d| d[0])
 }
 
-/// Number of patches that the first convolution cuts images of a fixed size into.
-fn conv_patches(model: &Model, pixels: ValueId) -> Option<i64> {
+/// Number of patches that the convolution between pixels and tokens cuts images
+/// of a fixed size into; `None` if there are several (then it is no patch embedding).
+fn conv_patches(model: &Model, pixels: ValueId, hidden: ValueId) -> Option<i64> {
     let size = model.value(pixels).ty.as_ref()?.shape()?;
     let edges: Vec<Option<i64>> = size.iter().rev().take(2).map(Dim::known).collect();
     let [Some(w), Some(h)] = edges.as_slice() else {
         return None;
     };
     let seen = descendants(model, &[pixels], true);
-    let conv = model
+    let needed = ancestors(model, &[hidden], true);
+    let mut convolutions = model
         .graph()
         .nodes
         .iter()
         .map(|n| model.node(*n))
-        .find(|n| {
+        .filter(|n| {
             matches!(n.op_type.as_str(), "Conv" | "ConvInteger" | "QLinearConv")
                 && n.input(0).is_some_and(|v| seen.contains(&v))
-        })?;
+                && n.output(0).is_some_and(|v| needed.contains(&v))
+        });
+    let conv = convolutions.next()?;
+    if convolutions.next().is_some() {
+        return None;
+    }
     if conv
         .attr_ints("pads")
         .is_some_and(|p| p.iter().any(|n| *n != 0))
