@@ -212,6 +212,36 @@ fn a_packed_attention_is_scored_from_its_weight() {
 }
 
 #[test]
+fn a_quantised_packed_attention_is_scored_from_its_integers() {
+    let vlm = fused(
+        "QAttention",
+        |patch, x, w, b, _| {
+            let weight = patch.value(w).initializer.clone().expect("a weight");
+            let all = weight.to_f64s(patch.model().external()).expect("numbers");
+            let scale = all.iter().fold(0.0, |m: f64, n| m.max(n.abs())) / 127.0;
+            let bytes = all
+                .iter()
+                .map(|n| ((n / scale).round() as i8) as u8)
+                .collect();
+            let weight = Tensor::raw("int8", DataType::Int8, weight.dims.clone(), bytes);
+            let weight = patch.constant(weight);
+            let scale = patch.f32(scale as f32);
+            let tokens = patch.node("", "DynamicQuantizeLinear", &[Some(x)], 3, vec![]);
+            let [x, x_scale, zero] = tokens[..] else {
+                panic!("three outputs");
+            };
+            let given = [x, weight, b, x_scale, scale];
+            [given.map(Some).as_slice(), &[None, Some(zero)]].concat()
+        },
+        vec![],
+    );
+    same_tower(&vlm);
+    for merge in MERGES {
+        passes(&vlm, merge);
+    }
+}
+
+#[test]
 fn a_stated_scale_and_a_position_bias_count() {
     let bias = |patch: &mut Patch<'_>| {
         let numbers: Vec<f32> = (0..4 * 82 * 82)

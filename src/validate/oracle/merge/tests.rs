@@ -119,6 +119,75 @@ fn received_attention_counts_every_query() {
 }
 
 #[test]
+fn a_masked_key_gets_no_attention() {
+    // Weights 1:3 for query 0, of which the mask leaves the first; query 1 sees nothing.
+    let key = log_keys(&[&[1.0, 3.0]]);
+    let query = Array3::from_elem((1, 2, 1), 1.0);
+    let hidden = numbered(2, false);
+    let none = f32::NEG_INFINITY;
+    let score = |mask: Array3<f32>| {
+        let input = MergeInput {
+            hidden: hidden.view(),
+            query: query.view(),
+            key: key.view(),
+            scale: 1.0,
+            mask: Some(mask.view()),
+        };
+        patch_scores(&input, None)
+    };
+    close(
+        &score(array![[[0.0, none], [none, none]]]).unwrap(),
+        &[1.0, 0.0],
+    );
+    // A bias changes the weights to 3:3; beside a huge number nothing is left, so all are even.
+    let huge = f32::MIN;
+    close(
+        &score(array![[[3f32.ln(), 0.0], [huge, huge]]]).unwrap(),
+        &[1.0, 1.0],
+    );
+    assert!(matches!(
+        score(Array3::zeros((1, 2, 3))),
+        Err(OracleError::Shape { .. })
+    ));
+}
+
+#[test]
+fn shuffled_tokens_have_the_means_of_their_patches() {
+    // One head whose four patches get 1, 2, 3 and 2 eighths of every query's attention.
+    let key = log_keys(&[&[1.0, 2.0, 3.0, 2.0]]);
+    let query = Array3::from_elem((1, 4, 1), 1.0);
+    let hidden = numbered(4, false);
+    let input = MergeInput {
+        hidden: hidden.view(),
+        query: query.view(),
+        key: key.view(),
+        scale: 1.0,
+        mask: None,
+    };
+    let params = MergeParams {
+        dominant: 1,
+        contextual: 1,
+        cluster_width: 4,
+        selector: Selector::Attention,
+        cls: None,
+    };
+    let rows = array![[1.0f32, 2.0], [10.0, 20.0]];
+    let groups = [vec![0, 3], vec![1, 2]];
+    let merged = merge_shuffled(&input, rows.view(), &groups, None, &params).unwrap();
+    close(&merged.scores, &[0.75, 1.25]);
+    assert_eq!((merged.dominant, merged.anchors), (vec![1], vec![0]));
+    assert_eq!(merged.tokens, array![[10.0, 20.0], [1.0, 2.0]]);
+    let outside = merge_shuffled(&input, rows.view(), &[vec![0, 4]], None, &params);
+    assert!(matches!(outside, Err(OracleError::Index { .. })));
+    let kept = MergeParams {
+        cls: Some(Cls::Keep),
+        ..params
+    };
+    let kept = merge_shuffled(&input, rows.view(), &groups, None, &kept);
+    assert!(matches!(kept, Err(OracleError::Parameter { .. })));
+}
+
+#[test]
 fn metric_is_the_mean_key_over_heads() {
     let key = array![[[1.0, 2.0], [4.0, 0.0]], [[3.0, -2.0], [0.0, 0.5]]];
     assert_eq!(metric(key.view()), array![[2.0, 0.0], [2.0, 0.25]]);
