@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use duet_onnx::arch::{Role, Vlm};
-use duet_onnx::ir::{Model, Patch};
+use duet_onnx::ir::{Model, Patch, ints};
 use duet_onnx::onnx::read;
 use duet_onnx::passes::{Recipe, rewrite};
 
@@ -26,22 +26,30 @@ const PRUNE: &str =
     "version: 1\nmarker: input\npasses:\n  - visual_prune: {drops: [{after_layer: 3, keep: 0.5}]}";
 
 #[test]
-fn merging_in_front_of_a_pixel_shuffle_is_refused() {
+fn merging_in_front_of_pooling_is_refused() {
     let model = fixture("ts-sdpa-mha/onnx/vision_encoder.onnx");
     let Role::Vision(tower) = Role::of(&model) else {
         panic!("a vision encoder");
     };
     assert_eq!(tower.grid, None);
-    // [n, 81, 48] → [n, 9, 9, 48] → [n, 81, 48], as a pixel shuffle begins and ends.
-    let mut patch = Patch::new(&model, "shuffle");
+    // [n, 81, 48] → [n, 48, 9, 9] → pooled with overlap → [n, 81, 48].
+    let mut patch = Patch::new(&model, "pool");
     let grid = patch.reshape(tower.entry, &[-1, 9, 9, 48]);
-    let list = patch.reshape(grid, &[-1, 81, 48]);
+    let grid = patch.transpose(grid, &[0, 3, 1, 2]);
+    let edges = vec![
+        ints("kernel_shape", &[3, 3]),
+        ints("strides", &[1, 1]),
+        ints("pads", &[1, 1, 1, 1]),
+    ];
+    let pooled = patch.op_with("AveragePool", &[grid], edges);
+    let list = patch.reshape(pooled, &[-1, 48, 81]);
+    let list = patch.transpose(list, &[0, 2, 1]);
     patch.rewire_all(tower.entry, list);
     let plan = patch.finish();
     let model = model.apply(plan).expect("applies");
     let message = refusal(model, MERGE);
     assert!(
-        message.contains("as a grid") && message.contains("duet/shuffle/Reshape"),
+        message.contains("as a grid") && message.contains("duet/pool/AveragePool"),
         "{message}"
     );
 }

@@ -1,7 +1,7 @@
 //! Which graphs are one decoder: a file, the branches of a merged file, or a file
 //! that starts a cache with one that goes on from it.
 
-use super::reference::{ReferenceDecoder, State, StepIn, StepOut};
+use super::reference::{Choice, ReferenceDecoder, State, StepIn, StepOut};
 use super::{ValidateError, probe};
 use crate::arch::{Decoder, Part, Role, Vlm};
 use crate::passes::VisualPrune;
@@ -108,10 +108,11 @@ impl Reference {
         &mut self,
         state: &mut State,
         input: &StepIn,
+        choice: Option<Choice<'_>>,
     ) -> Result<StepOut, ValidateError> {
         match &mut self.prompt {
-            Some(prompt) if state.is_new() => prompt.step(state, input),
-            _ => self.main.step(state, input),
+            Some(prompt) if state.is_new() => prompt.step(state, input, choice),
+            _ => self.main.step(state, input, choice),
         }
     }
 }

@@ -98,11 +98,20 @@ fn tower_check(
     report: &mut Report,
 ) -> Result<(), ValidateError> {
     let name = |v: ValueId| old.name(v).to_owned();
-    let inputs = [
-        port(name(tower.hidden), 3, tower.dtype),
-        port(name(tower.site.query.root), 3, tower.dtype),
-        port(name(tower.site.key.root), 3, tower.dtype),
-    ];
+    let mut inputs = vec![port(name(tower.hidden), 3, tower.dtype)];
+    if tower.shuffle.is_some() {
+        inputs.push(port(name(tower.entry), 3, tower.dtype));
+    }
+    for operand in [&tower.site.query, &tower.site.key] {
+        for (value, rank, dtype) in operand.reads(old, tower.dtype) {
+            if inputs.iter().all(|p| p.name != name(value)) {
+                inputs.push(port(name(value), rank, dtype));
+            }
+        }
+    }
+    for (value, rank, dtype) in tower.site.mask_reads(old) {
+        inputs.push(port(name(value), rank, dtype));
+    }
     let outputs = [port("duet/token_merge/merged_tokens", 3, tower.dtype)];
     let check = format!("{label}tract: token_merge");
     compare(new, &inputs, &outputs, feed, &check, options, report)
@@ -122,7 +131,19 @@ fn tower_feed(
     let pixels = Tensor::from(rng.images(2, size(1).unwrap_or(3), h, w));
     let stated = ty.and_then(ValueType::dtype).unwrap_or(DataType::Float);
     let pixels = pixels.cast_float(dtype(stated))?;
-    Ok(Some(vec![(model.name(tower.pixels).to_owned(), pixels)]))
+    let mut feed = vec![(model.name(tower.pixels).to_owned(), pixels)];
+    // A mask of padded pixels, where the model takes one.
+    let others = model.graph().inputs.iter().copied();
+    for other in others.filter(|v| *v != tower.pixels) {
+        let kind = model.value(other).ty.as_ref().and_then(ValueType::dtype);
+        let mask = rng.masks(2, h, w).mapv(i64::from);
+        let mask = match kind {
+            Some(DataType::Bool) => Tensor::from(mask.mapv(|m| m != 0)),
+            _ => Tensor::from(mask),
+        };
+        feed.push((model.name(other).to_owned(), mask));
+    }
+    Ok(Some(feed))
 }
 
 /// Every drop point of one decoder.

@@ -5,6 +5,7 @@ use ndarray::{Array2, Array3, Axis, s};
 use super::super::oracle::{self, Text};
 use super::super::{ValidateError, probe};
 use super::operands::{Operands, Probe, Turn, array};
+use super::ties::{Choice, exchanged};
 use crate::arch::Decoder;
 use crate::ir::{Dim, Model, Patch, ValueType};
 use crate::passes::{Positions, TextQueries, VisualPrune};
@@ -36,6 +37,8 @@ pub struct StepOut {
     pub kept: Vec<Vec<Vec<usize>>>,
     /// Length of every layer's cache, where the decoder gives caches.
     pub lengths: Vec<usize>,
+    /// Tokens that were exchanged because their scores tie as well as exactly.
+    pub near_ties: usize,
 }
 
 /// Caches and masks of a conversation.
@@ -297,13 +300,19 @@ impl ReferenceDecoder {
         Ok(run.err().map(|e| e.to_string()))
     }
 
-    /// Runs new tokens through all stages.
+    /// Runs new tokens through all stages. Where `choice` differs from the
+    /// oracle's only by near-ties, the choice is followed.
     ///
     /// A decoder without a past has to be given a state of its own for each step.
     ///
     /// # Errors
     /// A run fails, or scores are not finite.
-    pub fn step(&mut self, state: &mut State, input: &StepIn) -> Result<StepOut, ValidateError> {
+    pub fn step(
+        &mut self,
+        state: &mut State,
+        input: &StepIn,
+        choice: Option<Choice<'_>>,
+    ) -> Result<StepOut, ValidateError> {
         let count = |row: ndarray::ArrayView1<'_, bool>| row.iter().filter(|v| **v).count();
         let entered: Vec<usize> = input.visual.outer_iter().map(count).collect();
         let schedule: Vec<oracle::Drop> = self
@@ -317,9 +326,9 @@ impl ReferenceDecoder {
             .collect();
         let drops = oracle::drop_counts(&entered, &schedule)?;
         if state.alone.is_empty() {
-            return self.advance(state, input, &drops);
+            return self.advance(state, input, &drops, choice);
         }
-        let found = self.step_alone(state, input, &drops)?;
+        let found = self.step_alone(state, input, &drops, choice)?;
         state.caches.clone_from(&state.alone[0].caches);
         Ok(found)
     }
@@ -330,6 +339,7 @@ impl ReferenceDecoder {
         state: &mut State,
         input: &StepIn,
         drops: &[usize],
+        choice: Option<Choice<'_>>,
     ) -> Result<StepOut, ValidateError> {
         let batch = input.mask.nrows();
         let bools = |row: ndarray::ArrayView1<'_, bool>| row.to_vec();
@@ -354,6 +364,7 @@ impl ReferenceDecoder {
             .as_ref()
             .is_none_or(|p| p.positions == Positions::Renumber);
         let mut kept_all = Vec::new();
+        let mut near_ties = 0;
         let mut logits = None;
         let turned = self.turned();
         let mut turn: Option<Turn> = None;
@@ -414,7 +425,14 @@ impl ReferenceDecoder {
                 } else {
                     Vec::new()
                 };
-                let keep = oracle::select(&scores, &visual[row], dropped)?;
+                let mut keep = oracle::select(&scores, &visual[row], dropped)?;
+                let found = choice.and_then(|c| Some((c.kept.get(number)?.get(row)?, c.tolerance)));
+                if let Some((found, tolerance)) = found
+                    && let Some(count) = exchanged(&keep, found, &scores, &visual[row], tolerance)
+                {
+                    near_ties += count;
+                    keep.clone_from(found);
+                }
                 rows[row] = oracle::carry_rows(&rows[row], &keep, &real)?;
                 kept.push(keep);
             }
@@ -460,6 +478,7 @@ impl ReferenceDecoder {
             logits: logits.ok_or_else(|| ValidateError::Model("no stage gave logits".into()))?,
             kept: kept_all,
             lengths: state.caches.iter().map(|(k, _)| k.shape()[2]).collect(),
+            near_ties,
         })
     }
 
@@ -477,6 +496,7 @@ impl ReferenceDecoder {
         state: &mut State,
         input: &StepIn,
         drops: &[usize],
+        choice: Option<Choice<'_>>,
     ) -> Result<StepOut, ValidateError> {
         let mut all: Option<StepOut> = None;
         for (row, state) in state.alone.iter_mut().enumerate() {
@@ -492,13 +512,21 @@ impl ReferenceDecoder {
                     .as_ref()
                     .map(|ids| ids.slice(s![one, ..]).to_owned()),
             };
-            let found = self.advance(state, &input, drops)?;
+            let chosen: Option<Vec<Vec<Vec<usize>>>> = choice.map(|c| {
+                let own = |drop: &Vec<Vec<usize>>| drop.get(row).cloned().into_iter().collect();
+                c.kept.iter().map(own).collect()
+            });
+            let choice = choice
+                .zip(chosen.as_ref())
+                .map(|(c, kept)| Choice { kept, ..c });
+            let found = self.advance(state, &input, drops, choice)?;
             match &mut all {
                 None => all = Some(found),
                 Some(all) => {
                     all.logits
                         .append(Axis(0), found.logits.view())
                         .map_err(|e| ValidateError::Model(e.to_string()))?;
+                    all.near_ties += found.near_ties;
                     for (kept, row) in all.kept.iter_mut().zip(found.kept) {
                         kept.extend(row);
                     }
