@@ -2,10 +2,11 @@
 //!
 //! Layers are numbered by the cache outputs that every exporter names
 //! (`present.N.key`). From each, the new keys are found behind the cache
-//! concatenation, and from these the residual tensor that enters the layer: the
-//! last value before them through which all data passes. A decoder without any
-//! cache has its attentions for layers, in the order of the data. Either way no
-//! attention between embeddings and logits may be left over.
+//! concatenation or in the attention operator that holds the cache, and from these
+//! what enters the layer: the last values before them through which all data
+//! passes. A decoder without any cache has its attentions for layers, in the order
+//! of the data. Either way no attention between embeddings and logits may be left
+//! over.
 
 mod cache;
 mod fused;
@@ -96,9 +97,8 @@ pub struct DecoderLayer {
     pub softcap: f64,
     /// The attention (its `Softmax`, or the fused operator).
     pub node: NodeId,
-    /// Whether the attention takes a mask. One that takes lengths only
-    /// (`GroupQueryAttention` without `attention_bias`) knows no padding on the
-    /// left.
+    /// Whether the attention takes a mask. One that goes by the length of each row
+    /// (`GroupQueryAttention`) knows no padding on the left.
     pub masked: bool,
     heads: Option<i64>,
     kv_heads: Option<i64>,
