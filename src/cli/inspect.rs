@@ -221,9 +221,9 @@ fn print(path: &Path, parts: &[Part]) {
                 part.source.inlined.join(", ")
             );
         }
-        if part.source.branch.is_some() {
+        if part.source.branch.is_some() && earlier_recipe(model).is_none() {
             anstream::println!(
-                "  branch     of one file; rewrite changes all branches and joins them again"
+                "  branch     of a merged file; rewrite changes every branch and joins them again"
             );
         }
         if let Some((version, recipe)) = earlier_recipe(model) {
