@@ -34,12 +34,12 @@ impl Role {
 
     /// Recognises what a model is.
     pub fn of(model: &Model) -> Self {
-        if WholeModel::has_interface(model) {
-            return match WholeModel::recognise(model) {
-                Ok(whole) => Self::Whole(Box::new(whole)),
-                Err(why) => Self::Unknown(vec![why]),
-            };
-        }
+        let whole = WholeModel::has_interface(model).then(|| WholeModel::recognise(model));
+        let whole = match whole {
+            Some(Ok(whole)) => return Self::Whole(Box::new(whole)),
+            Some(Err(why)) => Some(why),
+            None => None,
+        };
         let vision = match VisionTower::recognise(model) {
             Ok(tower) => return Self::Vision(Box::new(tower)),
             Err(why) => why,
@@ -52,7 +52,7 @@ impl Role {
             Ok(embedding) => return Self::Embedding(Box::new(embedding)),
             Err(why) => why,
         };
-        Self::Unknown(vec![vision, decoder, embedding])
+        Self::Unknown(whole.map_or_else(|| vec![vision, decoder, embedding], |why| vec![why]))
     }
 }
 
