@@ -10,6 +10,7 @@ mod error;
 mod manager;
 mod marker;
 mod recipe;
+mod resize;
 mod token_merge;
 mod visual_prune;
 
