@@ -35,12 +35,12 @@ impl Role {
 
     /// Recognises what a model is.
     pub fn of(model: &Model) -> Self {
-        if WholeModel::has_interface(model) {
-            return match WholeModel::recognise(model) {
-                Ok(whole) => Self::Whole(Box::new(whole)),
-                Err(why) => Self::Unknown(vec![why]),
-            };
-        }
+        let whole = WholeModel::has_interface(model).then(|| WholeModel::recognise(model));
+        let whole = match whole {
+            Some(Ok(whole)) => return Self::Whole(Box::new(whole)),
+            Some(Err(why)) => Some(why),
+            None => None,
+        };
         // First: layers with a cache are also layers, which a tower is made of.
         let decoder = match Decoder::recognise(model) {
             Ok(decoder) => return Self::Decoder(Box::new(decoder)),
@@ -54,7 +54,7 @@ impl Role {
             Ok(embedding) => return Self::Embedding(Box::new(embedding)),
             Err(why) => why,
         };
-        Self::Unknown(vec![vision, decoder, embedding])
+        Self::Unknown(whole.map_or_else(|| vec![vision, decoder, embedding], |why| vec![why]))
     }
 }
 

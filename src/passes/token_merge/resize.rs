@@ -1,4 +1,5 @@
-//! What the file states about the number of features.
+//! Bringing a graph up to date with the number of features that come out of its
+//! tower.
 
 use crate::arch::VisionTower;
 use crate::ir::cone::{ancestors, descendants};
