@@ -177,6 +177,7 @@ fn merge_agrees(case: &MergeCase) -> Result<(), TestCaseError> {
             query: query.index_axis(Axis(0), image),
             key: key.index_axis(Axis(0), image),
             scale,
+            mask: None,
         };
         let merged = oracle::merge(&input, &params).expect("the oracle");
         prop_assume!(told_apart(&merged.scores));

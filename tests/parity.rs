@@ -311,8 +311,9 @@ fn positions_one_too_high_while_decoding(name: &str) {
             positions: Array2::from_shape_fn((batch, length), |(_, i)| (first + i + shift) as i64),
             visual: Array2::from_shape_fn((batch, length), |(_, i)| (4..34).contains(&i)),
             salient: Array2::from_elem((batch, length), false),
+            ids: None,
         };
-        let want = reference.step(&mut state, &input).expect("reference");
+        let want = reference.step(&mut state, &input, None).expect("reference");
         let embeds = Handle::new(input.embeds.clone().into()).expect("embeddings");
         let mut given = StepInput::new(embeds);
         given.visual = Some(input.visual.clone());

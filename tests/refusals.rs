@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use duet_onnx::arch::{Role, Vlm};
-use duet_onnx::ir::{Model, Patch};
+use duet_onnx::ir::{Model, Patch, ints};
 use duet_onnx::onnx::read;
 use duet_onnx::passes::{Recipe, rewrite};
 
@@ -26,22 +26,30 @@ const PRUNE: &str =
     "version: 1\nmarker: input\npasses:\n  - visual_prune: {drops: [{after_layer: 3, keep: 0.5}]}";
 
 #[test]
-fn merging_in_front_of_a_pixel_shuffle_is_refused() {
+fn merging_in_front_of_pooling_is_refused() {
     let model = fixture("ts-sdpa-mha/onnx/vision_encoder.onnx");
     let Role::Vision(tower) = Role::of(&model) else {
         panic!("a vision encoder");
     };
     assert_eq!(tower.grid, None);
-    // [n, 81, 48] → [n, 9, 9, 48] → [n, 81, 48], as a pixel shuffle begins and ends.
-    let mut patch = Patch::new(&model, "shuffle");
+    // [n, 81, 48] → [n, 48, 9, 9] → pooled with overlap → [n, 81, 48].
+    let mut patch = Patch::new(&model, "pool");
     let grid = patch.reshape(tower.entry, &[-1, 9, 9, 48]);
-    let list = patch.reshape(grid, &[-1, 81, 48]);
+    let grid = patch.transpose(grid, &[0, 3, 1, 2]);
+    let edges = vec![
+        ints("kernel_shape", &[3, 3]),
+        ints("strides", &[1, 1]),
+        ints("pads", &[1, 1, 1, 1]),
+    ];
+    let pooled = patch.op_with("AveragePool", &[grid], edges);
+    let list = patch.reshape(pooled, &[-1, 48, 81]);
+    let list = patch.transpose(list, &[0, 2, 1]);
     patch.rewire_all(tower.entry, list);
     let plan = patch.finish();
     let model = model.apply(plan).expect("applies");
     let message = refusal(model, MERGE);
     assert!(
-        message.contains("as a grid") && message.contains("duet/shuffle/Reshape"),
+        message.contains("as a grid") && message.contains("duet/pool/AveragePool"),
         "{message}"
     );
 }
@@ -58,7 +66,7 @@ fn a_tower_that_takes_token_ids_is_a_whole_model() {
     let plan = patch.finish();
     let message = refusal(model.apply(plan).expect("applies"), MERGE);
     assert!(
-        message.contains("export vision encoder, token embedding and decoder"),
+        message.contains("a whole model") && message.contains("looked up with 'input_ids'"),
         "{message}"
     );
 }
@@ -92,7 +100,8 @@ fn a_second_tensor_across_the_drop_point_is_refused() {
         panic!("a decoder");
     };
     // An output of layer 7 that the logits do not depend on reads layer 1's cache.
-    let (early, late) = (decoder.layers[1].present.1, decoder.layers[7].present.1);
+    let value = |layer: usize| decoder.layers[layer].present.unwrap().1;
+    let (early, late) = (value(1), value(7));
     let ty = model.value(late).ty.clone().expect("a typed output");
     let index = model
         .graph()
@@ -132,4 +141,32 @@ fn an_unknown_input_that_later_layers_read_is_refused() {
     let plan = patch.finish();
     let message = refusal(model.apply(plan).expect("applies"), PRUNE);
     assert!(message.contains("'token_gate'"), "{message}");
+}
+
+/// The residual tensor `x` of a layer becomes `x + softmax(x·xᵀ)·x`.
+fn with_another_attention(model: Model, at: duet_onnx::ir::ValueId) -> Model {
+    let mut patch = Patch::new(&model, "plant");
+    let key = patch.transpose(at, &[0, 2, 1]);
+    let scores = patch.op("MatMul", &[at, key]);
+    let shares = patch.softmax(scores);
+    let mixed = patch.op("MatMul", &[shares, at]);
+    let sum = patch.op("Add", &[at, mixed]);
+    patch.rewire_all(at, sum);
+    let plan = patch.finish();
+    model.apply(plan).expect("applies")
+}
+
+#[test]
+fn an_attention_that_is_no_layers_is_not_skipped() {
+    let model = fixture("ts-eager-mha/onnx/decoder_model_merged.onnx");
+    let Role::Decoder(decoder) = Role::of(&model) else {
+        panic!("a decoder");
+    };
+    let at = decoder.layers[4].boundary;
+    let message = refusal(with_another_attention(model, at), PRUNE);
+    assert!(
+        message.contains("belongs to none of the 8 layers")
+            && message.contains("duet/plant/Softmax"),
+        "{message}"
+    );
 }

@@ -8,20 +8,28 @@
 mod attention;
 mod decoder;
 mod embedding;
+mod hidden;
+mod projection;
 mod residual;
 mod scalar;
 mod sets;
+mod shuffle;
 mod tower;
+mod unfold;
 mod vlm;
+mod whole;
 
-pub use attention::{Operand, Site, sites};
-pub use decoder::{Decoder, DecoderLayer, Layout, Projection, Rotary, cache_heads};
+pub use attention::{Mask, Operand, Site, sites};
+pub use decoder::{Decoder, DecoderLayer, Layout, Projection, Rotary, TokenIds, cache_heads};
 pub use embedding::{Embedding, Scatter};
-pub use sets::{FileSet, Kind, ROLE_KEY};
+pub use hidden::{hidden_network, network_functions};
+pub use projection::{Packed, PackedWeight, Quantised};
+pub use sets::{DecoderFiles, FileSet, Kind, ROLE_KEY};
+pub use shuffle::Shuffle;
 pub use tower::VisionTower;
-pub use vlm::{Part, Role, Vlm};
-
-use crate::ir::Model;
+pub use unfold::Source;
+pub use vlm::{FileModel, Part, Role, Vlm};
+pub use whole::WholeModel;
 
 /// Why something was not recognised: what was looked for, and what was found
 /// where.
@@ -53,38 +61,3 @@ pub enum ArchError {
 
 /// The lowest standard operator set that recognition and passes work on.
 pub const MIN_OPSET: i64 = 13;
-
-/// Constructs that no pass may skip silently: a network hidden in a sub-graph or
-/// function. Returns the first one that holds learned matrices.
-pub fn hidden_network(model: &Model) -> Option<String> {
-    for (id, graph) in model.graphs() {
-        if id == model.main() {
-            continue;
-        }
-        let heavy = graph.nodes.iter().filter(|n| {
-            let node = model.node(**n);
-            matches!(
-                node.op_type.as_str(),
-                "MatMul" | "Gemm" | "Conv" | "MatMulNBits" | "MatMulInteger"
-            )
-        });
-        if heavy.count() == 0 {
-            continue;
-        }
-        if let Some(function) = model.functions.iter().find(|f| f.body == id) {
-            return Some(format!(
-                "the network lies in the model-local function {}::{}; inline functions first \
-                 (onnx.inliner.inline_local_functions)",
-                function.domain, function.name
-            ));
-        }
-        let holder = crate::ir::cone::holder_of(model, id);
-        let place = holder.map_or_else(|| id.to_string(), |n| model.describe(n));
-        return Some(format!(
-            "part of the network lies in a sub-graph of {place}; export the decoder without branches \
-             (one graph that takes an empty cache), or rewrite decoder_model and \
-             decoder_with_past_model instead of the merged file"
-        ));
-    }
-    None
-}

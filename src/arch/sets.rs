@@ -3,11 +3,14 @@
 //! Exports come in several precisions of each module, not always all of them:
 //! `decoder_model_merged_q4.onnx` may have no `embed_tokens_q4.onnx` beside it.
 //! Clients then pair what is there. A *set* is one vision encoder, one token
-//! embedding and one decoder that a client would open together.
+//! embedding and one decoder that a client would open together, or one file that
+//! holds all of them. A decoder can be two graphs: one that starts a cache and one
+//! that goes on from it, as two files or as the branches of a merged one.
 
 use std::collections::BTreeSet;
 
-use super::{NoMatch, Part, Role, Vlm};
+use super::decoder::CacheNames;
+use super::{NoMatch, Part, Role, Vlm, WholeModel};
 use crate::ir::{DataType, Dim, Model, ValueId};
 
 /// Metadata key under which rewritten files say what they are: a rewritten
@@ -31,13 +34,15 @@ pub enum Kind {
     Embedding,
     /// Decoder.
     Decoder,
+    /// All of these in one graph.
+    Whole,
     /// None of these.
     Unknown,
 }
 
 impl Kind {
     /// The parts of a model.
-    pub const PARTS: [Self; 3] = [Self::Vision, Self::Embedding, Self::Decoder];
+    pub const PARTS: [Self; 4] = [Self::Vision, Self::Embedding, Self::Decoder, Self::Whole];
 
     /// Words for messages.
     pub fn name(self) -> &'static str {
@@ -45,6 +50,7 @@ impl Kind {
             Self::Vision => "vision encoder",
             Self::Embedding => "token embedding",
             Self::Decoder => "decoder",
+            Self::Whole => "whole model",
             Self::Unknown => "not recognised",
         }
     }
@@ -55,6 +61,7 @@ impl Kind {
             Self::Vision => "vision",
             Self::Embedding => "embedding",
             Self::Decoder => "decoder",
+            Self::Whole => "whole",
             Self::Unknown => "unknown",
         }
     }
@@ -75,6 +82,9 @@ impl Kind {
             })
         };
         let graph = model.graph();
+        if WholeModel::has_interface(model) {
+            return Some(Self::Whole);
+        }
         if floats(&graph.outputs, 4..=4) {
             return Some(Self::Decoder);
         }
@@ -84,6 +94,16 @@ impl Kind {
             Self::Embedding
         })
     }
+}
+
+/// The graphs of one decoder, as positions in [`Vlm::parts`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecoderFiles {
+    /// The graph that goes on from a cache; the only one of a decoder that has
+    /// none.
+    pub main: usize,
+    /// The graph that runs first, if that is another.
+    pub prompt: Option<usize>,
 }
 
 /// The files that are used together, as positions in [`Vlm::parts`].
@@ -96,23 +116,28 @@ pub struct FileSet {
     /// Token embedding.
     pub embedding: Option<usize>,
     /// Decoder.
-    pub decoder: Option<usize>,
+    pub decoder: Option<DecoderFiles>,
+    /// The model in one file.
+    pub whole: Option<usize>,
 }
 
 impl FileSet {
-    /// The file of a kind.
+    /// The file of a kind; of a decoder in two, the one that goes on.
     pub fn get(&self, kind: Kind) -> Option<usize> {
         match kind {
             Kind::Vision => self.vision,
             Kind::Embedding => self.embedding,
-            Kind::Decoder => self.decoder,
+            Kind::Decoder => self.decoder.map(|d| d.main),
+            Kind::Whole => self.whole,
             Kind::Unknown => None,
         }
     }
 
-    /// All files of the set.
+    /// All parts of the set.
     pub fn files(&self) -> impl Iterator<Item = usize> {
-        [self.vision, self.embedding, self.decoder]
+        let decoder = self.decoder.map(|d| d.main);
+        let prompt = self.decoder.and_then(|d| d.prompt);
+        [self.vision, self.embedding, prompt, decoder, self.whole]
             .into_iter()
             .flatten()
     }
@@ -132,6 +157,14 @@ impl Part {
             Some(module) if !self.variant.is_empty() => module.to_owned(),
             _ => stem.into_owned(),
         }
+    }
+
+    /// Whether it goes on from a cache.
+    fn takes_past(&self) -> bool {
+        let inputs = &self.model.graph().inputs;
+        inputs
+            .iter()
+            .any(|v| CacheNames::takes(self.model.name(*v)))
     }
 
     /// Element type of what passes between the files.
@@ -168,13 +201,12 @@ impl Vlm {
     /// The set of a variant.
     pub fn set(&self, variant: &str) -> FileSet {
         let of = |kind: Kind| {
-            let fits = move |p: &&(usize, &Part)| p.1.kind() == kind;
-            let all: Vec<(usize, &Part)> = self.parts.iter().enumerate().collect();
-            all.iter().filter(fits).copied().collect::<Vec<_>>()
+            let all = self.parts.iter().enumerate();
+            all.filter(move |(_, p)| p.kind() == kind)
         };
         let own = |kind: Kind| {
-            let files = of(kind).into_iter().filter(|(_, p)| p.variant == variant);
-            files.min_by_key(|(index, p)| (decoder_rank(p), *index))
+            let files = of(kind).filter(|(_, p)| p.variant == variant);
+            files.min_by_key(|(index, p)| (preference(p), *index))
         };
         // The decoder says what it reads; without one of its own, what is there.
         let anchor = [Kind::Decoder, Kind::Vision, Kind::Embedding]
@@ -182,42 +214,92 @@ impl Vlm {
             .find_map(own)
             .map(|(_, p)| p);
         let nearest = |kind: Kind| {
-            let files = of(kind).into_iter();
-            let best = files.min_by_key(|(index, p)| {
-                let stamp = |p: &Part| p.model.metadata("duet.recipe").map(str::to_owned);
-                let same_stamp = anchor.is_some_and(|a| stamp(a) == stamp(p));
-                let same_type = anchor.is_some_and(|a| a.interface() == p.interface());
+            // A file that holds everything needs none beside it.
+            let anchor = anchor?;
+            let stamp = |p: &Part| p.model.metadata("duet.recipe").map(str::to_owned);
+            let best = of(kind).min_by_key(|(index, p)| {
                 let begins = !p.variant.is_empty() && variant.starts_with(&p.variant);
                 (
-                    !same_stamp,
-                    !same_type,
+                    stamp(anchor) != stamp(p),
+                    anchor.interface() != p.interface(),
                     !begins,
                     !p.variant.is_empty(),
-                    decoder_rank(p),
+                    preference(p),
                     *index,
                 )
             });
             best.map(|(index, _)| index)
         };
         let pick = |kind: Kind| own(kind).map(|(i, _)| i).or_else(|| nearest(kind));
+        let decoder = pick(Kind::Decoder).map(|chosen| {
+            let all = self.decoder_files(&self.parts[chosen].variant);
+            let holds = |d: &&DecoderFiles| d.main == chosen || d.prompt == Some(chosen);
+            all.iter().find(holds).copied().unwrap_or(DecoderFiles {
+                main: chosen,
+                prompt: None,
+            })
+        });
         FileSet {
             variant: variant.to_owned(),
             vision: pick(Kind::Vision),
             embedding: pick(Kind::Embedding),
-            decoder: pick(Kind::Decoder),
+            decoder,
+            whole: own(Kind::Whole).map(|(index, _)| index),
         }
     }
 
-    /// Files of one kind and variant between which nothing decides. Positions.
+    /// The decoders of a variant, each with the graph that starts its cache where
+    /// that is another.
+    ///
+    /// Only names tell which of several files goes on from a cache that another
+    /// started: the exporters' convention is `decoder_with_past_model` beside
+    /// `decoder_model`.
+    pub fn decoder_files(&self, variant: &str) -> Vec<DecoderFiles> {
+        let part = |i: usize| &self.parts[i];
+        let ours = |i: &usize| part(*i).variant == variant && part(*i).kind() == Kind::Decoder;
+        let all = (0..self.parts.len()).filter(ours);
+        let (going_on, starting): (Vec<usize>, Vec<usize>) =
+            all.partition(|i| part(*i).takes_past());
+        let named = |i: usize| part(i).module().contains("with_past");
+        let any_named = going_on.iter().any(|i| named(*i));
+        let partner = |main: usize| {
+            let branch = starting.iter().find(|s| part(**s).file == part(main).file);
+            let alone = |i: usize| part(i).source.branch.is_none();
+            let file = || starting.iter().find(|s| alone(**s));
+            let merged = part(main).module() == DECODERS[0];
+            let chosen = alone(main) && !merged && (!any_named || named(main));
+            branch.or_else(|| file().filter(|_| chosen)).copied()
+        };
+        let mut found: Vec<DecoderFiles> = going_on
+            .iter()
+            .map(|&main| DecoderFiles {
+                main,
+                prompt: partner(main),
+            })
+            .collect();
+        let taken: Vec<usize> = found.iter().filter_map(|d| d.prompt).collect();
+        let left = starting.into_iter().filter(|s| !taken.contains(s));
+        found.extend(left.map(|main| DecoderFiles { main, prompt: None }));
+        found
+    }
+
+    /// Files of one kind and variant between which nothing decides, as positions
+    /// of one part of each.
     pub fn ambiguous(&self) -> Option<(Kind, Vec<usize>)> {
         for kind in Kind::PARTS {
             for variant in self.variants() {
                 let all = self.parts.iter().enumerate();
                 let same = all.filter(|(_, p)| p.kind() == kind && p.variant == variant);
-                let same: Vec<usize> = same.map(|(i, _)| i).collect();
+                let mut same: Vec<usize> = same.map(|(i, _)| i).collect();
+                // The branches of a file follow each other.
+                same.dedup_by_key(|i| &self.parts[*i].file);
                 let known = |i: &usize| DECODERS.contains(&self.parts[*i].module().as_str());
-                let pair = kind == Kind::Decoder && same.iter().all(known);
-                if same.len() > 1 && !pair {
+                let named = kind == Kind::Decoder && same.iter().all(known);
+                let pair = || match same[..] {
+                    [a, b] => self.parts[a].takes_past() != self.parts[b].takes_past(),
+                    _ => false,
+                };
+                if same.len() > 1 && !named && !(kind == Kind::Decoder && pair()) {
                     return Some((kind, same));
                 }
             }
@@ -236,7 +318,7 @@ impl Vlm {
             let (what, found) = match &part.role {
                 Role::Vision(t) => ("a vision encoder of this model", t.feature_width),
                 Role::Embedding(e) => ("a token embedding of this model", e.width),
-                Role::Decoder(_) | Role::Unknown(_) => continue,
+                Role::Decoder(_) | Role::Whole(_) | Role::Unknown(_) => continue,
             };
             if let Some(found) = found.filter(|f| *f != width) {
                 let why = format!("its output is {found} wide, the decoder reads {width}");
@@ -246,9 +328,10 @@ impl Vlm {
     }
 }
 
-/// Preference among decoders of one variant.
-fn decoder_rank(part: &Part) -> usize {
+/// Preference among files of one kind and variant: that of their names, and of a
+/// decoder in two graphs the one that goes on from a cache.
+fn preference(part: &Part) -> (usize, bool) {
     let module = part.module();
     let known = DECODERS.iter().position(|d| *d == module);
-    known.unwrap_or(0)
+    (known.unwrap_or(0), !part.takes_past())
 }

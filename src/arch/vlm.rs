@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use super::{ArchError, Decoder, Embedding, Kind, NoMatch, VisionTower};
-use crate::ir::Model;
+use super::unfold::{Source, unfold};
+use super::{ArchError, Decoder, Embedding, Kind, NoMatch, VisionTower, WholeModel};
+use crate::ir::{IrError, Model};
 
 /// What a model file is.
 #[derive(Clone, Debug)]
@@ -14,6 +15,8 @@ pub enum Role {
     Embedding(Box<Embedding>),
     /// Decoder.
     Decoder(Box<Decoder>),
+    /// All of these in one graph.
+    Whole(Box<WholeModel>),
     /// None of these; why not, for each.
     Unknown(Vec<NoMatch>),
 }
@@ -30,29 +33,37 @@ impl Role {
             Self::Vision(_) => Kind::Vision,
             Self::Embedding(_) => Kind::Embedding,
             Self::Decoder(_) => Kind::Decoder,
+            Self::Whole(_) => Kind::Whole,
             Self::Unknown(_) => Kind::Unknown,
         }
     }
 
     /// Recognises what a model is.
     pub fn of(model: &Model) -> Self {
-        let vision = match VisionTower::recognise(model) {
-            Ok(tower) => return Self::Vision(Box::new(tower)),
-            Err(why) => why,
+        let whole = WholeModel::has_interface(model).then(|| WholeModel::recognise(model));
+        let whole = match whole {
+            Some(Ok(whole)) => return Self::Whole(Box::new(whole)),
+            Some(Err(why)) => Some(why),
+            None => None,
         };
+        // First: layers with a cache are also layers, which a tower is made of.
         let decoder = match Decoder::recognise(model) {
             Ok(decoder) => return Self::Decoder(Box::new(decoder)),
+            Err(why) => why,
+        };
+        let vision = match VisionTower::recognise(model) {
+            Ok(tower) => return Self::Vision(Box::new(tower)),
             Err(why) => why,
         };
         let embedding = match Embedding::recognise(model) {
             Ok(embedding) => return Self::Embedding(Box::new(embedding)),
             Err(why) => why,
         };
-        Self::Unknown(vec![vision, decoder, embedding])
+        Self::Unknown(whole.map_or_else(|| vec![vision, decoder, embedding], |why| vec![why]))
     }
 }
 
-/// One file of a vision-language model.
+/// One file of a vision-language model, or one branch of a merged decoder.
 #[derive(Clone, Debug)]
 pub struct Part {
     /// Path relative to the model's root, for messages and output.
@@ -63,12 +74,38 @@ pub struct Part {
     pub model: Model,
     /// What it is.
     pub role: Role,
+    /// How it differs from what the file holds.
+    pub source: Source,
+}
+
+impl Part {
+    /// Path, and the branch where the part is one of a file's.
+    pub fn label(&self) -> String {
+        match &self.source.branch {
+            Some(branch) => format!("{} ({branch})", self.file.display()),
+            None => self.file.display().to_string(),
+        }
+    }
+
+    /// Whether another part is the same piece of the same file.
+    pub fn is_piece(&self, other: &Self) -> bool {
+        self.file == other.file && self.source.branch == other.source.branch
+    }
+}
+
+/// A file of a model as it is to be written.
+#[derive(Clone, Debug)]
+pub struct FileModel {
+    /// Path relative to the model's root.
+    pub file: PathBuf,
+    /// Its graph, functions and branches as the file has them.
+    pub model: Model,
 }
 
 /// A vision-language model as its files.
 #[derive(Clone, Debug, Default)]
 pub struct Vlm {
-    /// Files in order.
+    /// Parts in the files' order; the branches of one file follow each other.
     pub parts: Vec<Part>,
 }
 
@@ -77,14 +114,37 @@ impl Vlm {
     pub fn new(models: Vec<(PathBuf, String, Model)>) -> Self {
         let parts = models
             .into_iter()
-            .map(|(file, variant, model)| Part {
-                role: Role::of(&model),
-                file,
-                variant,
-                model,
+            .flat_map(|(file, variant, model)| {
+                unfold(model).into_iter().map(move |unfolded| Part {
+                    file: file.clone(),
+                    variant: variant.clone(),
+                    model: unfolded.model,
+                    role: unfolded.role,
+                    source: unfolded.source,
+                })
             })
             .collect();
         Self { parts }
+    }
+
+    /// The files, put together from their parts. A file that nothing changed is
+    /// as it was read.
+    ///
+    /// # Errors
+    /// Branches that no longer fit together.
+    pub fn files(&self) -> Result<Vec<FileModel>, IrError> {
+        let mut files = Vec::new();
+        let mut at = 0;
+        while let Some(first) = self.parts.get(at) {
+            let pieces = self.parts[at..].iter().take_while(|p| p.file == first.file);
+            let pieces: Vec<(&Source, &Model)> = pieces.map(|p| (&p.source, &p.model)).collect();
+            at += pieces.len();
+            files.push(FileModel {
+                file: first.file.clone(),
+                model: Source::fold(&pieces)?,
+            });
+        }
+        Ok(files)
     }
 
     /// Vision towers with their files' positions.
@@ -94,6 +154,7 @@ impl Vlm {
             .enumerate()
             .filter_map(|(i, p)| match &p.role {
                 Role::Vision(t) => Some((i, t.as_ref())),
+                Role::Whole(w) => Some((i, &w.tower)),
                 _ => None,
             })
     }
@@ -105,6 +166,7 @@ impl Vlm {
             .enumerate()
             .filter_map(|(i, p)| match &p.role {
                 Role::Decoder(d) => Some((i, d.as_ref())),
+                Role::Whole(w) => Some((i, &w.decoder)),
                 _ => None,
             })
     }
@@ -127,14 +189,10 @@ impl Vlm {
         for part in &self.parts {
             if let Role::Unknown(reasons) = &part.role {
                 for reason in reasons.iter().filter(|r| pick(r)) {
-                    problems.push(format!("{}: {reason}", part.file.display()));
+                    problems.push(format!("{}: {reason}", part.label()));
                 }
             } else {
-                problems.push(format!(
-                    "{}: it is the {}",
-                    part.file.display(),
-                    part.role.name()
-                ));
+                problems.push(format!("{}: it is the {}", part.label(), part.role.name()));
             }
         }
         ArchError::Unsupported {

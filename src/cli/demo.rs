@@ -10,7 +10,9 @@ use super::rewrite::{average, outputs, tokens_by_layer};
 use super::{Engine, Global, Outcome, load, run::millis, style};
 use crate::onnx::{DataMode, write_out};
 use crate::passes::rewrite;
-use crate::runtime::{self, GenerateOptions, Generation, Message, Pixels, VlmFiles, VlmPipeline};
+use crate::runtime::{
+    self, CacheHeads, GenerateOptions, Generation, Message, Pixels, VlmFiles, VlmPipeline,
+};
 use crate::validate::{Options, check};
 
 /// Arguments of `duet demo`.
@@ -91,12 +93,17 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     let original = vlm.clone();
     let started = Instant::now();
     let done = rewrite(vlm, &recipe)?;
-    write_out(&dir, &outputs(&dir, &done, None)?, &new, DataMode::Copy)?;
+    write_out(
+        &dir,
+        &outputs(&dir, &done, &recipe, None)?,
+        &new,
+        DataMode::Copy,
+    )?;
     let took = started.elapsed();
     for (pass, summary) in &done.summaries {
         anstream::println!("  {}{pass:<13}{}  {summary}", style::NEW, style::RESET);
         for change in done.changes.iter().filter(|c| c.pass == *pass) {
-            let file = done.vlm.parts[change.part].file.display();
+            let file = done.vlm.parts[change.part].label();
             anstream::println!("                 {file}: {} nodes", change.inserted);
         }
     }
@@ -127,7 +134,9 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     super::validate::print(&report);
 
     heading("5. Side by side");
-    side_by_side(&base, &new, arguments.runs.max(1), &engine)?;
+    let heads = original.decoders().next();
+    let heads = heads.and_then(|(_, d)| load::heads_of((d.kv_heads, d.head_dim)));
+    side_by_side(&base, &new, heads, arguments.runs.max(1), &engine)?;
     Ok(if report.passed() {
         Outcome::Done
     } else {
@@ -140,7 +149,13 @@ fn heading(text: &str) {
 }
 
 /// Runs both models in turns on the same picture and question.
-fn side_by_side(base: &Path, new: &Path, runs: usize, engine: &Engine) -> anyhow::Result<()> {
+fn side_by_side(
+    base: &Path,
+    new: &Path,
+    heads: Option<CacheHeads>,
+    runs: usize,
+    engine: &Engine,
+) -> anyhow::Result<()> {
     let open = |dir: &Path| -> anyhow::Result<VlmPipeline> {
         let file = |name: &str| dir.join("onnx").join(format!("{name}.onnx"));
         let files = VlmFiles {
@@ -149,7 +164,8 @@ fn side_by_side(base: &Path, new: &Path, runs: usize, engine: &Engine) -> anyhow
             decoder: file("decoder_model_merged"),
             configs: dir.to_owned(),
         };
-        Ok(VlmPipeline::open(&files, &engine.options())?)
+        let options = engine.options();
+        Ok(VlmPipeline::open_with_heads(&files, &options, heads)?)
     };
     let mut models = [open(base)?, open(new)?];
     let picture = [Pixels::decode(PICTURE, "street.png")?];

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{Global, ModelArgument, Outcome, load, print_json, style};
-use crate::arch::{FileSet, Part, Role, Vlm};
+use crate::arch::{Decoder, FileSet, Part, Role, VisionTower, Vlm};
 use crate::ir::{Model, TensorData};
 use crate::onnx::ModelDir;
 use crate::passes::earlier_recipe;
@@ -31,7 +31,9 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
                     "variant": load::variant_name(&set.variant),
                     "vision": file(set.vision),
                     "embedding": file(set.embedding),
-                    "decoder": file(set.decoder),
+                    "decoder": file(set.decoder.map(|d| d.main)),
+                    "prompt_decoder": file(set.decoder.and_then(|d| d.prompt)),
+                    "whole": file(set.whole),
                 })
             })
             .collect();
@@ -92,12 +94,13 @@ fn header(dir: &ModelDir, vlm: &Vlm, sets: &[FileSet]) {
     anstream::println!("  variants   {}", names.join(", "));
     for set in sets {
         // Only what a variant lacks is worth a line.
-        let borrowed: Vec<String> = set
+        let mut borrowed: Vec<String> = set
             .files()
             .map(|i| &vlm.parts[i])
             .filter(|p| p.variant != set.variant)
             .map(|p| p.file.display().to_string())
             .collect();
+        borrowed.dedup();
         if !borrowed.is_empty() {
             anstream::println!(
                 "             {}{} is used with {}{}",
@@ -128,42 +131,28 @@ fn describe(part: &Part) -> Value {
         "nodes": model.graph().nodes.len(),
         "weight_bytes": { "inline": inline, "external": external },
     });
+    if let Some(branch) = &part.source.branch {
+        file["branch"] = json!(branch);
+    }
+    if !part.source.inlined.is_empty() {
+        file["functions_inlined"] = json!(part.source.inlined);
+    }
     if let Some((version, recipe)) = earlier_recipe(model) {
         file["rewritten"] = json!({ "duet_version": version, "recipe": recipe });
     }
     let found = match &part.role {
-        Role::Vision(t) => json!({
-            "blocks": t.layers,
-            "heads": t.heads,
-            "head_dim": t.head_dim,
-            "cls": t.cls,
-            "cls_dropped_before_projector": t.cls && t.entry != t.hidden,
-            "patches": t.patches(),
-            "features_per_image": t.features_per_image(),
-            "feature_width": t.feature_width,
-            "dtype": t.dtype.to_string(),
-            "attention": model.describe(t.site.node),
-            "merge_point": model.name(t.hidden),
-        }),
+        Role::Vision(t) => tower(model, t),
         Role::Embedding(e) => json!({
             "width": e.width,
             "dtype": e.dtype.to_string(),
             "features_input": e.scatter.as_ref().map(|s| model.name(s.features)),
             "image_token": e.scatter.as_ref().and_then(|s| s.placeholder),
         }),
-        Role::Decoder(d) => json!({
-            "layers": d.depth(),
-            "heads": d.heads,
-            "kv_heads": d.kv_heads,
-            "head_dim": d.head_dim,
-            "width": d.width,
-            "vocabulary": d.vocabulary,
-            "dtype": d.dtype.to_string(),
-            "drop_points": (1..d.depth()).map(|l| json!({
-                "after_layer": l,
-                "residual": d.layers[l].boundary.iter().map(|v| model.name(*v)).collect::<Vec<_>>().join(", "),
-            })).collect::<Vec<_>>(),
-            "prelude_nodes": prelude(model, d),
+        Role::Decoder(d) => decoder(model, d),
+        Role::Whole(w) => json!({
+            "vision": tower(model, &w.tower),
+            "decoder": decoder(model, &w.decoder),
+            "image_token": w.ids.image,
         }),
         Role::Unknown(reasons) => {
             json!({ "not_recognised": reasons.iter().map(ToString::to_string).collect::<Vec<_>>() })
@@ -173,9 +162,51 @@ fn describe(part: &Part) -> Value {
     file
 }
 
+fn tower(model: &Model, t: &VisionTower) -> Value {
+    json!({
+        "blocks": t.layers,
+        "heads": t.heads,
+        "head_dim": t.head_dim,
+        "cls": t.cls,
+        "cls_dropped_before_projector": t.cls && t.entry != t.hidden,
+        "patches": t.patches(),
+        "patches_per_token": t.shuffle.as_ref().map_or(1, |s| s.per),
+        "features_per_image": t.features_per_image(),
+        "feature_width": t.feature_width,
+        "dtype": t.dtype.to_string(),
+        "attention": model.describe(t.site.node),
+        "merge_point": model.name(merge_point(t)),
+    })
+}
+
+fn decoder(model: &Model, d: &Decoder) -> Value {
+    json!({
+        "layers": d.depth(),
+        "heads": d.heads,
+        "kv_heads": d.kv_heads,
+        "head_dim": d.head_dim,
+        "width": d.width,
+        "vocabulary": d.vocabulary,
+        "dtype": d.dtype.to_string(),
+        "drop_points": (1..d.depth()).map(|l| json!({
+            "after_layer": l,
+            "residual": d.layers[l].boundary.iter().map(|v| model.name(*v)).collect::<Vec<_>>().join(", "),
+        })).collect::<Vec<_>>(),
+        "prelude_nodes": prelude(model, d),
+    })
+}
+
+/// Where a merge takes its tokens from.
+fn merge_point(tower: &crate::arch::VisionTower) -> crate::ir::ValueId {
+    match tower.shuffle {
+        Some(_) => tower.entry,
+        None => tower.hidden,
+    }
+}
+
 /// Nodes before the first layer that later layers read from: what is cloned at a
 /// drop point.
-fn prelude(model: &Model, decoder: &crate::arch::Decoder) -> usize {
+fn prelude(model: &Model, decoder: &Decoder) -> usize {
     let Some(second) = decoder.layers.get(1) else {
         return 0;
     };
@@ -195,7 +226,10 @@ fn prelude(model: &Model, decoder: &crate::arch::Decoder) -> usize {
         .flat_map(|n| n.inputs.iter().flatten().copied())
         .filter(|v| !behind.contains(v) && !data.contains(v))
         .collect();
-    let cone = crate::ir::cone::ancestors(model, &side, false);
+    let mut cone = crate::ir::cone::ancestors(model, &side, false);
+    // Sizes read off the embeddings do not need what those are made of.
+    let made = crate::ir::cone::ancestors(model, &[decoder.embeds], false);
+    cone.retain(|v| !made.contains(v));
     let nodes: std::collections::HashSet<_> =
         cone.iter().filter_map(|v| model.producer_of(*v)).collect();
     nodes
@@ -217,7 +251,7 @@ fn print(parts: &[Part]) {
         anstream::println!(
             "\n{}{}{}  {}{}, opset {opset}, {} nodes, {} of weights{data}{}",
             style::HEAD,
-            part.file.display(),
+            part.label(),
             style::RESET,
             style::DIM,
             part.kind().name(),
@@ -225,34 +259,24 @@ fn print(parts: &[Part]) {
             style::bytes(inline),
             style::RESET
         );
+        if !part.source.inlined.is_empty() {
+            anstream::println!(
+                "  functions  {} inlined to recognise it; rewrite writes a changed file so",
+                part.source.inlined.join(", ")
+            );
+        }
+        if part.source.branch.is_some() && earlier_recipe(model).is_none() {
+            anstream::println!(
+                "  branch     of a merged file; rewrite changes every branch and joins them again"
+            );
+        }
         if let Some((version, recipe)) = earlier_recipe(model) {
             anstream::println!("  rewritten by duet {version} with");
             recipe.lines().for_each(|l| anstream::println!("    {l}"));
             continue;
         }
-        let optional = |v: Option<i64>| v.map_or("?".into(), |n| n.to_string());
         match &part.role {
-            Role::Vision(t) => {
-                let cls = match (t.cls, t.entry != t.hidden) {
-                    (true, true) => "CLS (dropped before the projector) + ",
-                    (true, false) => "CLS + ",
-                    _ => "",
-                };
-                anstream::println!(
-                    "  tower      {} live blocks, {} heads × {}, {}",
-                    t.layers,
-                    t.heads,
-                    t.head_dim,
-                    t.dtype
-                );
-                anstream::println!("  tokens     {cls}{} patches", optional(t.patches()));
-                anstream::println!(
-                    "  features   {} × {} per image",
-                    optional(t.features_per_image()),
-                    optional(t.feature_width)
-                );
-                anstream::println!("  merge at   {}", model.name(t.hidden));
-            }
+            Role::Vision(t) => print_tower(model, t),
             Role::Embedding(e) => {
                 anstream::println!("  width      {}, {}", optional(e.width), e.dtype);
                 if let Some(scatter) = &e.scatter {
@@ -264,22 +288,11 @@ fn print(parts: &[Part]) {
                     );
                 }
             }
-            Role::Decoder(d) => {
-                anstream::println!(
-                    "  layers     {}, {} heads, {} key/value heads × {}, width {}, {}",
-                    d.depth(),
-                    optional(d.heads),
-                    d.kv_heads,
-                    d.head_dim,
-                    optional(d.width),
-                    d.dtype
-                );
-                anstream::println!("  vocabulary {}", optional(d.vocabulary));
-                anstream::println!("  drops      after layer 1 to {}", d.depth() - 1);
-                anstream::println!(
-                    "  prelude    {} nodes that later layers share",
-                    prelude(model, d)
-                );
+            Role::Decoder(d) => print_decoder(model, d),
+            Role::Whole(w) => {
+                print_tower(model, &w.tower);
+                print_decoder(model, &w.decoder);
+                anstream::println!("  image at   token {}", w.ids.image);
             }
             Role::Unknown(reasons) => {
                 for reason in reasons {
@@ -288,4 +301,52 @@ fn print(parts: &[Part]) {
             }
         }
     }
+}
+
+fn optional(number: Option<i64>) -> String {
+    number.map_or("?".into(), |n| n.to_string())
+}
+
+fn print_tower(model: &Model, t: &VisionTower) {
+    let cls = match (t.cls, t.entry != t.hidden) {
+        (true, true) => "CLS (dropped before the projector) + ",
+        (true, false) => "CLS + ",
+        _ => "",
+    };
+    anstream::println!(
+        "  tower      {} live blocks, {} heads × {}, {}",
+        t.layers,
+        t.heads,
+        t.head_dim,
+        t.dtype
+    );
+    let shuffled = t.shuffle.as_ref().map_or(String::new(), |s| {
+        format!(", {} in a token (pixel shuffle)", s.per)
+    });
+    let patches = optional(t.patches());
+    anstream::println!("  tokens     {cls}{patches} patches{shuffled}");
+    anstream::println!(
+        "  features   {} × {} per image",
+        optional(t.features_per_image()),
+        optional(t.feature_width)
+    );
+    anstream::println!("  merge at   {}", model.name(merge_point(t)));
+}
+
+fn print_decoder(model: &Model, d: &Decoder) {
+    anstream::println!(
+        "  layers     {}, {} heads, {} key/value heads × {}, width {}, {}",
+        d.depth(),
+        optional(d.heads),
+        d.kv_heads,
+        d.head_dim,
+        optional(d.width),
+        d.dtype
+    );
+    anstream::println!("  vocabulary {}", optional(d.vocabulary));
+    anstream::println!("  drops      after layer 1 to {}", d.depth() - 1);
+    anstream::println!(
+        "  prelude    {} nodes that later layers share",
+        prelude(model, d)
+    );
 }

@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::path::{Component, Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 
 use super::Global;
-use crate::arch::{Kind, NoMatch, Part, Role, Vlm, cache_heads};
+use crate::arch::{FileModel, Kind, NoMatch, Part, Role, Vlm, WholeModel, cache_heads};
 use crate::ir::{TensorData, verify};
 use crate::onnx::{ModelDir, read};
 use crate::passes::{Recipe, earlier_recipe};
@@ -85,6 +85,7 @@ fn everything(path: &Path) -> anyhow::Result<(ModelDir, Vlm)> {
     vlm.set_strangers_aside();
     name_besides(&mut vlm);
     set_others_aside(&mut vlm);
+    check_image_token(&dir, &vlm)?;
     Ok((dir, vlm))
 }
 
@@ -165,7 +166,6 @@ pub(super) fn select(
     global: &Global,
 ) -> anyhow::Result<Selected> {
     let (dir, vlm) = look(path, global)?;
-    let mut left_out = Vec::new();
     if let Some((kind, files)) = vlm.ambiguous() {
         let names: Vec<String> = files
             .iter()
@@ -201,34 +201,55 @@ pub(super) fn select(
         }
         Some(files)
     };
-    let mut kept = Vlm::default();
-    for (index, part) in vlm.parts.into_iter().enumerate() {
-        let ours = part.kind() != Kind::Unknown || modules.contains(&family(&part));
-        if ours && chosen.as_ref().is_some_and(|c| !c.contains(&index)) {
-            left_out.push(LeftOut {
-                data: data_files(&part),
-                file: part.file,
-                why: "its variant was not chosen",
-            });
-            continue;
-        }
-        if let (true, Role::Unknown(reasons)) = (ours, &part.role)
-            && part.kind() == Kind::Unknown
-        {
-            let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
-            bail!(
-                "{}: another precision of it is recognised, but this file is not, and rewritten and \
-                 original files do not go together; choose others with --variant\n  {}",
-                part.file.display(),
-                reasons.join("\n  ")
-            );
-        }
-        kept.parts.push(part);
+    let left = |index: usize, part: &Part| {
+        let ours = part.kind() != Kind::Unknown || modules.contains(&family(part));
+        ours && chosen.as_ref().is_some_and(|c| !c.contains(&index))
+    };
+    if let Some((part, reasons)) = half_recognised(&vlm, &left) {
+        let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+        bail!(
+            "{}: another precision of it is recognised, but this file is not, and rewritten and original \
+             files do not go together; choose others with --variant\n  {}",
+            part.label(),
+            reasons.join("\n  ")
+        );
     }
+    let (mut kept, mut other) = (Vlm::default(), Vlm::default());
+    for (index, part) in vlm.parts.into_iter().enumerate() {
+        let to = if left(index, &part) {
+            &mut other
+        } else {
+            &mut kept
+        };
+        to.parts.push(part);
+    }
+    let left_out = other.files()?.into_iter().map(|file| LeftOut {
+        data: data_files(&file),
+        file: file.file,
+        why: "its variant was not chosen",
+    });
     Ok(Selected {
         dir,
         vlm: kept,
-        left_out,
+        left_out: left_out.collect(),
+    })
+}
+
+/// A file of a module of which other files are recognised. (Of the branches of one
+/// file, the passes say which they need.)
+fn half_recognised<'a>(
+    vlm: &'a Vlm,
+    left: &dyn Fn(usize, &Part) -> bool,
+) -> Option<(&'a Part, &'a [NoMatch])> {
+    vlm.parts.iter().enumerate().find_map(|(index, part)| {
+        let Role::Unknown(reasons) = &part.role else {
+            return None;
+        };
+        let mut others = vlm.parts.iter().filter(|p| p.file != part.file);
+        let half = part.kind() == Kind::Unknown
+            && !left(index, part)
+            && others.any(|p| p.kind() != Kind::Unknown && family(p) == family(part));
+        half.then_some((part, reasons.as_slice()))
     })
 }
 
@@ -307,10 +328,10 @@ pub(super) fn variant_name(variant: &str) -> &str {
     }
 }
 
-/// External data files of a part, relative to the model's root.
-pub(super) fn data_files(part: &Part) -> BTreeSet<PathBuf> {
-    let folder = part.file.parent().map(PathBuf::from).unwrap_or_default();
-    let model = &part.model;
+/// External data files of a model file, relative to the model's root.
+pub(super) fn data_files(file: &FileModel) -> BTreeSet<PathBuf> {
+    let folder = file.file.parent().map(PathBuf::from).unwrap_or_default();
+    let model = &file.model;
     let graphs = model.graphs().flat_map(|(_, g)| &g.initializers);
     let initializers = graphs.filter_map(|&v| model.value(v).initializer.as_ref());
     let nodes = model.graphs().flat_map(|(_, g)| &g.nodes);
@@ -334,19 +355,76 @@ fn stem(path: &Path) -> String {
         .map_or(String::new(), |s| s.to_string_lossy().into_owned())
 }
 
+/// The image token of a whole model is told by its graph; a configuration that
+/// says another was made for another model.
+fn check_image_token(dir: &ModelDir, vlm: &Vlm) -> anyhow::Result<()> {
+    let path = dir.root.join("config.json");
+    let Ok(text) = std::fs::read_to_string(&path) else {
+        return Ok(());
+    };
+    let config: serde_json::Value =
+        serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?;
+    for part in &vlm.parts {
+        let Role::Whole(whole) = &part.role else {
+            continue;
+        };
+        for key in ["image_token_id", "image_token_index"] {
+            let stated = config.get(key).and_then(serde_json::Value::as_i64);
+            if let Some(stated) = stated.filter(|s| *s != whole.ids.image) {
+                bail!(
+                    "{} puts image features where the token id is {}, but {} says {key} {stated}; they belong \
+                     to different models",
+                    part.file.display(),
+                    whole.ids.image,
+                    path.display()
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What answers a question.
+#[derive(Debug)]
+pub(super) enum Runnable {
+    /// One file that takes token ids and pixels and gives logits.
+    Whole(PathBuf),
+    /// Files that work together.
+    Trio(Trio),
+}
+
 /// The three files that answer a question, chosen by what they are.
 #[derive(Debug)]
 pub(super) struct Trio {
     pub(super) vision: PathBuf,
     pub(super) embed: PathBuf,
     pub(super) decoder: PathBuf,
+    /// The graph that starts the cache, where `decoder` only goes on from one.
+    pub(super) prompt: Option<PathBuf>,
     /// Heads of the decoder's cache, which its interface need not declare.
     pub(super) heads: Option<CacheHeads>,
 }
 
-/// Finds the vision encoder, embedding and decoder of a variant (or of the
-/// suffix of an earlier `--beside`).
-pub(super) fn trio(path: &Path, name: Option<&str>) -> anyhow::Result<(ModelDir, Trio)> {
+/// What a file is; where it was not recognised, what its interface is named for: it can
+/// be run all the same.
+fn runs_as(part: &Part) -> Kind {
+    let kind = part.kind();
+    if kind != Kind::Unknown {
+        return kind;
+    }
+    let model = &part.model;
+    let takes = |name: &str| model.input(name).is_some();
+    match model.output("logits") {
+        Some(_) if WholeModel::has_interface(model) => Kind::Whole,
+        Some(_) if takes("inputs_embeds") => Kind::Decoder,
+        None if takes("pixel_values") => Kind::Vision,
+        None if takes("input_ids") && model.graph().outputs.len() == 1 => Kind::Embedding,
+        _ => Kind::Unknown,
+    }
+}
+
+/// Finds the files of a variant (or of the suffix of an earlier `--beside`).
+pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(ModelDir, Runnable)> {
     let (dir, vlm) = everything(path)?;
     let wanted = match name {
         Some(name) => variant(&vlm, name, path)?,
@@ -367,32 +445,47 @@ pub(super) fn trio(path: &Path, name: Option<&str>) -> anyhow::Result<(ModelDir,
         }
     };
     let set = vlm.set(&wanted);
-    let pick = |kind: Kind, what: &str| -> anyhow::Result<PathBuf> {
-        let Some(index) = set.get(kind) else {
+    let file = |index: usize| dir.root.join(&vlm.parts[index].file);
+    let find = |kind: Kind| {
+        let all = vlm.parts.iter().enumerate();
+        let mut named = all.filter(|(_, p)| p.variant == wanted && runs_as(p) == kind);
+        set.get(kind).or_else(|| named.next().map(|(i, _)| i))
+    };
+    let whole = match set.decoder {
+        None => find(Kind::Whole),
+        Some(_) => set.whole,
+    };
+    if let Some(whole) = whole {
+        let file = file(whole);
+        return Ok((dir, Runnable::Whole(file)));
+    }
+    let pick = |kind: Kind, what: &str| -> anyhow::Result<usize> {
+        find(kind).ok_or_else(|| {
             let each = vlm.parts.iter().map(|p| {
                 let found = match p.kind() {
                     Kind::Unknown => "not recognised".to_owned(),
                     kind => format!("the {}", kind.name()),
                 };
-                format!("{} ({found})", p.file.display())
+                format!("{} ({found})", p.label())
             });
-            bail!(
+            anyhow!(
                 "{}: no {what} among {}; duet inspect says why",
                 path.display(),
                 each.collect::<Vec<_>>().join(", ")
             )
-        };
-        Ok(dir.root.join(&vlm.parts[index].file))
+        })
     };
-    let decoder = set.decoder.map(|i| &vlm.parts[i].model);
-    let heads = decoder.and_then(cache_heads).and_then(heads_of);
+    let decoder = pick(Kind::Decoder, "decoder (embeddings → logits, cache)")?;
+    // The branches of one file choose by themselves.
+    let prompt = set.decoder.and_then(|d| d.prompt).map(file);
     let trio = Trio {
-        heads,
-        vision: pick(Kind::Vision, "vision encoder (pixels → features)")?,
-        embed: pick(Kind::Embedding, "token embedding (ids → embeddings)")?,
-        decoder: pick(Kind::Decoder, "decoder (embeddings → logits, cache)")?,
+        heads: cache_heads(&vlm.parts[decoder].model).and_then(heads_of),
+        vision: file(pick(Kind::Vision, "vision encoder (pixels → features)")?),
+        embed: file(pick(Kind::Embedding, "token embedding (ids → embeddings)")?),
+        prompt: prompt.filter(|p| *p != file(decoder)),
+        decoder: file(decoder),
     };
-    Ok((dir, trio))
+    Ok((dir, Runnable::Trio(trio)))
 }
 
 /// What the runtime is told of a cache's heads.

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{anyhow, bail};
 
 use super::{Global, ModelArgument, Outcome, load, style};
-use crate::arch::{Role, Vlm};
-use crate::ir::verify;
+use crate::arch::{Part, Role, Vlm};
+use crate::ir::cone::holder_of;
+use crate::ir::{Model, TensorData, ValueId, verify};
 use crate::onnx::{
     DataMode, Layout, ModelDir, Outputs, patch_genai, patch_processor, serialize, suffixed,
     write_beside, write_out,
@@ -53,12 +54,18 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     let selected = load::select(&arguments.model.path, &arguments.variant, global)?;
     let dir = &selected.dir;
     let done = rewrite(selected.vlm, &recipe)?;
-    let mut outputs = outputs(dir, &done, arguments.beside.as_deref())?;
+    let mut outputs = outputs(dir, &done, &recipe, arguments.beside.as_deref())?;
     for left in &selected.left_out {
         outputs.left_out.insert(left.file.clone());
         outputs.left_out.extend(left.data.iter().cloned());
     }
     if arguments.data == Data::Hardlink {
+        if let Some(place) = data_in_bodies(&done.vlm)? {
+            bail!(
+                "{place} keeps external data, and ONNX Runtime refuses hard-linked data there; use --data copy \
+                 or --beside"
+            );
+        }
         global.say("warning: onnx 1.23 and later, and ONNX Runtime in places, refuse hard-linked external data");
     }
     let mode = match arguments.data {
@@ -92,13 +99,14 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
 pub(super) fn outputs(
     dir: &ModelDir,
     done: &Rewritten,
+    recipe: &Recipe,
     beside: Option<&str>,
 ) -> anyhow::Result<Outputs> {
     let mut outputs = Outputs::default();
-    for part in &done.vlm.parts {
-        let text = serialize(verify(&part.model)?);
-        outputs.models.push((part.file.clone(), text));
-        outputs.data.extend(load::data_files(part));
+    for file in done.vlm.files()? {
+        let text = serialize(verify(&file.model)?);
+        outputs.data.extend(load::data_files(&file));
+        outputs.models.push((file.file, text));
     }
     if !dir.layout.is_directory() {
         return Ok(outputs);
@@ -116,7 +124,7 @@ pub(super) fn outputs(
         }
         anyhow::Ok(())
     };
-    if let Some((before, after)) = token_counts(&done.vlm) {
+    if let Some((before, after)) = token_counts(&done.vlm, recipe) {
         for name in ["processor_config.json", "config.json"] {
             patch(name, &|text| patch_processor(name, text, before, after))?;
         }
@@ -151,13 +159,38 @@ fn marked_width(done: &Rewritten) -> Option<i64> {
 }
 
 /// (patch tokens of the tower, features per image now), if they differ.
-fn token_counts(vlm: &Vlm) -> Option<(i64, i64)> {
+fn token_counts(vlm: &Vlm, recipe: &Recipe) -> Option<(i64, i64)> {
     let (index, tower) = vlm.towers().next()?;
     let model = &vlm.parts[index].model;
-    let output = model.graph().outputs[tower.features_index];
-    let shape = model.value(output).ty.as_ref()?.shape()?;
-    let after = shape.get(1)?.known().filter(|_| shape.len() == 3)?;
-    (Some(after) != tower.features_per_image()).then_some((tower.patches()?, after))
+    let after = match tower.features_index {
+        Some(output) => {
+            let output = model.graph().outputs[output];
+            let shape = model.value(output).ty.as_ref()?.shape()?;
+            shape.get(1)?.known().filter(|_| shape.len() == 3)?
+        }
+        // An inner value need not state its shape.
+        None => recipe.pass::<TokenMerge>()?.tokens_out(tower)?,
+    };
+    (Some(after) != tower.features_per_image()).then_some((tower.candidates()?, after))
+}
+
+/// The first file with external data in a branch or another body.
+fn data_in_bodies(vlm: &Vlm) -> anyhow::Result<Option<String>> {
+    let external = |model: &Model, value: &ValueId| {
+        let tensor = model.value(*value).initializer.as_ref();
+        tensor.is_some_and(|t| matches!(t.data, TensorData::External(_)))
+    };
+    for file in vlm.files()? {
+        let model = &file.model;
+        for (id, graph) in model.graphs().filter(|(id, _)| *id != model.main()) {
+            if graph.initializers.iter().any(|v| external(model, v)) {
+                let holder = holder_of(model, id).map(|n| model.describe(n));
+                let holder = holder.unwrap_or_else(|| format!("graph '{}'", graph.name));
+                return Ok(Some(format!("{}: {holder}", file.file.display())));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// `--beside` writes only what changed.
@@ -191,6 +224,14 @@ pub(super) fn average(counts: &[i64]) -> f64 {
     counts.iter().sum::<i64>() as f64 / counts.len().max(1) as f64
 }
 
+/// That functions were inlined, for people.
+fn inlined(part: &Part) -> String {
+    match part.source.inlined.as_slice() {
+        [] => String::new(),
+        names => format!("; functions inlined: {}", names.join(", ")),
+    }
+}
+
 /// What was done, for people.
 pub(super) fn report(done: &Rewritten, recipe: &Recipe, global: &Global) {
     for (pass, summary) in &done.summaries {
@@ -198,9 +239,10 @@ pub(super) fn report(done: &Rewritten, recipe: &Recipe, global: &Global) {
         for change in done.changes.iter().filter(|c| c.pass == *pass) {
             let part = &done.vlm.parts[change.part];
             global.say(format!(
-                "  {}: {} nodes inserted",
-                part.file.display(),
-                change.inserted
+                "  {}: {} nodes inserted{}",
+                part.label(),
+                change.inserted,
+                inlined(part)
             ));
         }
     }
@@ -220,7 +262,7 @@ pub(super) fn report(done: &Rewritten, recipe: &Recipe, global: &Global) {
     for part in unknown {
         global.say(format!(
             "{}: not recognised, carried over as it is",
-            part.file.display()
+            part.label()
         ));
     }
 }

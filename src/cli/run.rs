@@ -8,9 +8,12 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use serde_json::json;
 
-use super::{Engine, Global, ModelArgument, Outcome, load, print_json};
+use super::load::{self, Runnable, Trio};
+use super::{Engine, Global, ModelArgument, Outcome, print_json};
+use crate::onnx::ModelDir;
 use crate::runtime::{
-    GenerateOptions, Generation, Message, Pixels, Sampling, Stop, VlmFiles, VlmPipeline,
+    GenerateOptions, Generation, Message, Pixels, Sampling, Stop, Token, VlmFiles, VlmPipeline,
+    WholePipeline,
 };
 
 /// Arguments of `duet run`.
@@ -50,7 +53,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
-    let mut pipeline = open(arguments)?;
+    let (dir, model) = load::runnable(&arguments.model.path, arguments.variant.as_deref())?;
     let images = arguments
         .image
         .iter()
@@ -72,11 +75,10 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         ..Default::default()
     };
     let messages = [Message::user(images.len(), arguments.prompt.as_str())];
-    let prepared = pipeline.prepare(&messages, &images)?;
     let quiet_stream = arguments.json;
     let mut out = anstream::stdout();
     let mut failed = None;
-    let answer = pipeline.generate(&prepared, None, &options, &mut |token| {
+    let mut on_token = |token: &Token| {
         if !quiet_stream
             && let Err(error) = write!(out, "{}", token.text).and_then(|()| out.flush())
         {
@@ -84,7 +86,20 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
             return ControlFlow::Break(());
         }
         ControlFlow::Continue(())
-    })?;
+    };
+    let answer = match model {
+        Runnable::Whole(file) => {
+            let engine = arguments.engine.options();
+            let mut pipeline = WholePipeline::open(&file, &dir.root, &engine)?;
+            let prepared = pipeline.prepare(&messages, &images)?;
+            pipeline.generate(&prepared, &options, &mut on_token)?
+        }
+        Runnable::Trio(trio) => {
+            let mut pipeline = open(dir, trio, &arguments.engine)?;
+            let prepared = pipeline.prepare(&messages, &images)?;
+            pipeline.generate(&prepared, None, &options, &mut on_token)?
+        }
+    };
     if let Some(error) = failed
         && error.kind() != std::io::ErrorKind::BrokenPipe
     {
@@ -99,16 +114,19 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     Ok(Outcome::Done)
 }
 
-fn open(arguments: &Arguments) -> anyhow::Result<VlmPipeline> {
-    let (dir, trio) = load::trio(&arguments.model.path, arguments.variant.as_deref())?;
+fn open(dir: ModelDir, trio: Trio, engine: &Engine) -> anyhow::Result<VlmPipeline> {
     let files = VlmFiles {
         vision_encoder: trio.vision,
         embed_tokens: trio.embed,
         decoder: trio.decoder,
         configs: dir.root,
     };
-    let options = arguments.engine.options();
-    Ok(VlmPipeline::open_with_heads(&files, &options, trio.heads)?)
+    let options = engine.options();
+    let pipeline = VlmPipeline::open_with_heads(&files, &options, trio.heads)?;
+    Ok(match trio.prompt {
+        Some(prompt) => pipeline.with_prompt_decoder(&prompt, &options)?,
+        None => pipeline,
+    })
 }
 
 pub(super) fn millis(duration: Duration) -> f64 {

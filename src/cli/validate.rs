@@ -39,7 +39,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     {
         bail!(
             "{} of the base was rewritten itself; give the original first",
-            part.file.display()
+            part.label()
         );
     }
     let recipe = stamped(&rewritten)

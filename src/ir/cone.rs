@@ -25,9 +25,22 @@ pub fn carries_data(model: &Model, node: NodeId) -> bool {
 ///
 /// With `data_only`, dependence through `Shape`/`Size` does not count.
 pub fn descendants(model: &Model, roots: &[ValueId], data_only: bool) -> HashSet<ValueId> {
+    descendants_up_to(model, roots, &[], data_only)
+}
+
+/// As [`descendants`], not looking behind the values of `stop`.
+pub fn descendants_up_to(
+    model: &Model,
+    roots: &[ValueId],
+    stop: &[ValueId],
+    data_only: bool,
+) -> HashSet<ValueId> {
     let mut seen: HashSet<ValueId> = roots.iter().copied().collect();
     let mut stack: Vec<ValueId> = roots.to_vec();
     while let Some(value) = stack.pop() {
+        if stop.contains(&value) {
+            continue;
+        }
         for u in &model.value(value).uses {
             if data_only && !carries_data(model, u.node) {
                 continue;

@@ -95,10 +95,12 @@ pub fn extract(
                 name: node.name.clone(),
                 op_type: node.op_type.clone(),
                 domain: node.domain.clone(),
+                overload: node.overload.clone(),
                 inputs: &reads,
                 outputs: &writes,
                 attributes: node.attributes.clone(),
                 origin: None,
+                edited: false,
             },
         )?;
         for out in node.outputs.iter().flatten() {

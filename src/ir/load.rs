@@ -19,10 +19,13 @@ pub(crate) struct NodeDraft<'a> {
     pub(crate) name: String,
     pub(crate) op_type: String,
     pub(crate) domain: String,
+    pub(crate) overload: String,
     pub(crate) inputs: &'a [String],
     pub(crate) outputs: &'a [String],
     pub(crate) attributes: Vec<Attribute>,
     pub(crate) origin: Option<Bytes>,
+    /// Inputs, outputs or name differ from `origin`.
+    pub(crate) edited: bool,
 }
 
 /// Accumulates a model.
@@ -82,6 +85,11 @@ impl Loader {
     /// A graph's carried-through parts, for the reader to fill.
     pub(crate) fn provenance(&mut self, graph: GraphId) -> &mut Provenance {
         &mut self.model.graphs[graph.index()].provenance
+    }
+
+    /// Marks a graph as differing from the serialised form that it keeps.
+    pub(in crate::ir) fn touch(&mut self, graph: GraphId) {
+        self.model.touch(graph);
     }
 
     /// Sets a graph's name.
@@ -215,13 +223,14 @@ impl Loader {
             name: draft.name,
             op_type: draft.op_type,
             domain: draft.domain,
+            overload: draft.overload,
             inputs,
             outputs,
             attributes: draft.attributes,
             graph,
             pass,
             origin: draft.origin,
-            edited: false,
+            edited: draft.edited,
         }));
         self.model.graphs[graph.index()].nodes.push(id);
         Ok(())
@@ -255,17 +264,18 @@ impl Loader {
         graph: GraphId,
         name: &str,
         ty: Option<ValueType>,
-        origin: Bytes,
+        origin: Option<Bytes>,
     ) -> bool {
         let Some(&id) = self.scopes[graph.index()].get(name) else {
             return false;
         };
         let listed = &self.model.graphs[graph.index()];
-        let described = self.model.values[id.index()].info_origin.is_some();
+        let known = &self.model.values[id.index()];
+        let described = known.info_origin.is_some() || known.ty.is_some();
         if described || listed.outputs.contains(&id) || listed.inputs.contains(&id) {
             return false;
         }
-        self.describe(id, ty, Some(origin));
+        self.describe(id, ty, origin);
         self.model.graphs[graph.index()].typed.push(id);
         true
     }

@@ -8,10 +8,13 @@ pub mod cone;
 pub mod consts;
 
 mod apply;
+mod branches;
+mod copy;
 mod dtype;
 mod error;
 mod extract;
 mod ids;
+mod inline;
 mod load;
 mod model;
 mod ops;
@@ -21,11 +24,13 @@ mod text;
 mod types;
 mod verify;
 
+pub use branches::{Branch, join, split};
 pub use cone::Substitution;
 pub use dtype::DataType;
 pub use error::IrError;
 pub use extract::extract;
 pub use ids::{GraphId, NodeId, ValueId};
+pub use inline::{called, inline};
 pub use model::{
     AttrValue, Attribute, Def, Function, Graph, GraphKind, MetadataEntry, Model, Node, Provenance,
     Use, Value,

@@ -98,6 +98,8 @@ pub struct Node {
     pub op_type: String,
     /// Operator domain; empty for the standard operators.
     pub domain: String,
+    /// Which of several functions of one name is called; empty for operators.
+    pub overload: String,
     /// Inputs; `None` for an omitted optional input.
     pub inputs: Vec<Option<ValueId>>,
     /// Outputs; `None` for an omitted optional output.
@@ -236,6 +238,8 @@ pub struct Function {
     pub overload: String,
     /// Operator sets that its body uses, where it states them: domain and version.
     pub opset_imports: Vec<(String, i64)>,
+    /// Attributes that have a default, with it.
+    pub defaults: Vec<Attribute>,
     /// Its body.
     pub body: GraphId,
 }
@@ -419,9 +423,21 @@ impl Model {
 
     /// Whether `domain::op_type` is a model-local function.
     pub fn is_function(&self, node: &Node) -> bool {
-        self.functions
-            .iter()
-            .any(|f| f.name == node.op_type && f.domain == node.domain)
+        self.function_of(node).is_some()
+    }
+
+    /// Position of the model-local function that a node calls.
+    pub fn function_of(&self, node: &Node) -> Option<usize> {
+        let standard = |d: &str| d.is_empty() || d == "ai.onnx";
+        self.functions.iter().position(|f| {
+            let same = f.domain == node.domain || (standard(&f.domain) && standard(&node.domain));
+            same && f.name == node.op_type && f.overload == node.overload
+        })
+    }
+
+    /// Whether a patch has changed it since it was read.
+    pub fn is_patched(&self) -> bool {
+        self.generation > 0
     }
 
     pub(in crate::ir) fn node_mut(&mut self, id: NodeId) -> &mut Node {

@@ -183,6 +183,7 @@ impl<'m> Patch<'m> {
             name,
             op_type: op_type.to_owned(),
             domain: domain.to_owned(),
+            overload: String::new(),
             inputs: inputs.to_vec(),
             outputs: outputs.iter().copied().map(Some).collect(),
             attributes,

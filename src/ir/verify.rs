@@ -266,6 +266,7 @@ impl Check<'_> {
             name,
             op_type,
             domain,
+            overload: _,
             inputs,
             outputs,
             attributes,

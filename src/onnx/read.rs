@@ -280,7 +280,7 @@ impl Reader<'_> {
         for field in all.iter().filter(|f| f.number == 13) {
             let origin = self.payload("value_info", field)?;
             let (name, ty) = convert::value_info(&origin).map_err(|e| self.bad("value_info", e))?;
-            if !self.loader.value_info(id, &name, ty, origin) {
+            if !self.loader.value_info(id, &name, ty, Some(origin)) {
                 let extra = &mut self.loader.provenance(id).extra;
                 extra.push((13, field.whole.clone()));
             }
@@ -291,6 +291,7 @@ impl Reader<'_> {
     fn node(&mut self, graph: GraphId, origin: Bytes, depth: usize) -> Result<(), OnnxError> {
         let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
         let (mut name, mut op_type, mut domain) = (String::new(), String::new(), String::new());
+        let mut overload = String::new();
         let mut attributes = Vec::new();
         for field in self.walk("NodeProto", &origin)? {
             match field.number {
@@ -303,6 +304,7 @@ impl Reader<'_> {
                     attributes.push(self.attribute(graph, &bytes, depth)?);
                 }
                 7 => domain = self.text("node domain", &field)?,
+                8 => overload = self.text("node overload", &field)?,
                 _ => {}
             }
         }
@@ -316,10 +318,12 @@ impl Reader<'_> {
             name,
             op_type,
             domain,
+            overload,
             inputs: &inputs,
             outputs: &outputs,
             attributes,
             origin: Some(origin),
+            edited: false,
         };
         self.loader.node(graph, draft).map_err(|e| self.ir(e))
     }
@@ -362,7 +366,7 @@ impl Reader<'_> {
     fn function(&mut self, bytes: &Bytes) -> Result<(), OnnxError> {
         let (mut name, mut domain, mut overload) = (String::new(), String::new(), String::new());
         let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
-        let mut opset_imports = Vec::new();
+        let (mut opset_imports, mut defaults) = (Vec::new(), Vec::new());
         let all = self.walk("FunctionProto", bytes)?;
         for field in &all {
             match field.number {
@@ -373,6 +377,11 @@ impl Reader<'_> {
                     let import: proto::OperatorSetIdProto =
                         self.decode("function opset_import", field)?;
                     opset_imports.push((import.domain().to_owned(), import.version()));
+                }
+                11 => {
+                    let origin = self.payload("function attribute", field)?;
+                    let default = convert::attribute(origin);
+                    defaults.push(default.map_err(|e| self.bad("function attribute", e))?);
                 }
                 10 => domain = self.text("function domain", field)?,
                 13 => overload = self.text("function overload", field)?,
@@ -396,6 +405,7 @@ impl Reader<'_> {
             name,
             overload,
             opset_imports,
+            defaults,
             body,
         });
         Ok(())

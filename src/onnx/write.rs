@@ -89,21 +89,21 @@ pub fn serialize(model: Verified<'_>) -> Serialized {
                 }
             }
             other => {
-                let before = rope.len();
                 carry(&model.provenance, other, &mut rope);
-                if rope.len() == before {
-                    header(model, other, &mut rope);
-                }
+                header(model, other, &mut rope);
             }
         }
     }
     Serialized(rope)
 }
 
-/// Header fields of a model that was not read from a file.
+/// Header fields that the model did not get from a file: all of them if it was
+/// not read, and operator sets that came with inlined functions.
 fn header(model: &Model, number: u32, rope: &mut Rope) {
+    let carried = model.provenance.extra.iter();
+    let carried = carried.filter(|(n, _)| *n == number).count();
     match number {
-        1 => {
+        1 if carried == 0 => {
             let version = proto::ModelProto {
                 ir_version: Some(model.ir_version),
                 ..Default::default()
@@ -111,7 +111,7 @@ fn header(model: &Model, number: u32, rope: &mut Rope) {
             rope.whole(prost::Message::encode_to_vec(&version).into());
         }
         8 => {
-            for (domain, version) in &model.opset_imports {
+            for (domain, version) in model.opset_imports.iter().skip(carried) {
                 rope.encode(
                     8,
                     &proto::OperatorSetIdProto {
@@ -235,6 +235,9 @@ fn node(model: &Model, id: NodeId) -> Rope {
         }
         if !n.domain.is_empty() {
             rope.text(7, &n.domain);
+        }
+        if !n.overload.is_empty() {
+            rope.text(8, &n.overload);
         }
         return rope;
     };

@@ -10,7 +10,7 @@ use crate::ir::{Model, Patch, verify};
 pub struct Change {
     /// Pass.
     pub pass: &'static str,
-    /// Position of the file in [`Vlm::parts`].
+    /// Position in [`Vlm::parts`].
     pub part: usize,
     /// Nodes it inserted.
     pub inserted: usize,
@@ -45,7 +45,7 @@ pub fn rewrite(mut vlm: Vlm, recipe: &Recipe) -> Result<Rewritten, PassError> {
     for part in &vlm.parts {
         if let Some((version, earlier)) = earlier_recipe(&part.model) {
             return Err(PassError::Rewritten {
-                file: part.file.display().to_string(),
+                file: part.label(),
                 version: version.to_owned(),
                 recipe: earlier.to_owned(),
             });
@@ -98,7 +98,7 @@ fn change(
 ) -> Result<(), PassError> {
     let graph = |source| PassError::Graph {
         pass,
-        file: part.file.display().to_string(),
+        file: part.label(),
         source,
     };
     let model = apply(part.model.clone()).map_err(graph)?;

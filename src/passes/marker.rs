@@ -22,6 +22,9 @@
 //! embed:   features [n, K, D+1] ─┬─Slice──▶ [n, K, D] ──▶ the graph as it was ──▶ [b, L, D] ─┐
 //!                                └─Slice─▶ Expand ──▶ its copying nodes, again ──▶ [.., :1] ─┴─Concat─▶
 //! ```
+//!
+//! A whole model in one file sees the ids: visual is where they are the image
+//! token, the constant that the graph itself compares them with.
 
 use serde::{Deserialize, Serialize};
 
@@ -48,6 +51,18 @@ pub enum Marker {
     Static,
 }
 
+impl Marker {
+    /// What a recipe means for a decoder: what it says, else the ids where the
+    /// decoder has them, else the channel.
+    pub fn for_decoder(stated: Option<Self>, decoder: &Decoder) -> Self {
+        let default = match decoder.ids {
+            Some(_) => Self::TokenId,
+            None => Self::Channel,
+        };
+        stated.unwrap_or(default)
+    }
+}
+
 /// The decoder's entry once visual tokens are known.
 pub(super) struct Entry {
     /// Embeddings `[batch, sequence, width]` that the layers are to read.
@@ -64,24 +79,38 @@ pub(super) fn requires(pass: &'static str, vlm: &Vlm, context: &Context) -> Resu
             problem: problem.to_owned(),
         })
     };
-    match context.marker {
-        Marker::Channel => {
-            let missing = match (vlm.towers().next(), vlm.embeddings().next()) {
-                (None, _) => "vision encoder",
-                (_, None) => "token embedding",
-                _ => return Ok(()),
-            };
-            fail(&format!(
-                "no {missing} was recognised beside the decoder, so visual tokens cannot be marked in the \
-                 embeddings; give the whole model directory, or use 'marker: input' or 'marker: static'"
-            ))
+    for (index, decoder) in vlm.decoders() {
+        let file = vlm.parts[index].file.display();
+        match Marker::for_decoder(context.marker, decoder) {
+            Marker::Channel if decoder.ids.is_some() => {
+                return fail(&format!(
+                    "{file}: 'marker: channel' marks embeddings on their way from one file to another, and \
+                     this file holds the whole model: its embeddings never come out. Leave 'marker' out or \
+                     use 'marker: token-id'"
+                ));
+            }
+            Marker::Channel => {
+                let encoder = vlm.towers().any(|(_, t)| t.features_index.is_some());
+                let missing = match (encoder, vlm.embeddings().next()) {
+                    (false, _) => "vision encoder",
+                    (_, None) => "token embedding",
+                    _ => continue,
+                };
+                return fail(&format!(
+                    "no {missing} was recognised beside the decoder, so visual tokens cannot be marked in the \
+                     embeddings; give the whole model directory, or use 'marker: input' or 'marker: static'"
+                ));
+            }
+            Marker::TokenId if decoder.ids.is_none() => {
+                return fail(
+                    "'marker: token-id' needs a decoder that takes input_ids, and this one takes embeddings; \
+                     use 'marker: channel'",
+                );
+            }
+            Marker::TokenId | Marker::Input | Marker::Static => {}
         }
-        Marker::TokenId => fail(
-            "'marker: token-id' needs a decoder that takes input_ids, and this one takes embeddings; use \
-             'marker: channel'",
-        ),
-        Marker::Input | Marker::Static => Ok(()),
     }
+    Ok(())
 }
 
 /// Appends the marker channel to a graph output of embeddings or features.
@@ -168,8 +197,28 @@ pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context)
     let model = patch.model();
     let embeds = decoder.embeds;
     patch.scope("entry");
-    match context.marker {
-        Marker::Channel | Marker::TokenId => {
+    match Marker::for_decoder(context.marker, decoder) {
+        Marker::TokenId => {
+            let visual = decoder.ids.map(|ids| {
+                let dtype = model.value(ids.value).ty.as_ref().and_then(|t| t.dtype());
+                let token = match dtype {
+                    Some(DataType::Int32) => {
+                        #[allow(
+                            clippy::cast_possible_truncation,
+                            reason = "the graph compares it so"
+                        )]
+                        let bytes = (ids.image as i32).to_le_bytes().to_vec();
+                        patch.constant(Tensor::raw("", DataType::Int32, vec![], bytes))
+                    }
+                    _ => patch.i64(ids.image),
+                };
+                patch.op("Equal", &[ids.value, token])
+            });
+            // `requires` has refused decoders without ids.
+            let visual = visual.unwrap_or_else(|| patch.constant(Tensor::bool_scalar("", false)));
+            Entry { embeds, visual }
+        }
+        Marker::Channel => {
             let width = Size::Known(-1);
             let end = Size::Known(i64::MAX);
             let split = patch.slice(embeds, Size::Known(0), width, 2);
@@ -186,7 +235,7 @@ pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context)
             }
         }
         Marker::Input => {
-            let dims = sequence_dims(model, embeds);
+            let dims = sequence_dims(model, decoder);
             let ty = ValueType::tensor(DataType::Bool, dims);
             let visual = patch.add_input(VISUAL_MASK_INPUT, ty);
             Entry { embeds, visual }
@@ -197,17 +246,22 @@ pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context)
                 .unwrap_or(super::StaticSpan { start: 0, count: 0 });
             // The span lies in the first prompt only: behind a cache there is
             // none, also where the prompt was shorter than the span.
-            let past = patch.size_of(decoder.layers[0].past.0, 2);
-            let past = patch.size_value(past);
-            let zero = patch.i64(0);
-            let first = patch.op("Equal", &[past, zero]);
+            let first = decoder.layers[0].past.map(|(key, _)| {
+                let past = patch.size_of(key, 2);
+                let past = patch.size_value(past);
+                let zero = patch.i64(0);
+                patch.op("Equal", &[past, zero])
+            });
             let length = patch.size_of(embeds, 1);
             let at = patch.iota(length);
             let (start, end) = (patch.i64(span.start), patch.i64(span.start + span.count));
             let from = patch.op("GreaterOrEqual", &[at, start]);
             let to = patch.op("Less", &[at, end]);
             let inside = patch.op("And", &[from, to]);
-            let inside = patch.op("And", &[inside, first]);
+            let inside = match first {
+                Some(first) => patch.op("And", &[inside, first]),
+                None => inside,
+            };
             let shape = patch.op("Shape", &[embeds]);
             let rows = patch.slice(shape, Size::Known(0), Size::Known(2), 0);
             let visual = patch.op("Expand", &[inside, rows]);
@@ -216,11 +270,20 @@ pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context)
     }
 }
 
-/// `[batch, sequence]` as the embeddings name them.
-pub(super) fn sequence_dims(model: &Model, embeds: ValueId) -> Vec<Dim> {
-    let shape = model.value(embeds).ty.as_ref().and_then(|t| t.shape());
+/// Length of a layer's cache before this step: none in a decoder without a past.
+pub(super) fn past_length(patch: &mut Patch<'_>, decoder: &Decoder, layer: usize) -> Size {
+    match decoder.layers[layer].past {
+        Some((key, _)) => patch.size_of(key, 2),
+        None => Size::Known(0),
+    }
+}
+
+/// `[batch, sequence]` as the embeddings or the token ids name them.
+pub(super) fn sequence_dims(model: &Model, decoder: &Decoder) -> Vec<Dim> {
+    let tokens = decoder.ids.map_or(decoder.embeds, |ids| ids.value);
+    let shape = model.value(tokens).ty.as_ref().and_then(|t| t.shape());
     match shape {
-        Some([batch, sequence, _]) => vec![batch.clone(), sequence.clone()],
+        Some([batch, sequence, ..]) => vec![batch.clone(), sequence.clone()],
         _ => vec![Dim::Unknown, Dim::Unknown],
     }
 }

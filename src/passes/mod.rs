@@ -6,6 +6,7 @@
 //! Adding a pass takes one file here, its `mod` line and its line in
 //! [`REGISTRY`].
 
+mod budget;
 mod error;
 mod manager;
 mod marker;
@@ -14,6 +15,7 @@ mod recount;
 mod token_merge;
 mod visual_prune;
 
+pub use budget::{BudgetShape, Planned, plan};
 pub use error::PassError;
 pub use manager::{Change, Rewritten, earlier_recipe, rewrite};
 pub use marker::{Marker, VISUAL_MASK_INPUT};
@@ -27,8 +29,9 @@ use crate::ir::PatchPlan;
 /// Settings of a recipe that concern several passes.
 #[derive(Clone, Debug, Default)]
 pub struct Context {
-    /// How a decoder knows its visual tokens.
-    pub marker: Marker,
+    /// How a decoder knows its visual tokens; not said: as the model allows it, see
+    /// [`Marker::for_decoder`].
+    pub marker: Option<Marker>,
     /// Where they lie, for [`Marker::Static`].
     pub span: Option<StaticSpan>,
     /// How caches of later layers are laid out.

@@ -98,7 +98,7 @@ struct Raw {
     #[serde(default)]
     passes: Vec<Value>,
     #[serde(default)]
-    marker: Marker,
+    marker: Option<Marker>,
     #[serde(default)]
     span: Option<StaticSpan>,
     #[serde(default)]
@@ -142,7 +142,7 @@ impl Recipe {
                 "vision passes come before decoder passes; reorder 'passes'".into(),
             ));
         }
-        if (raw.marker == Marker::Static) != raw.span.is_some() {
+        if (raw.marker == Some(Marker::Static)) != raw.span.is_some() {
             return Err(bad(
                 "'marker: static' and 'span: {start: S, count: C}' belong together".into(),
             ));

@@ -13,12 +13,12 @@ use super::tensor::{DType, Tensor};
 use super::value::Value;
 
 const EMBEDS: &str = "inputs_embeds";
-const IDS: &str = "input_ids";
-const MASK: &str = "attention_mask";
-const POSITIONS: &str = "position_ids";
-const VISUAL: &str = "visual_token_mask";
-const SALIENT: &str = "salient_token_mask";
-const LOGITS: &str = "logits";
+pub(super) const IDS: &str = "input_ids";
+pub(super) const MASK: &str = "attention_mask";
+pub(super) const POSITIONS: &str = "position_ids";
+pub(super) const VISUAL: &str = "visual_token_mask";
+pub(super) const SALIENT: &str = "salient_token_mask";
+pub(super) const LOGITS: &str = "logits";
 /// Old merged exports ask which of their two branches to take.
 const USE_CACHE: &str = "use_cache_branch";
 /// Some exports ask how many rows of logits to compute; 0 is all.
@@ -70,6 +70,16 @@ pub struct Cache {
 }
 
 impl Cache {
+    /// Of a model that keeps none: only how many tokens there were.
+    pub(super) fn none(tokens: usize) -> Self {
+        Self {
+            values: Vec::new(),
+            axes: Vec::new(),
+            keys: Vec::new(),
+            mask: Array2::ones((1, tokens)),
+        }
+    }
+
     /// Tokens seen so far, padding included: what layer 0 holds.
     pub fn tokens(&self) -> usize {
         self.mask.ncols()
@@ -121,23 +131,28 @@ impl StepOutput {
     /// # Errors
     /// The logits are no floating-point numbers, or there are none.
     pub fn last_logits(&self) -> Result<Array2<f32>> {
-        let (batch, rows, width) = match *self.logits.shape() {
-            [batch, rows, width] if rows > 0 => (batch, rows, width),
-            [batch, width] => (batch, 1, width),
-            _ => {
-                return Err(RuntimeError::Tensor(format!(
-                    "logits {:?} have no last row; expected [batch, rows, vocabulary]",
-                    self.logits.shape()
-                )));
-            }
-        };
-        let mut out = Array2::zeros((batch, width));
-        for (row, mut target) in out.outer_iter_mut().enumerate() {
-            let start = (row * rows + rows - 1) * width;
-            target.assign(&ndarray::aview1(&self.logits.f32_range(start, width)?));
-        }
-        Ok(out)
+        last_rows(&self.logits)
     }
+}
+
+/// The last row of logits `[B, rows, vocabulary]` of each batch row.
+pub(super) fn last_rows(logits: &Value) -> Result<Array2<f32>> {
+    let (batch, rows, width) = match *logits.shape() {
+        [batch, rows, width] if rows > 0 => (batch, rows, width),
+        [batch, width] => (batch, 1, width),
+        _ => {
+            return Err(RuntimeError::Tensor(format!(
+                "logits {:?} have no last row; expected [batch, rows, vocabulary]",
+                logits.shape()
+            )));
+        }
+    };
+    let mut out = Array2::zeros((batch, width));
+    for (row, mut target) in out.outer_iter_mut().enumerate() {
+        let start = (row * rows + rows - 1) * width;
+        target.assign(&ndarray::aview1(&logits.f32_range(start, width)?));
+    }
+    Ok(out)
 }
 
 /// One pair of a past input and the present output that fills it.
@@ -165,31 +180,27 @@ pub struct CacheHeads {
 #[derive(Debug)]
 pub struct Decoder {
     session: Session,
+    /// The graph that runs first, where `session` only goes on from a cache.
+    prompt: Option<(Session, Ends)>,
     slots: Vec<Slot>,
     /// Which slots are keys, in the order of the layers.
     keys: Vec<usize>,
-    /// Name of the input of embeddings.
+    /// Where data goes in and comes out of `session`.
+    ends: Ends,
+}
+
+/// Names of what every decoder has, whatever an exporter called it.
+#[derive(Debug, Clone)]
+struct Ends {
+    /// The input of embeddings.
     embeds: String,
-    /// Name of the output of logits.
+    /// The output of logits.
     logits: String,
 }
 
-impl Decoder {
-    /// Takes a session over after looking at its interface.
-    ///
-    /// # Errors
-    /// There are no logits, an input is not one of those that can be filled, a `past_key_values.*` has no
-    /// `present.*`, or its head count or head size is not fixed.
-    pub fn new(session: Session) -> Result<Self> {
-        Self::with_heads(session, None)
-    }
-
-    /// As [`new`](Self::new); `heads` stand in for a head count and head size that the model does not declare
-    /// (`[batch, heads, past, width]`, one of them or both left open).
-    ///
-    /// # Errors
-    /// As [`new`](Self::new).
-    pub fn with_heads(session: Session, heads: Option<CacheHeads>) -> Result<Self> {
+impl Ends {
+    /// Finds them by name, else by kind.
+    fn of(session: &Session) -> Result<Self> {
         let wrong = |expected: &str, found: String| RuntimeError::Interface {
             model: session.model().to_string(),
             expected: expected.to_string(),
@@ -208,35 +219,78 @@ impl Decoder {
                 ports(session.inputs()),
             ));
         };
+        Ok(Self { embeds, logits })
+    }
+}
+
+impl Decoder {
+    /// Takes a session over after looking at its interface.
+    ///
+    /// # Errors
+    /// There are no logits, an input is not one of those that can be filled, a `past_key_values.*` has no
+    /// `present.*`, or its head count or head size is not fixed.
+    pub fn new(session: Session) -> Result<Self> {
+        Self::with_heads(session, None)
+    }
+
+    /// As [`new`](Self::new); `heads` stand in for a head count and head size that the model does not declare
+    /// (`[batch, heads, past, width]`, one of them or both left open).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_heads(session: Session, heads: Option<CacheHeads>) -> Result<Self> {
+        let ends = Ends::of(&session)?;
         let mut slots = Vec::new();
         for port in session.inputs() {
             if let Some(rest) = port.name.strip_prefix("past_key_values.") {
                 slots.push(slot(&session, port, rest, heads)?);
-                continue;
-            }
-            let name = port.name.as_str();
-            let known = name == embeds
-                || [IDS, MASK, POSITIONS, VISUAL, SALIENT, USE_CACHE].contains(&name)
-                || KEEP_LOGITS.contains(&name);
-            if !known {
-                return Err(wrong(
-                    "inputs among inputs_embeds, input_ids, attention_mask, position_ids, \
-                     past_key_values.*, visual_token_mask, salient_token_mask",
-                    format!(
-                        "an input `{}` {port}, which nothing here can fill",
-                        port.name
-                    ),
-                ));
             }
         }
+        fillable(&session, &ends)?;
         let keys = keys(&slots);
         Ok(Self {
             session,
+            prompt: None,
             slots,
             keys,
-            embeds,
-            logits,
+            ends,
         })
+    }
+
+    /// Adds the graph that runs over a sequence's first tokens: of a model in two files, of which the other
+    /// goes on from a cache.
+    ///
+    /// # Errors
+    /// It takes a cache itself, does not give what the other goes on from, or has an input that cannot be
+    /// filled.
+    pub fn with_prompt(mut self, prompt: Session) -> Result<Self> {
+        let wrong = |expected: String, found: String| RuntimeError::Interface {
+            model: prompt.model().to_string(),
+            expected,
+            found,
+        };
+        let ends = Ends::of(&prompt)?;
+        for name in self.slots.iter().map(|s| s.present.as_str()) {
+            if prompt.output(name).is_none() {
+                return Err(wrong(
+                    format!(
+                        "an output `{name}`, from which {} goes on",
+                        self.session.model()
+                    ),
+                    ports(prompt.outputs()),
+                ));
+            }
+        }
+        let past = |port: &&Port| port.name.starts_with("past_key_values.");
+        if let Some(port) = prompt.inputs().iter().find(past) {
+            return Err(wrong(
+                "no cache inputs in the graph that runs first".into(),
+                port.name.clone(),
+            ));
+        }
+        fillable(&prompt, &ends)?;
+        self.prompt = Some((prompt, ends));
+        Ok(self)
     }
 
     /// The session.
@@ -267,7 +321,7 @@ impl Decoder {
     /// Element type and width of the embeddings that the decoder reads; the width is `None` if the model does
     /// not declare it.
     pub fn embeds(&self) -> (Option<DType>, Option<usize>) {
-        let port = self.session.input(&self.embeds);
+        let port = self.session.input(&self.ends.embeds);
         let width = port.and_then(|port| port.dims.get(2)?.fixed());
         (port.and_then(|port| port.dtype), width)
     }
@@ -352,14 +406,19 @@ impl Decoder {
         let mask = concatenate(Axis(1), &[cache.mask.view(), step_mask.view()])
             .map_err(|e| RuntimeError::Tensor(e.to_string()))?;
 
-        let mut feed: Vec<(String, Value)> = vec![(self.embeds.clone(), input.embeds.clone())];
-        for port in self.session.inputs() {
+        let first = cache.tokens() == 0 && self.prompt.is_some();
+        let (session, ends) = match &mut self.prompt {
+            Some((prompt, ends)) if first => (prompt, &*ends),
+            _ => (&mut self.session, &self.ends),
+        };
+        let mut feed: Vec<(String, Value)> = vec![(ends.embeds.clone(), input.embeds.clone())];
+        for port in session.inputs() {
             let value = match port.name.as_str() {
                 IDS => {
                     let ids = input.ids.clone().ok_or_else(|| {
                         RuntimeError::Tensor(format!(
                             "{} reads token ids, none are given",
-                            self.session.model()
+                            session.model()
                         ))
                     })?;
                     check(IDS, ids.dim())?;
@@ -391,15 +450,17 @@ impl Decoder {
             };
             feed.push((port.name.clone(), value));
         }
-        for (slot, value) in self.slots.iter().zip(&cache.values) {
-            feed.push((slot.past.clone(), value.clone()));
+        if !first {
+            for (slot, value) in self.slots.iter().zip(&cache.values) {
+                feed.push((slot.past.clone(), value.clone()));
+            }
         }
         let feed: Vec<(&str, &Value)> = feed
             .iter()
             .map(|(name, value)| (name.as_str(), value))
             .collect();
         let start = Instant::now();
-        let outputs = self.session.run(&feed)?;
+        let outputs = session.run(&feed)?;
         let elapsed = start.elapsed();
         let values = self
             .slots
@@ -407,14 +468,14 @@ impl Decoder {
             .map(|slot| outputs.get(&slot.present).cloned())
             .collect::<Result<_>>()?;
         let known =
-            |name: &str| name == self.logits || self.slots.iter().any(|s| s.present == name);
+            |name: &str| name == ends.logits || self.slots.iter().any(|s| s.present == name);
         let extra = outputs
             .iter()
             .filter(|(name, _)| !known(name))
             .map(|(name, value)| (name.to_owned(), value.clone()))
             .collect();
         Ok(StepOutput {
-            logits: outputs.get(&self.logits)?.clone(),
+            logits: outputs.get(&ends.logits)?.clone(),
             extra,
             cache: Cache {
                 values,
@@ -438,6 +499,27 @@ fn by_name_or_kind(ports: &[Port], name: &str, fits: impl Fn(&Port) -> bool) -> 
         (Some(only), None) => Some(only.name.clone()),
         _ => None,
     }
+}
+
+/// Refuses inputs that nothing here can fill.
+fn fillable(session: &Session, ends: &Ends) -> Result<()> {
+    for port in session.inputs() {
+        let name = port.name.as_str();
+        let known = name == ends.embeds
+            || [IDS, MASK, POSITIONS, VISUAL, SALIENT, USE_CACHE].contains(&name)
+            || KEEP_LOGITS.contains(&name)
+            || name.starts_with("past_key_values.");
+        if !known {
+            return Err(RuntimeError::Interface {
+                model: session.model().to_string(),
+                expected: "inputs among inputs_embeds, input_ids, attention_mask, position_ids, \
+                           past_key_values.*, visual_token_mask, salient_token_mask"
+                    .into(),
+                found: format!("an input `{name}` {port}, which nothing here can fill"),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// The pair of a past input and its present output.
@@ -496,7 +578,7 @@ fn keys(slots: &[Slot]) -> Vec<usize> {
 }
 
 /// Position ids of the last `new` columns of a mask: the number of tokens before each, 0 for padding.
-fn positions(mask: &Array2<i64>, new: usize) -> Array2<i64> {
+pub(super) fn positions(mask: &Array2<i64>, new: usize) -> Array2<i64> {
     let mut positions = mask.clone();
     positions.accumulate_axis_inplace(Axis(1), |&before, token| *token += before);
     positions.zip_mut_with(mask, |position, &token| {
@@ -506,7 +588,7 @@ fn positions(mask: &Array2<i64>, new: usize) -> Array2<i64> {
 }
 
 /// Integers in the type that an input declares.
-fn integers(port: &Port, values: Array2<i64>) -> Result<Value> {
+pub(super) fn integers(port: &Port, values: Array2<i64>) -> Result<Value> {
     let tensor = match port.dtype {
         Some(DType::I32) => {
             let narrow = |v: &i64| i32::try_from(*v).unwrap_or(i32::MAX);
@@ -519,7 +601,7 @@ fn integers(port: &Port, values: Array2<i64>) -> Result<Value> {
     Value::new(tensor)
 }
 
-fn ports(ports: &[Port]) -> String {
+pub(super) fn ports(ports: &[Port]) -> String {
     let names: Vec<&str> = ports.iter().map(|port| port.name.as_str()).collect();
     names.join(", ")
 }

@@ -181,6 +181,16 @@ impl VlmPipeline {
         })
     }
 
+    /// Adds the decoder graph that runs over a prompt, where the model's decoder only goes on from a cache.
+    ///
+    /// # Errors
+    /// The file does not load, or does not give what the decoder goes on from.
+    pub fn with_prompt_decoder(mut self, file: &Path, options: &SessionOptions) -> Result<Self> {
+        let prompt = Session::open(file, options)?;
+        self.decoder = self.decoder.with_prompt(prompt)?;
+        Ok(self)
+    }
+
     /// Features of images, one tensor `[features, width]` each.
     ///
     /// # Errors
@@ -357,32 +367,9 @@ impl VlmPipeline {
             prompt: prepared.prompt.clone(),
             cache: output.cache.clone(),
         };
-        let mut sampler = Sampler::new(options.sampling);
-        let mut detokenizer = Detokenizer::new();
-        for step in 0..options.max_new_tokens {
-            let logits = output.last_logits()?;
-            let not_a_number = || RuntimeError::NotANumber {
-                model: self.decoder.session().model().to_string(),
-                step,
-                row: 0,
-            };
-            let logits = logits.as_slice().ok_or_else(not_a_number)?;
-            let id = sampler.pick(logits).ok_or_else(not_a_number)? as u32;
-            let text = detokenizer.push(&self.text, id)?;
-            generation.text.push_str(&text);
-            generation.tokens.push(id);
-            let flow = on_token(&Token { id, text });
-            if !options.ignore_eos && self.text.eos_ids().contains(&id) {
-                generation.stop = Stop::Eos;
-                break;
-            }
-            if flow.is_break() {
-                generation.stop = Stop::Caller;
-                break;
-            }
-            if step + 1 == options.max_new_tokens {
-                break;
-            }
+        let model = self.decoder.session().model().to_string();
+        let mut writing = Writing::new(&self.text, options, model);
+        while let Some(id) = writing.next(&mut generation, &output.last_logits()?, on_token)? {
             if !self.decoder.has_cache() {
                 return Err(RuntimeError::Interface {
                     model: self.decoder.session().model().to_string(),
@@ -399,15 +386,86 @@ impl VlmPipeline {
             generation.cache = output.cache.clone();
             generation.timing.decode.push(start.elapsed());
         }
-        let rest = detokenizer.finish(&self.text)?;
-        if !rest.is_empty() {
-            generation.text.push_str(&rest);
-        }
+        writing.finish(&mut generation)?;
         Ok(generation)
     }
 }
 
-fn check_images(messages: &[Message], images: usize) -> Result<()> {
+/// Chooses the tokens of an answer, one after the other, and writes them down.
+pub(super) struct Writing<'a> {
+    text: &'a TextProcessor,
+    options: &'a GenerateOptions,
+    /// For messages.
+    model: String,
+    sampler: Sampler,
+    detokenizer: Detokenizer,
+}
+
+impl<'a> Writing<'a> {
+    /// Nothing is written yet.
+    pub(super) fn new(
+        text: &'a TextProcessor,
+        options: &'a GenerateOptions,
+        model: String,
+    ) -> Self {
+        Self {
+            text,
+            options,
+            model,
+            sampler: Sampler::new(options.sampling),
+            detokenizer: Detokenizer::new(),
+        }
+    }
+
+    /// Chooses the next token from logits `[1, vocabulary]`. `None` if the answer ends with it, or had ended.
+    ///
+    /// # Errors
+    /// The logits hold NaN, or the tokenizer fails.
+    pub(super) fn next(
+        &mut self,
+        generation: &mut Generation,
+        logits: &Array2<f32>,
+        on_token: &mut dyn FnMut(&Token) -> ControlFlow<()>,
+    ) -> Result<Option<u32>> {
+        let step = generation.tokens.len();
+        if step >= self.options.max_new_tokens {
+            return Ok(None);
+        }
+        let not_a_number = || RuntimeError::NotANumber {
+            model: self.model.clone(),
+            step,
+            row: 0,
+        };
+        let logits = logits.as_slice().ok_or_else(not_a_number)?;
+        let id = self.sampler.pick(logits).ok_or_else(not_a_number)? as u32;
+        let text = self.detokenizer.push(self.text, id)?;
+        generation.text.push_str(&text);
+        generation.tokens.push(id);
+        let flow = on_token(&Token { id, text });
+        if !self.options.ignore_eos && self.text.eos_ids().contains(&id) {
+            generation.stop = Stop::Eos;
+            return Ok(None);
+        }
+        if flow.is_break() {
+            generation.stop = Stop::Caller;
+            return Ok(None);
+        }
+        Ok((step + 1 < self.options.max_new_tokens).then_some(id))
+    }
+
+    /// Writes what was held back.
+    ///
+    /// # Errors
+    /// The tokenizer fails.
+    pub(super) fn finish(mut self, generation: &mut Generation) -> Result<()> {
+        generation
+            .text
+            .push_str(&self.detokenizer.finish(self.text)?);
+        Ok(())
+    }
+}
+
+pub(super) fn check_images(messages: &[Message], images: usize) -> Result<()> {
     let mentioned: usize = messages.iter().map(Message::images).sum();
     if mentioned == images {
         return Ok(());
@@ -418,7 +476,7 @@ fn check_images(messages: &[Message], images: usize) -> Result<()> {
 }
 
 /// Where the last message's words are in the rendered prompt; everything if a template changes them.
-fn question(prompt: &str, messages: &[Message]) -> Range<usize> {
+pub(super) fn question(prompt: &str, messages: &[Message]) -> Range<usize> {
     let texts = messages.last().map(Message::texts).unwrap_or_default();
     let first = texts
         .iter()

@@ -12,6 +12,7 @@
 //!   providers by name;
 //! - [`image`], [`text`] and [`template`] do what a model's configuration files say;
 //! - [`vision`] and [`decoder`] run the parts of a VLM at the level of tensors, batches and caches;
+//! - [`whole`] runs a model that is all of these in one file;
 //! - [`generate`] puts them together; [`sampling`] picks tokens, [`salient`] marks the words that matter;
 //! - [`mod@tract`] runs small graphs with a second engine.
 //!
@@ -34,6 +35,7 @@ pub mod text;
 pub mod tract;
 pub mod value;
 pub mod vision;
+pub mod whole;
 
 #[cfg(test)]
 mod test_models;
@@ -51,4 +53,5 @@ pub use template::{ChatTemplate, Content, Message, Part};
 pub use tensor::{DType, Tensor, TensorData};
 pub use text::TextProcessor;
 pub use value::Value;
-pub use vision::{Embedder, VisionEncoder, scatter};
+pub use vision::{Embedder, VisionEncoder, pixel_mask, scatter};
+pub use whole::{WholeInput, WholeModel, WholeOutput, WholePipeline, WholePrompt};

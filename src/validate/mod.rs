@@ -9,13 +9,17 @@ pub mod oracle;
 pub mod reference;
 pub mod scenario;
 pub mod structure;
+mod tally;
 
+mod decoders;
 mod embed;
 mod error;
 mod numeric;
+mod precision;
 mod probe;
 mod report;
 mod second;
+mod whole;
 
 pub use error::ValidateError;
 pub use numeric::{Options, check};

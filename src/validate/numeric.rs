@@ -1,18 +1,19 @@
 //! Running the rewritten model beside the reference.
 
-use ndarray::{Array2, Array3, Array4, s};
+use ndarray::{Array2, Array3, Array4};
 
-use super::probe;
-use super::reference::{ReferenceDecoder, ReferenceVision, State, StepIn, StepOut};
+use super::precision::{lower, precision, quantised, ties, tolerance};
+use super::reference::{Choice, Ranking, ReferenceVision, State, StepIn};
 use super::report::Report;
 use super::scenario::{Layout, Scenario, Seeded, lay_out, standard};
-use super::{ValidateError, embed, second, structure};
-use crate::arch::{FileSet, Role, Vlm};
+use super::tally::Tally;
+use super::{ValidateError, decoders, embed, probe, second, structure, whole};
+use crate::arch::{DecoderFiles, FileSet, Role, Vlm};
 use crate::ir::{DataType, Model};
 use crate::passes::{Marker, Recipe, TextQueries, TokenMerge, VisualPrune};
 use crate::runtime::{
-    CacheHeads, Decoder as RunDecoder, Embedder, SessionOptions, StepInput, Tensor, Value,
-    VisionEncoder, scatter,
+    Decoder as RunDecoder, Embedder, SessionOptions, StepInput, Tensor, Value, VisionEncoder,
+    scatter,
 };
 
 /// How to validate.
@@ -22,18 +23,6 @@ pub struct Options {
     pub session: SessionOptions,
     /// Seed of the scenarios.
     pub seed: u64,
-}
-
-/// Largest allowed difference in units of the standard deviation. Quantised
-/// layers round activations, so that the last bit of an input can move a whole
-/// quantisation step.
-fn tolerance(dtype: DataType, quantised: bool) -> f64 {
-    match dtype {
-        _ if quantised => 2e-1,
-        DataType::Float16 => 2e-2,
-        DataType::Bfloat16 => 1e-1,
-        _ => 1e-4,
-    }
 }
 
 /// Validates a rewritten model against its base.
@@ -59,17 +48,58 @@ pub fn check(
             (_, true) => "default: ".to_owned(),
             (_, false) => format!("{variant}: "),
         };
-        let mut pair = Pair::open(base, rewritten, recipe, set, options)?;
-        pair.label = label;
-        let vocabulary = pair.vocabulary;
-        for scenario in standard(vocabulary, options.seed) {
-            if let Some(why) = pair.beyond(&scenario) {
-                let check = format!("{}{}", pair.label, scenario.name);
-                report.add(check, true, format!("left out: {why}"));
-                continue;
+        whole::check(
+            base,
+            rewritten,
+            recipe,
+            &variant,
+            &label,
+            options,
+            progress,
+            &mut report,
+        )?;
+        let decoders = set.decoder.map_or_else(Vec::new, |d| {
+            base.decoder_files(&base.parts[d.main].variant)
+        });
+        let several = decoders.len() > 1;
+        let each: Vec<Option<&DecoderFiles>> = match decoders.as_slice() {
+            [] => vec![None],
+            some => some.iter().map(Some).collect(),
+        };
+        for files in each {
+            let mut pair = Pair::open(base, rewritten, recipe, set, files, options)?;
+            pair.label.clone_from(&label);
+            if let Some(files) = files.filter(|_| several) {
+                let file = base.parts[files.main].file.display();
+                pair.label = format!("{label}{file}: ");
             }
-            progress(scenario.name);
-            pair.compare(&scenario, options.seed, &mut report)?;
+            let vocabulary = pair.vocabulary;
+            let goes_on = pair.decoder.as_ref().is_none_or(|(d, _)| d.has_past());
+            let scenarios = match &pair {
+                Pair {
+                    vision: None,
+                    embed: None,
+                    decoder: None,
+                    ..
+                } => Vec::new(),
+                _ => standard(vocabulary, options.seed),
+            };
+            for mut scenario in scenarios {
+                // What cannot go on from a cache is asked once.
+                if !goes_on {
+                    if scenario.turns.len() > 1 {
+                        continue;
+                    }
+                    scenario.decode = 0;
+                }
+                if let Some(why) = pair.beyond(&scenario) {
+                    let check = format!("{}{}", pair.label, scenario.name);
+                    report.add(check, true, format!("left out: {why}"));
+                    continue;
+                }
+                progress(scenario.name);
+                pair.compare(&scenario, options.seed, &mut report)?;
+            }
         }
         progress("tract");
         second::check(
@@ -77,7 +107,7 @@ pub fn check(
             rewritten,
             recipe,
             &variant,
-            &pair.label,
+            &label,
             options,
             &mut report,
         )?;
@@ -85,12 +115,15 @@ pub fn check(
     Ok(report)
 }
 
+/// What the rewritten vision encoder ranks its tokens by, `[n, N]`.
+const SCORE: &str = "duet/token_merge/score";
+
 /// Both models, opened.
 struct Pair {
     label: String,
     vision: Option<(ReferenceVision, VisionEncoder, [usize; 3])>,
     embed: Option<(Embedder, Embedder)>,
-    decoder: Option<(ReferenceDecoder, RunDecoder)>,
+    decoder: Option<(decoders::Reference, RunDecoder)>,
     /// Plain width of embeddings.
     width: usize,
     /// Features of an image where no tower says how many there are.
@@ -110,48 +143,12 @@ struct Pair {
     span: Option<crate::passes::StaticSpan>,
 }
 
-fn fixed(model: &Model, value: crate::ir::ValueId, axis: usize) -> Option<usize> {
+pub(super) fn fixed(model: &Model, value: crate::ir::ValueId, axis: usize) -> Option<usize> {
     let shape = model.value(value).ty.as_ref()?.shape()?;
     shape
         .get(axis)?
         .known()
         .and_then(|n| usize::try_from(n).ok())
-}
-
-/// The lowest floating-point precision among a graph's weights.
-fn precision(model: &Model) -> DataType {
-    let weights = model
-        .graph()
-        .initializers
-        .iter()
-        .filter_map(|&v| model.value(v).initializer.as_ref());
-    let mut lowest = DataType::Float;
-    for tensor in weights.filter(|t| t.dims.len() > 1) {
-        match tensor.dtype {
-            DataType::Bfloat16 => return DataType::Bfloat16,
-            DataType::Float16 => lowest = DataType::Float16,
-            _ => {}
-        }
-    }
-    lowest
-}
-
-/// Whether a graph computes with quantised numbers. (Weights that are only stored
-/// so count too: the runtime may fuse `DequantizeLinear` and `MatMul` into a kernel
-/// that rounds activations.)
-fn quantised(model: &Model) -> bool {
-    let ops = [
-        "MatMulInteger",
-        "MatMulNBits",
-        "QuantizeLinear",
-        "DequantizeLinear",
-        "DynamicQuantizeLinear",
-    ];
-    model
-        .graph()
-        .nodes
-        .iter()
-        .any(|&n| ops.contains(&model.node(n).op_type.as_str()))
 }
 
 impl Pair {
@@ -160,6 +157,7 @@ impl Pair {
         rewritten: &Vlm,
         recipe: &Recipe,
         set: &FileSet,
+        files: Option<&DecoderFiles>,
         options: &Options,
     ) -> Result<Self, ValidateError> {
         let session = &options.session;
@@ -174,7 +172,8 @@ impl Pair {
             features: 8,
             placeholder: None,
             vocabulary: 32,
-            channel: prune.is_some() && recipe.context.marker == Marker::Channel,
+            channel: prune.is_some()
+                && !matches!(recipe.context.marker, Some(m) if m != Marker::Channel),
             dtype: DataType::Float,
             quantised: false,
             salient: prune.is_some_and(|p| p.text == TextQueries::Salient),
@@ -183,20 +182,29 @@ impl Pair {
             drops: prune.map_or(0, |p| p.drops.len()),
             span: recipe.context.span,
         };
-        for index in set.files() {
+        let decoder = files.map(|f| [f.prompt, Some(f.main)]);
+        let parts = [set.vision, set.embedding];
+        for index in parts
+            .into_iter()
+            .chain(decoder.into_iter().flatten())
+            .flatten()
+        {
             let (old, new) = (&base.parts[index], &rewritten.parts[index]);
             let name = new.file.display().to_string();
             pair.quantised |= quantised(&old.model);
             match &old.role {
                 Role::Vision(tower) => {
                     let reference = ReferenceVision::open(&old.model, tower, merge, session)?;
-                    let run = VisionEncoder::new(probe::open(&new.model, &name, session)?)?;
+                    let score: Vec<_> = new.model.find(SCORE).into_iter().collect();
+                    let probed = probe::with_outputs(&new.model, &score)?;
+                    let run = VisionEncoder::new(probe::open(&probed, &name, session)?)?;
                     let size = |axis| fixed(&old.model, tower.pixels, axis);
                     let Some(dims) = size(2).zip(size(3)) else {
                         return Err(ValidateError::Model(format!(
                             "{name}: the image size is not fixed in the file; expected pixels [n, 3, height, width]"
                         )));
                     };
+                    pair.dtype = lower(pair.dtype, precision(&old.model));
                     pair.vision = Some((reference, run, [size(1).unwrap_or(3), dims.0, dims.1]));
                     if let Some(width) = tower.feature_width {
                         pair.width = width as usize;
@@ -214,30 +222,19 @@ impl Pair {
                     pair.embed = Some((reference, run));
                 }
                 Role::Decoder(decoder) => {
-                    let mut reference =
-                        ReferenceDecoder::open(&old.model, decoder, prune, session)?;
-                    pair.single_steps = reference.continues()?;
-                    let mut model = new.model.clone();
-                    for drop in 1..=pair.drops {
-                        let kept = format!("duet/visual_prune/drop{drop}/kept_indices");
-                        if let Some(value) = model.find(&kept) {
-                            model = probe::with_outputs(&model, &[value])?;
-                        }
-                    }
-                    let heads = CacheHeads {
-                        count: decoder.kv_heads as usize,
-                        width: decoder.head_dim as usize,
-                    };
-                    let session = probe::open(&model, &name, session)?;
-                    let run = RunDecoder::with_heads(session, Some(heads))?;
-                    pair.padding = decoder.takes_padding();
+                    pair.padding &= decoder.takes_padding();
                     pair.width = decoder.width.map_or(pair.width, |w| w as usize);
                     pair.vocabulary = decoder.vocabulary.unwrap_or(32);
-                    pair.dtype = precision(&old.model);
-                    pair.decoder = Some((reference, run));
+                    pair.dtype = lower(pair.dtype, precision(&old.model));
                 }
-                Role::Unknown(_) => {}
+                // Whole models are compared on their own.
+                Role::Whole(_) | Role::Unknown(_) => {}
             }
+        }
+        if let Some(files) = files {
+            let (mut reference, run) = decoders::open(base, rewritten, files, prune, session)?;
+            pair.single_steps = reference.continues()?;
+            pair.decoder = Some((reference, run));
         }
         Ok(pair)
     }
@@ -305,8 +302,21 @@ impl Pair {
             let (mut plain, mut marked) = (Vec::new(), Vec::new());
             if let (true, Some((reference, run, [c, h, w]))) = (images > 0, &mut self.vision) {
                 let pixels: Array4<f32> = rng.images(images, *c, *h, *w);
-                let expected = reference.features(Tensor::from(pixels.clone()))?;
-                for (want, found) in expected.features.iter().zip(run.run(Tensor::from(pixels))?) {
+                let mask = run.takes_mask().then(|| rng.masks(images, *h, *w));
+                let (found, outputs) =
+                    run.run_with_outputs(Tensor::from(pixels.clone()), mask.as_ref())?;
+                let scores = match outputs.get(SCORE) {
+                    Ok(scores) => rows_of(scores)?,
+                    Err(_) => Vec::new(),
+                };
+                let ranking = Ranking {
+                    scores: &scores,
+                    tolerance: ties(self.dtype, self.quantised),
+                };
+                let expected =
+                    reference.features(Tensor::from(pixels), mask.as_ref(), Some(ranking))?;
+                tally.near_ties += expected.near_ties;
+                for (want, found) in expected.features.iter().zip(found) {
                     tally.features(want, &found, self.channel)?;
                     plain.push(Tensor::from(want.clone()));
                     marked.push(found);
@@ -341,6 +351,7 @@ impl Pair {
                 positions,
                 visual,
                 salient,
+                ids: None,
             };
             self.step(&mut state, &input, run_embeds, &mut tally)?;
             for step in 0..scenario.decode {
@@ -364,23 +375,17 @@ impl Pair {
                     positions,
                     visual: layout.visual.clone(),
                     salient: Array2::from_elem((batch, 1), false),
+                    ids: None,
                 };
                 self.step(&mut state, &input, run_embeds, &mut tally)?;
             }
         }
-        let limit = tolerance(self.dtype, self.quantised);
-        report.worst_logits = report.worst_logits.max(tally.logits);
-        report.worst_features = report.worst_features.max(tally.feature);
-        let passed = tally.problems.is_empty() && tally.logits <= limit && tally.feature <= limit;
-        let mut detail = format!(
-            "features {:.1e} σ, logits {:.1e} σ over {} steps, {} kept sets equal",
-            tally.feature, tally.logits, tally.steps, tally.kept
+        tally.report(
+            name,
+            tolerance(self.dtype, self.quantised),
+            ties(self.dtype, self.quantised),
+            report,
         );
-        for problem in &tally.problems {
-            detail.push_str("; ");
-            detail.push_str(problem);
-        }
-        report.add(name, passed, detail);
         Ok(())
     }
 
@@ -419,7 +424,6 @@ impl Pair {
         let Some((ref_state, cache)) = state else {
             return Ok(());
         };
-        let expected = reference.step(ref_state, input)?;
         let given = StepInput {
             embeds: Value::new(run_embeds.cast_float(reference.dtype())?)?,
             ids: None,
@@ -429,19 +433,28 @@ impl Pair {
             salient: Some(input.salient.clone()),
         };
         let (found, kept) = run_probed(run, &given, cache, self.drops)?;
-        tally.step(
-            &expected,
-            &found.last_logits()?,
-            &kept,
-            &found.cache.lengths(),
-        );
+        let choice = Choice {
+            kept: &kept,
+            tolerance: ties(self.dtype, self.quantised),
+        };
+        let expected = reference.step(ref_state, input, Some(choice))?;
+        let lengths = match reference.has_past() {
+            true => found.cache.lengths(),
+            // Given out all the same, for another file to go on from.
+            false => reference
+                .present_keys()
+                .filter_map(|key| found.extra.iter().find(|(name, _)| name == key))
+                .map(|(_, value)| value.shape()[2])
+                .collect(),
+        };
+        tally.step(&expected, &found.last_logits()?, &kept, &lengths);
         *cache = found.cache;
         Ok(())
     }
 }
 
 /// Kept indices at every drop point, for every row.
-type Kept = Vec<Vec<Vec<usize>>>;
+pub(super) type Kept = Vec<Vec<Vec<usize>>>;
 
 /// A step that also returns the kept indices at every drop point.
 fn run_probed(
@@ -451,15 +464,16 @@ fn run_probed(
     drops: usize,
 ) -> Result<(crate::runtime::StepOutput, Kept), ValidateError> {
     let output = decoder.step(input, cache)?;
+    let kept = kept_of(&output.extra, drops)?;
+    Ok((output, kept))
+}
+
+/// The kept indices among a run's further outputs.
+pub(super) fn kept_of(extra: &[(String, Value)], drops: usize) -> Result<Kept, ValidateError> {
     let mut kept = Vec::new();
     for drop in 1..=drops {
         let name = format!("duet/visual_prune/drop{drop}/kept_indices");
-        let Some(value) = output
-            .extra
-            .iter()
-            .find(|(n, _)| *n == name)
-            .map(|(_, v)| v)
-        else {
+        let Some(value) = extra.iter().find(|(n, _)| *n == name).map(|(_, v)| v) else {
             continue;
         };
         let tensor = value.to_tensor()?;
@@ -470,117 +484,18 @@ fn run_probed(
             .map(|row| row.iter().map(|i| *i as usize).collect());
         kept.push(rows.collect());
     }
-    Ok((output, kept))
+    Ok(kept)
 }
 
-/// What a comparison has seen so far.
-#[derive(Default)]
-struct Tally {
-    logits: f64,
-    feature: f64,
-    steps: usize,
-    kept: usize,
-    problems: Vec<String>,
-}
-
-impl Tally {
-    fn features(
-        &mut self,
-        want: &Array2<f32>,
-        found: &Tensor,
-        channel: bool,
-    ) -> Result<(), ValidateError> {
-        let all = found.to_array()?.into_dimensionality::<ndarray::Ix2>();
-        let all = all.map_err(|e| ValidateError::Model(e.to_string()))?;
-        let width = all.ncols() - usize::from(channel);
-        if (all.nrows(), width) != want.dim() {
-            self.problems.push(format!(
-                "features are {:?}, expected {:?}",
-                all.dim(),
-                want.dim()
-            ));
-            return Ok(());
-        }
-        if channel
-            && all
-                .column(width)
-                .iter()
-                .any(|m| (*m - 1.0).abs() > f32::EPSILON)
-        {
-            self.problems
-                .push("the marker channel of a feature is not 1".into());
-        }
-        let (worst, _) = difference(want, &all.slice(s![.., ..width]).to_owned());
-        self.feature = self.feature.max(worst);
-        Ok(())
-    }
-
-    fn step(
-        &mut self,
-        want: &StepOut,
-        logits: &Array2<f32>,
-        kept: &[Vec<Vec<usize>>],
-        lengths: &[usize],
-    ) {
-        self.steps += 1;
-        let (worst, finite) = difference(&want.logits, logits);
-        self.logits = self.logits.max(worst);
-        if !finite {
-            self.problems
-                .push(format!("step {}: logits are not finite", self.steps));
-        }
-        if want.lengths != lengths {
-            let problem = format!(
-                "step {}: cache lengths {lengths:?}, expected {:?}",
-                self.steps, want.lengths
-            );
-            self.problems.push(problem);
-        }
-        for (drop, (want, found)) in want.kept.iter().zip(kept).enumerate() {
-            if want == found {
-                self.kept += 1;
-            } else {
-                self.problems.push(format!(
-                    "step {}: another set is kept at drop {}",
-                    self.steps,
-                    drop + 1
-                ));
-            }
-        }
-        if want.kept.len() != kept.len() {
-            self.problems
-                .push("the kept indices cannot be read off the rewritten graph".into());
-        }
-    }
-}
-
-/// Largest difference in standard deviations of `want`, and whether all is
-/// finite.
-fn difference(want: &Array2<f32>, found: &Array2<f32>) -> (f64, bool) {
-    let mean = want.iter().map(|v| f64::from(*v)).sum::<f64>() / want.len().max(1) as f64;
-    let variance = want
-        .iter()
-        .map(|v| (f64::from(*v) - mean).powi(2))
-        .sum::<f64>();
-    let deviation = (variance / want.len().max(1) as f64).sqrt().max(1e-30);
-    let worst = want
-        .iter()
-        .zip(found)
-        .map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs())
-        .fold(0.0, f64::max);
-    let finite = found.iter().all(|v| v.is_finite());
-    (
-        if finite {
-            worst / deviation
-        } else {
-            f64::INFINITY
-        },
-        finite,
-    )
+/// The rows of a matrix.
+fn rows_of(value: &Value) -> Result<Vec<Vec<f32>>, ValidateError> {
+    let width = value.shape().last().copied().unwrap_or(0).max(1);
+    let all = value.f32s()?;
+    Ok(all.chunks(width).map(<[f32]>::to_vec).collect())
 }
 
 /// Transformers' position ids: how many tokens came before; 0 for padding.
-fn positions_of(past: &Array2<i64>, mask: &Array2<i64>) -> Array2<i64> {
+pub(super) fn positions_of(past: &Array2<i64>, mask: &Array2<i64>) -> Array2<i64> {
     let mut out = Array2::zeros(mask.dim());
     for (row, m) in mask.outer_iter().enumerate() {
         let mut count: i64 = past.row(row).sum();
@@ -601,7 +516,7 @@ fn cast(tensors: Vec<Tensor>, dtype: &crate::runtime::DType) -> Result<Vec<Tenso
     Ok(each.collect::<Result<_, _>>()?)
 }
 
-fn array3(tensor: &Tensor) -> Result<Array3<f32>, ValidateError> {
+pub(super) fn array3(tensor: &Tensor) -> Result<Array3<f32>, ValidateError> {
     let array = tensor.to_array()?.into_dimensionality();
     array.map_err(|e| ValidateError::Model(e.to_string()))
 }

@@ -1,7 +1,7 @@
 //! What is asked of both models: seeded prompts and images of every kind that
 //! a client may send.
 
-use ndarray::{Array2, Array4};
+use ndarray::{Array2, Array3, Array4, s};
 
 /// One turn of a conversation: text before, between and after images.
 #[derive(Clone, Debug)]
@@ -82,6 +82,19 @@ impl Seeded {
     pub fn ids(&mut self, count: usize, vocabulary: i64) -> Vec<i64> {
         let below = vocabulary.max(1).unsigned_abs();
         (0..count).map(|_| (self.bits() % below) as i64).collect()
+    }
+
+    /// Which pixels of `n` images are not padding, `[n, height, width]`: a corner of
+    /// at least half of each edge, as a processor leaves it that pads below and to
+    /// the right.
+    pub fn masks(&mut self, n: usize, height: usize, width: usize) -> Array3<u8> {
+        let mut masks = Array3::zeros((n, height, width));
+        for mut image in masks.outer_iter_mut() {
+            let mut part = |edge: usize| edge - (self.uniform() * edge as f64 / 2.0) as usize;
+            let (h, w) = (part(height), part(width));
+            image.slice_mut(s![..h, ..w]).fill(1);
+        }
+        masks
     }
 
     /// Images of smooth blobs and noise, normalised: `[n, channels, height, width]`.

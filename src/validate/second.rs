@@ -6,7 +6,7 @@ use ndarray::Array2;
 use super::report::Report;
 use super::scenario::{Scenario, Seeded, lay_out, standard};
 use super::{Options, ValidateError, probe};
-use crate::arch::{Layout, Projection, Role, Vlm};
+use crate::arch::{Decoder, Layout, Projection, Role, VisionTower, Vlm};
 use crate::ir::cone::ancestors;
 use crate::ir::{DataType, Dim, Model, ValueId, ValueType, extract, verify};
 use crate::onnx::serialize;
@@ -47,87 +47,155 @@ pub(super) fn check(
         if old.variant != variant {
             continue;
         }
-        match &old.role {
-            Role::Vision(tower) if new.model.find("duet/token_merge/merged_tokens").is_some() => {
-                let name = |v: ValueId| old.model.name(v).to_owned();
-                let inputs = [
-                    port(name(tower.hidden), 3, tower.dtype),
-                    port(name(tower.site.query.root), 3, tower.dtype),
-                    port(name(tower.site.key.root), 3, tower.dtype),
-                ];
-                let outputs = [port("duet/token_merge/merged_tokens", 3, tower.dtype)];
-                let size = |axis: usize| {
-                    let shape = old.model.value(tower.pixels).ty.as_ref()?.shape()?;
-                    usize::try_from(shape.get(axis)?.known()?).ok()
-                };
-                let (Some(h), Some(w)) = (size(2), size(3)) else {
-                    continue;
-                };
-                let pixels = rng.images(2, size(1).unwrap_or(3), h, w);
-                let pixel_type = old
-                    .model
-                    .value(tower.pixels)
-                    .ty
-                    .as_ref()
-                    .and_then(ValueType::dtype);
-                let pixels = Tensor::from(pixels)
-                    .cast_float(dtype(pixel_type.unwrap_or(DataType::Float)))?;
-                let feed = vec![(name(tower.pixels), pixels)];
-                compare(
-                    &new.model,
-                    &inputs,
-                    &outputs,
-                    feed,
-                    &format!("{label}tract: token_merge"),
-                    options,
-                    report,
-                )?;
+        // Several graphs of one kind are told apart by what they are of.
+        let kin = base
+            .decoders()
+            .filter(|(i, _)| base.parts[*i].variant == variant);
+        let label = match &old.role {
+            Role::Decoder(_) if kin.count() > 1 => &format!("{label}{}: ", old.label()),
+            _ => label,
+        };
+        let (tower, decoder) = match &old.role {
+            Role::Vision(tower) => (Some(tower.as_ref()), None),
+            Role::Decoder(decoder) => (None, Some(decoder.as_ref())),
+            Role::Whole(whole) => (Some(&whole.tower), Some(&whole.decoder)),
+            Role::Embedding(_) | Role::Unknown(_) => continue,
+        };
+        let whole = match &old.role {
+            Role::Whole(whole) => Some(super::whole::feed(
+                &old.model, &new.model, whole, recipe, &mut rng,
+            )?),
+            _ => None,
+        };
+        let models = (&old.model, &new.model);
+        if let Some(tower) = tower
+            && new.model.find("duet/token_merge/merged_tokens").is_some()
+            && let Some(feed) = match &whole {
+                Some(feed) => Some(feed.clone()),
+                None => tower_feed(&old.model, tower, &mut rng)?,
             }
-            Role::Decoder(decoder) => {
-                let Some(prune) = recipe.pass::<VisualPrune>() else {
-                    continue;
-                };
-                let feed = decoder_feed(&old.model, &new.model, decoder, &mut rng)?;
-                for drop in 1..=prune.drops.len() {
-                    let scope = format!("duet/visual_prune/drop{drop}");
-                    let layer = &decoder.layers[prune.drops[drop - 1].after_layer];
-                    let rank = |projection: &Projection| match projection.layout {
-                        Layout::Heads => 4,
-                        Layout::Rows { .. } => 3,
-                    };
-                    let mut inputs = vec![
-                        port(format!("{scope}/query"), rank(&layer.query), decoder.dtype),
-                        port(format!("{scope}/key"), rank(&layer.new_key), decoder.dtype),
-                        port(old.model.name(layer.boundary[0]), 3, decoder.dtype),
-                        port("duet/visual_prune/entry/visual_mask", 2, DataType::Bool),
-                        port("duet/visual_prune/entry/real_mask", 2, DataType::Bool),
-                        port("duet/visual_prune/entry/text_mask", 2, DataType::Bool),
-                    ];
-                    if drop > 1 {
-                        inputs.push(port(
-                            format!("duet/visual_prune/drop{}/kept_indices", drop - 1),
-                            2,
-                            DataType::Int64,
-                        ));
-                    }
-                    let outputs = [
-                        port(format!("{scope}/kept_indices"), 2, DataType::Int64),
-                        port(format!("{scope}/hidden"), 3, decoder.dtype),
-                    ];
-                    let check = format!("{label}tract: drop point {drop}");
-                    compare(
-                        &new.model,
-                        &inputs,
-                        &outputs,
-                        feed.clone(),
-                        &check,
-                        options,
-                        report,
-                    )?;
-                }
-            }
-            _ => {}
+        {
+            tower_check(models, tower, feed, label, options, report)?;
         }
+        if let (Some(decoder), Some(prune)) = (decoder, recipe.pass::<VisualPrune>()) {
+            let feed = match whole {
+                Some(feed) => feed,
+                None => decoder_feed(&old.model, &new.model, decoder, &mut rng)?,
+            };
+            decoder_check(models, decoder, prune, &feed, label, options, report)?;
+        }
+    }
+    Ok(())
+}
+
+/// The merge of one tower.
+fn tower_check(
+    (old, new): (&Model, &Model),
+    tower: &VisionTower,
+    feed: Vec<(String, Tensor)>,
+    label: &str,
+    options: &Options,
+    report: &mut Report,
+) -> Result<(), ValidateError> {
+    let name = |v: ValueId| old.name(v).to_owned();
+    let mut inputs = vec![port(name(tower.hidden), 3, tower.dtype)];
+    if tower.shuffle.is_some() {
+        inputs.push(port(name(tower.entry), 3, tower.dtype));
+    }
+    for operand in [&tower.site.query, &tower.site.key] {
+        for (value, rank, dtype) in operand.reads(old, tower.dtype) {
+            if inputs.iter().all(|p| p.name != name(value)) {
+                inputs.push(port(name(value), rank, dtype));
+            }
+        }
+    }
+    for (value, rank, dtype) in tower.site.mask_reads(old) {
+        inputs.push(port(name(value), rank, dtype));
+    }
+    let outputs = [port("duet/token_merge/merged_tokens", 3, tower.dtype)];
+    let check = format!("{label}tract: token_merge");
+    compare(new, &inputs, &outputs, feed, &check, options, report)
+}
+
+/// Pixels of two images; nothing if their size is not fixed.
+fn tower_feed(
+    model: &Model,
+    tower: &VisionTower,
+    rng: &mut Seeded,
+) -> Result<Option<Vec<(String, Tensor)>>, ValidateError> {
+    let ty = model.value(tower.pixels).ty.as_ref();
+    let size = |axis: usize| usize::try_from(ty?.shape()?.get(axis)?.known()?).ok();
+    let (Some(h), Some(w)) = (size(2), size(3)) else {
+        return Ok(None);
+    };
+    let pixels = Tensor::from(rng.images(2, size(1).unwrap_or(3), h, w));
+    let stated = ty.and_then(ValueType::dtype).unwrap_or(DataType::Float);
+    let pixels = pixels.cast_float(dtype(stated))?;
+    let mut feed = vec![(model.name(tower.pixels).to_owned(), pixels)];
+    // A mask of padded pixels, where the model takes one.
+    let others = model.graph().inputs.iter().copied();
+    for other in others.filter(|v| *v != tower.pixels) {
+        let kind = model.value(other).ty.as_ref().and_then(ValueType::dtype);
+        let mask = rng.masks(2, h, w).mapv(i64::from);
+        let mask = match kind {
+            Some(DataType::Bool) => Tensor::from(mask.mapv(|m| m != 0)),
+            _ => Tensor::from(mask),
+        };
+        feed.push((model.name(other).to_owned(), mask));
+    }
+    Ok(Some(feed))
+}
+
+/// Every drop point of one decoder.
+fn decoder_check(
+    (old, new): (&Model, &Model),
+    decoder: &Decoder,
+    prune: &VisualPrune,
+    feed: &[(String, Tensor)],
+    label: &str,
+    options: &Options,
+    report: &mut Report,
+) -> Result<(), ValidateError> {
+    for drop in 1..=prune.drops.len() {
+        let scope = format!("duet/visual_prune/drop{drop}");
+        let layer = &decoder.layers[prune.drops[drop - 1].after_layer];
+        let rank = |projection: &Projection| match projection.layout {
+            Layout::Heads => 4,
+            Layout::Rows { .. } => 3,
+        };
+        let mut inputs = vec![
+            port(format!("{scope}/query"), rank(&layer.query), decoder.dtype),
+            port(format!("{scope}/key"), rank(&layer.new_key), decoder.dtype),
+            port(old.name(layer.boundary[0]), 3, decoder.dtype),
+            port("duet/visual_prune/entry/visual_mask", 2, DataType::Bool),
+            port("duet/visual_prune/entry/real_mask", 2, DataType::Bool),
+            port("duet/visual_prune/entry/text_mask", 2, DataType::Bool),
+        ];
+        if drop > 1 {
+            inputs.push(port(
+                format!("duet/visual_prune/drop{}/kept_indices", drop - 1),
+                2,
+                DataType::Int64,
+            ));
+        }
+        if decoder.ids.is_some() {
+            // Sizes are read off them.
+            inputs.push(port(old.name(decoder.embeds), 3, decoder.dtype));
+        }
+        let outputs = [
+            port(format!("{scope}/kept_indices"), 2, DataType::Int64),
+            port(format!("{scope}/hidden"), 3, decoder.dtype),
+        ];
+        let check = format!("{label}tract: drop point {drop}");
+        compare(
+            new,
+            &inputs,
+            &outputs,
+            feed.to_vec(),
+            &check,
+            options,
+            report,
+        )?;
     }
     Ok(())
 }
@@ -136,7 +204,7 @@ pub(super) fn check(
 fn decoder_feed(
     base: &Model,
     model: &Model,
-    decoder: &crate::arch::Decoder,
+    decoder: &Decoder,
     rng: &mut Seeded,
 ) -> Result<Vec<(String, Tensor)>, ValidateError> {
     // A batch, padded if the model takes padding.
@@ -185,7 +253,7 @@ fn decoder_feed(
     Ok(feed)
 }
 
-fn dtype(dtype: DataType) -> crate::runtime::DType {
+pub(super) fn dtype(dtype: DataType) -> crate::runtime::DType {
     match dtype {
         DataType::Float16 => crate::runtime::DType::F16,
         DataType::Bfloat16 => crate::runtime::DType::BF16,

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use super::ValidateError;
 use super::report::Report;
-use crate::arch::{Kind, Vlm};
+use crate::arch::{Kind, Part, Vlm};
 use crate::ir::{Dim, Model, TensorData, ValueId, ValueType, verify};
 use crate::onnx::serialize;
 use crate::passes::{Recipe, SALIENT_MASK_INPUT, VISUAL_MASK_INPUT, rewrite};
@@ -21,9 +21,10 @@ pub fn check(
     report: &mut Report,
 ) -> Result<(), ValidateError> {
     let again = rewrite(base.clone(), recipe)?;
-    for (index, part) in rewritten.parts.iter().enumerate() {
-        let (old, new) = (&base.parts[index].model, &part.model);
-        let file = part.file.display();
+    let (olds, news, again) = (base.files()?, rewritten.files()?, again.vlm.files()?);
+    for ((old, new), again) in olds.iter().zip(&news).zip(&again) {
+        let file = new.file.display();
+        let (old, new) = (&old.model, &new.model);
         interface(old, new, &format!("{file}: interface"), report);
         let lost = changed_weights(old, new)?;
         let detail = match lost.as_slice() {
@@ -31,7 +32,7 @@ pub fn check(
             some => format!("changed: {}", some.join(", ")),
         };
         report.add(format!("{file}: weights"), lost.is_empty(), detail);
-        let expected = serialize(verify(&again.vlm.parts[index].model)?).to_vec();
+        let expected = serialize(verify(&again.model)?).to_vec();
         let found = serialize(verify(new)?).to_vec();
         let same_tool = new.metadata("duet.version") == Some(env!("CARGO_PKG_VERSION"))
             || new.metadata("duet.version").is_none();
@@ -95,20 +96,32 @@ fn interface(old: &Model, new: &Model, name: &str, report: &mut Report) {
     report.add(name, ok, detail);
 }
 
-/// Names of initializers that both files have and that differ.
+/// Names of initializers that both files have and that differ, those of branches
+/// and other bodies among them.
 fn changed_weights(old: &Model, new: &Model) -> Result<Vec<String>, ValidateError> {
+    let all = |model: &Model| -> Vec<(String, ValueId)> {
+        let graphs = model.graphs().map(|(id, g)| match id == model.main() {
+            true => (String::new(), g),
+            false => (g.name.clone(), g),
+        });
+        let values = graphs.flat_map(|(name, g)| {
+            let list = g.initializers.iter().copied();
+            list.map(move |v| (name.clone(), v)).collect::<Vec<_>>()
+        });
+        values.collect()
+    };
     let mut before = HashMap::new();
-    for &value in &old.graph().initializers {
+    for (graph, value) in all(old) {
         if let Some(tensor) = &old.value(value).initializer {
-            before.insert(tensor.name.as_str(), tensor);
+            before.insert((graph, tensor.name.as_str()), tensor);
         }
     }
     let mut changed = Vec::new();
-    for &value in &new.graph().initializers {
+    for (graph, value) in all(new) {
         let Some(tensor) = &new.value(value).initializer else {
             continue;
         };
-        let Some(old_tensor) = before.get(tensor.name.as_str()) else {
+        let Some(old_tensor) = before.get(&(graph, tensor.name.as_str())) else {
             if !tensor.name.starts_with("duet/") {
                 changed.push(format!("{} (new)", tensor.name));
             }
@@ -134,17 +147,36 @@ pub fn pair(base: Vlm, rewritten: Vlm) -> Result<(Vlm, Vlm), ValidateError> {
     let mut bases = Vec::new();
     for part in &rewritten.parts {
         let kind = part.kind();
-        let found = base.parts.iter().find(|b| b.file == part.file).or_else(|| {
-            let mut same = base
-                .parts
-                .iter()
-                .filter(|b| b.kind() == kind && b.variant == part.variant);
+        let found = base.parts.iter().find(|b| b.is_piece(part)).or_else(|| {
+            let mut same = base.parts.iter().filter(|b| {
+                b.kind() == kind
+                    && b.variant == part.variant
+                    && b.source.branch == part.source.branch
+            });
             same.next().filter(|_| kind != Kind::Unknown)
         });
-        let Some(found) = found else {
+        // Written beside its original, under its name with a suffix.
+        let stem = |p: &Part| {
+            p.file
+                .file_stem()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned()
+        };
+        let beside = |b: &&Part| {
+            let named = stem(part).starts_with(&format!("{}_", stem(b)));
+            named && b.source.branch == part.source.branch
+        };
+        let longest = || {
+            base.parts
+                .iter()
+                .filter(beside)
+                .max_by_key(|b| stem(b).len())
+        };
+        let Some(found) = found.or_else(longest) else {
             return Err(ValidateError::Model(format!(
                 "{}: no file of the base corresponds to it (same path, or same role and variant)",
-                part.file.display()
+                part.label()
             )));
         };
         bases.push(found.clone());

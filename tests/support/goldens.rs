@@ -8,9 +8,11 @@ use ndarray::{Array2, Axis, concatenate};
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
-use duet_onnx::runtime::{Cache, StepInput, StepOutput, Tensor};
+use duet_onnx::runtime::{
+    Cache, DType, StepInput, StepOutput, Tensor, Value, WholeInput, WholeModel,
+};
 
-use super::models::{Runner, difference, kept, root};
+use super::models::{ANCHORS, DOMINANT, Runner, difference, index_rows, kept, kept_name, root};
 
 /// Cases of one set of weights.
 #[derive(Deserialize)]
@@ -37,10 +39,19 @@ pub(crate) struct Case {
     pub(crate) turns: Vec<Turn>,
 }
 
+impl Case {
+    /// Whether a form can play it: GroupQueryAttention takes no padding on the left, and no second
+    /// prompt on a cache in a batch.
+    pub(crate) fn fits(&self, form: &super::forms::Form) -> bool {
+        !form.heading.contains("GenAI") || self.turns.iter().all(|t| t.images.len() < 2)
+    }
+}
+
 /// A prompt and the decode steps after it.
 #[derive(Deserialize)]
 pub(crate) struct Turn {
-    images: Vec<Vec<String>>,
+    /// Images of each row.
+    pub(crate) images: Vec<Vec<String>>,
     visual_tokens: Vec<usize>,
     merged: Vec<Merged>,
     drops: Vec<DropPoint>,
@@ -276,6 +287,81 @@ impl Goldens {
             );
         }
         outcome
+    }
+
+    /// Runs the first prompt of a case through a whole model in one file and compares what was recorded of it;
+    /// without drops the steps after it too. (With drops, a file without a cache ranks anew in every step, and
+    /// the reference does not.)
+    pub(crate) fn run_whole(&self, case: &Case, model: &mut WholeModel, edge: usize) -> Outcome {
+        let stored = tensors(&self.folder.join(format!("{}.safetensors", case.name)));
+        let mut outcome = Outcome::default();
+        let turn = &case.turns[0];
+        let of = |name: &str| stored.get(&format!("turn0.{name}"));
+        let names: Vec<&str> = turn.images.iter().flatten().map(String::as_str).collect();
+        let pixels = match names.as_slice() {
+            [] => Tensor::zeros(DType::F32, [1, 3, edge, edge]).expect("no pixels"),
+            names => self.pixels(names),
+        };
+        let mut ids = integers(of("input_ids").expect("ids"));
+        let mut mask = integers(of("attention_mask").expect("a mask"));
+        let salient = of("salient_token_mask").map(|t| integers(t).mapv(|v| v != 0));
+        for step in 0.. {
+            let input = WholeInput {
+                ids: ids.clone(),
+                pixels: pixels.clone(),
+                mask: Some(mask.clone()),
+                visual: Some(ids.mapv(|id| id == self.image_token_id)),
+                salient: salient.clone().filter(|s| s.dim() == ids.dim()),
+            };
+            let output = model
+                .run(&input)
+                .unwrap_or_else(|e| panic!("{}: {e}", case.name));
+            let logits: Vec<f32> = output.last_logits().expect("logits").into_iter().collect();
+            let want = match step {
+                0 => of("logits"),
+                n => of(&format!("step{}.logits", n - 1)),
+            };
+            let want = want.expect("logits").f32s().expect("logits");
+            outcome.logits = outcome.logits.max(difference(&want, &logits));
+            outcome.steps += 1;
+            if step == 0 {
+                self.selected(turn, &output.extra, &mut outcome);
+            }
+            let next = of(&format!("step{step}.input_ids")).filter(|_| turn.drops.is_empty());
+            let Some(next) = next else {
+                return outcome;
+            };
+            let next = integers(next);
+            let ones = Array2::ones(next.dim());
+            ids = concatenate(Axis(1), &[ids.view(), next.view()]).expect("same rows");
+            mask = concatenate(Axis(1), &[mask.view(), ones.view()]).expect("same rows");
+        }
+        outcome
+    }
+
+    /// Compares index sets that a whole model gave as further outputs.
+    fn selected(&self, turn: &Turn, extra: &[(String, Value)], outcome: &mut Outcome) {
+        let rows = |name: &str| {
+            let found = extra.iter().find(|(n, _)| n == name);
+            found.map(|(_, v)| index_rows(&v.to_tensor().expect("indices")))
+        };
+        if !turn.merged.is_empty() {
+            let of = |f: fn(&Merged) -> &Vec<usize>| turn.merged.iter().map(f).cloned().collect();
+            let sets: [(&str, &str, Vec<Vec<usize>>); 2] = [
+                ("dominant patches", DOMINANT, of(|m| &m.dominant)),
+                ("anchors", ANCHORS, of(|m| &m.anchors)),
+            ];
+            for (what, name, want) in sets {
+                outcome.sets += want.len();
+                let none = vec![vec![]; want.len()];
+                outcome.equal(what, &want, &rows(name).unwrap_or(none));
+            }
+        }
+        for (number, drop) in turn.drops.iter().enumerate() {
+            outcome.sets += drop.kept.len();
+            let found = rows(&kept_name(number + 1)).unwrap_or_default();
+            outcome.equal(&format!("kept at drop {}", number + 1), &drop.kept, &found);
+        }
     }
 
     /// The greedy steps that the reference recorded after a turn.

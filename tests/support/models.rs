@@ -13,7 +13,7 @@ use duet_onnx::onnx::{ModelDir, read, serialize};
 use duet_onnx::passes::{Recipe, rewrite};
 use duet_onnx::runtime::{
     Cache, Decoder, Embedder, Outputs, RuntimeError, Session, SessionOptions, StepInput,
-    StepOutput, Tensor, Value, scatter,
+    StepOutput, Tensor, Value, WholeModel, scatter,
 };
 
 /// Every exported model that ships with the sources.
@@ -41,8 +41,13 @@ pub(crate) fn root() -> PathBuf {
 
 /// The parts of a fixture, recognised.
 pub(crate) fn fixture(name: &str) -> Vlm {
-    let path = root().join("models/llava/fixtures").join(name);
-    let dir = ModelDir::open(&path).unwrap_or_else(|e| panic!("{name}: {e}"));
+    fixture_at(&root().join("models/llava/fixtures").join(name))
+}
+
+/// The parts of a model directory, recognised: one of each.
+pub(crate) fn fixture_at(path: &Path) -> Vlm {
+    let name = path.display();
+    let dir = ModelDir::open(path).unwrap_or_else(|e| panic!("{name}: {e}"));
     let mut models = Vec::new();
     for file in &dir.files {
         let at = dir.path(file);
@@ -58,6 +63,31 @@ pub(crate) fn fixture(name: &str) -> Vlm {
     );
     assert_eq!(found, (1, 1, 1), "{name}: vision, embedding, decoder");
     vlm
+}
+
+/// Whole models in one file, of the same weights as the fixtures whose names end as theirs.
+pub(crate) const WHOLE: [&str; 2] = ["vlm-batch-dynamo18-gqa", "vlm-batch-dynamo23-mha"];
+
+/// The directory of a whole model.
+pub(crate) fn whole_folder(name: &str) -> PathBuf {
+    root().join("models/forms/fixtures").join(name)
+}
+
+/// A whole model, recognised.
+pub(crate) fn whole_fixture(name: &str) -> Vlm {
+    let path = whole_folder(name).join("onnx/model.onnx");
+    let model = read(&path).unwrap_or_else(|e| panic!("{name}: {e}"));
+    verify(&model).unwrap_or_else(|e| panic!("{name}: {e}"));
+    Vlm::new(vec![("onnx/model.onnx".into(), String::new(), model)])
+}
+
+/// Opens a whole model, with everything selected in it as further outputs.
+pub(crate) fn open_whole(vlm: &Vlm) -> WholeModel {
+    let part = &vlm.parts[0];
+    let mut inside = vec![DOMINANT.to_owned(), ANCHORS.to_owned()];
+    inside.extend((1..=4).map(kept_name));
+    let session = open(&probed(&part.model, &inside), &part.file);
+    WholeModel::new(session).unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// A recipe of these passes.
@@ -158,8 +188,8 @@ pub(crate) struct Pool {
     decoders: HashMap<Vec<u8>, Rc<RefCell<Decoder>>>,
 }
 
-const DOMINANT: &str = "duet/token_merge/dominant_indices";
-const ANCHORS: &str = "duet/token_merge/anchor_indices";
+pub(crate) const DOMINANT: &str = "duet/token_merge/dominant_indices";
+pub(crate) const ANCHORS: &str = "duet/token_merge/anchor_indices";
 
 /// The name of a drop point's kept indices; drop points count from 1.
 pub(crate) fn kept_name(drop: usize) -> String {

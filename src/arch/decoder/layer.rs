@@ -4,7 +4,7 @@ use super::cache::Caches;
 use super::fused::{self, Attention, Stated};
 use super::{DecoderLayer, Projection, output_width};
 use crate::arch::NoMatch;
-use crate::arch::attention::Site;
+use crate::arch::attention::{Site, operand};
 use crate::arch::residual::Cut;
 use crate::ir::cone::{ancestors, descendants};
 use crate::ir::{Def, Model, NodeId, ValueId};
@@ -25,12 +25,15 @@ impl Layer<'_> {
         let model = self.model;
         let number = self.number;
         let fail = |found: String| NoMatch::new(format!("decoder layer {number}"), found);
-        let Some(&past) = self.caches.past.get(&number) else {
+        let past = self.caches.past.get(&number).copied();
+        if past.is_none() && !self.caches.past.is_empty() {
             return Err(fail(format!(
-                "no cache inputs past_key_values.{number}.key/value"
+                "no cache inputs past_key_values.{number}.key/value, which other layers have"
             )));
-        };
-        let attention = self.attention(past.0, all).map_err(&fail)?;
+        }
+        let attention = self
+            .attention(past.map(|p| p.0), residuals[0][0], all)
+            .map_err(&fail)?;
         let source = ancestors(model, &[attention.key.value], true);
         let enters = |cut: &&Cut| cut.iter().any(|v| source.contains(v));
         let Some(boundary) = residuals.iter().rev().find(enters) else {
@@ -53,7 +56,7 @@ impl Layer<'_> {
         Ok(DecoderLayer {
             boundary: boundary.clone(),
             past,
-            present: self.present,
+            present: Some(self.present),
             query: attention.query,
             new_key: attention.key,
             rotary: attention.rotary,
@@ -68,14 +71,23 @@ impl Layer<'_> {
     }
 
     /// The attention over this layer's cache, in whatever form.
-    fn attention(&self, past: ValueId, all: &[Site]) -> Result<Attention, String> {
+    fn attention(
+        &self,
+        past: Option<ValueId>,
+        embeds: ValueId,
+        all: &[Site],
+    ) -> Result<Attention, String> {
         let model = self.model;
         if let Some(id) = self.cache_operator() {
             return fused::with_cache(model, id, self.stated(past, Some(id)));
         }
-        let (new_key, cache) = self.new_rows(past, self.present.0)?;
-        // The present is the concatenation, or what is left of it after rounding.
-        let caches = [self.present.0, cache];
+        let (new_key, cache) = match past {
+            Some(past) => self.new_rows(past, self.present.0)?,
+            None => self.only_rows(embeds, self.present.0)?,
+        };
+        // The present is the concatenation, or what is left of it after rounding;
+        // re-arranging may lie on both sides of what the cache holds.
+        let caches = [self.present.0, cache, operand(model, cache).root];
         if let Some(site) = all.iter().find(|s| caches.contains(&s.key.root)) {
             return Ok(Attention {
                 node: site.node,
@@ -114,12 +126,39 @@ impl Layer<'_> {
         fused::holds_cache(self.model.node(id)).then_some(id)
     }
 
-    fn stated(&self, past: ValueId, attention: Option<NodeId>) -> Stated {
+    fn stated(&self, past: Option<ValueId>, attention: Option<NodeId>) -> Stated {
         let model = self.model;
         Stated {
-            width: cache_dim(model, [past, self.present.0], 3),
+            width: cache_dim(model, past.into_iter().chain([self.present.0]), 3),
             output: attention.and_then(|id| output_width(model, id)),
         }
+    }
+
+    /// The keys that a decoder without a past gives out, as they are or behind a
+    /// concatenation with an empty cache, and what it gives out.
+    fn only_rows(&self, embeds: ValueId, present: ValueId) -> Result<(ValueId, ValueId), String> {
+        let model = self.model;
+        let data = descendants(model, &[embeds], true);
+        let mut at = present;
+        while let Some(producer) = model.producer_node(at) {
+            let mut fresh = producer
+                .inputs
+                .iter()
+                .flatten()
+                .filter(|i| data.contains(i));
+            let next = match (producer.op_type.as_str(), fresh.next(), fresh.next()) {
+                ("Identity" | "Cast" | "Concat", Some(&new), None) => new,
+                _ => break,
+            };
+            at = next;
+        }
+        if !data.contains(&at) {
+            return Err(format!(
+                "'{}' is not computed from the tokens",
+                model.name(present)
+            ));
+        }
+        Ok((at, at))
     }
 
     /// The rows that are appended to the cache (the other part of the
@@ -160,8 +199,12 @@ impl Layer<'_> {
 }
 
 /// A dimension that one of a cache's two ends declares.
-pub(super) fn cache_dim(model: &Model, ends: [ValueId; 2], axis: usize) -> Option<i64> {
-    ends.into_iter().find_map(|v| {
+pub(super) fn cache_dim(
+    model: &Model,
+    mut ends: impl Iterator<Item = ValueId>,
+    axis: usize,
+) -> Option<i64> {
+    ends.find_map(|v| {
         let dims = model.value(v).ty.as_ref()?.shape()?;
         (dims.len() == 4).then(|| dims[axis].known())?
     })
@@ -176,7 +219,7 @@ pub fn cache_heads(model: &Model) -> Option<(i64, i64)> {
     let caches = Caches::of(model);
     let (&number, &present) = caches.present.first_key_value()?;
     let past = caches.past.get(&number)?.0;
-    let known = |axis| cache_dim(model, [past, present.0], axis);
+    let known = |axis| cache_dim(model, [past, present.0].into_iter(), axis);
     if let (Some(heads), Some(width)) = (known(1), known(3)) {
         return Some((heads, width));
     }
@@ -187,6 +230,6 @@ pub fn cache_heads(model: &Model) -> Option<(i64, i64)> {
         present,
     };
     let id = layer.cache_operator()?;
-    let found = fused::with_cache(model, id, layer.stated(past, Some(id))).ok()?;
+    let found = fused::with_cache(model, id, layer.stated(Some(past), Some(id))).ok()?;
     Some((known(1).or(found.kv_heads)?, known(3).or(found.width)?))
 }

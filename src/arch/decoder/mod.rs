@@ -1,21 +1,25 @@
-//! A Llama-like decoder with a key/value cache.
+//! A Llama-like decoder, with or without a key/value cache.
 //!
 //! Layers are numbered by the cache outputs that every exporter names
 //! (`present.N.key`). From each, the new keys are found behind the cache
-//! concatenation, and from these the residual tensor that enters the layer: the
-//! last value before them through which all data passes.
+//! concatenation or in the attention operator that holds the cache, and from these
+//! what enters the layer: the last values before them through which all data
+//! passes. A decoder without any cache has its attentions for layers, in the order
+//! of the data. Either way no attention between embeddings and logits may be left
+//! over.
 
 mod cache;
 mod fused;
 mod layer;
+mod live;
 
 use cache::Caches;
-use layer::{Layer, cache_dim};
+use layer::Layer;
+use live::{Live, key_shape, uncached};
 
 pub(super) use cache::Caches as CacheNames;
 pub use layer::cache_heads;
 
-use super::attention::sites;
 use super::residual::cuts;
 use super::tower::element_type;
 use super::{MIN_OPSET, NoMatch, hidden_network};
@@ -74,10 +78,12 @@ pub struct DecoderLayer {
     /// tensor, or (where one operator computes the residual sum and its norm)
     /// that operator's outputs.
     pub boundary: Vec<ValueId>,
-    /// Cache inputs `[batch, kv_heads, past, head_dim]`.
-    pub past: (ValueId, ValueId),
-    /// Cache outputs `[batch, kv_heads, past + sequence, head_dim]`.
-    pub present: (ValueId, ValueId),
+    /// Cache inputs `[batch, kv_heads, past, head_dim]`, if the decoder goes on
+    /// from a cache.
+    pub past: Option<(ValueId, ValueId)>,
+    /// Cache outputs `[batch, kv_heads, past + sequence, head_dim]`, if it gives
+    /// them.
+    pub present: Option<(ValueId, ValueId)>,
     /// Keys of the tokens processed now, before the cache, with every rotary
     /// embedding applied but `rotary`.
     pub new_key: Projection,
@@ -92,20 +98,34 @@ pub struct DecoderLayer {
     pub softcap: f64,
     /// The attention (its `Softmax`, or the fused operator).
     pub node: NodeId,
-    /// Whether the attention takes a mask. One that takes lengths only
-    /// (`GroupQueryAttention` without `attention_bias`) knows no padding on the
-    /// left.
+    /// Whether the attention takes a mask. One that goes by the length of each row
+    /// (`GroupQueryAttention`) knows no padding on the left.
     pub masked: bool,
     heads: Option<i64>,
     kv_heads: Option<i64>,
     head_dim: Option<i64>,
 }
 
+/// Token ids beside the embeddings.
+#[derive(Clone, Copy, Debug)]
+pub struct TokenIds {
+    /// Graph input `[batch, sequence]`.
+    pub value: ValueId,
+    /// The id that image features take the place of, as the graph compares it.
+    pub image: i64,
+}
+
+/// What is looked for.
+const WANT: &str = "a decoder";
+
 /// A recognised decoder.
 #[derive(Clone, Debug)]
 pub struct Decoder {
-    /// Graph input `[batch, sequence, width]`.
+    /// `[batch, sequence, width]`: a graph input, or an inner value of a whole
+    /// model.
     pub embeds: ValueId,
+    /// The token ids that a whole model takes.
+    pub ids: Option<TokenIds>,
     /// Graph input `[batch, past + sequence]`.
     pub attention_mask: Option<ValueId>,
     /// Graph input `[batch, sequence]`.
@@ -132,24 +152,14 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Recognises a decoder.
+    /// Recognises a decoder that takes embeddings.
     ///
     /// # Errors
     /// The first thing that did not fit, and where.
     pub fn recognise(model: &Model) -> Result<Self, NoMatch> {
-        let want = "a decoder with a cache";
-        let fail = |found: String| Err(NoMatch::new(want, found));
+        let fail = |found: String| Err(NoMatch::new(WANT, found));
         let graph = model.graph();
-        let caches = Caches::of(model);
-        let Some(logits) = graph.outputs.iter().copied().find(|v| {
-            !Caches::holds(model.name(*v))
-                && element_type(model, *v).is_some_and(DataType::is_float)
-        }) else {
-            return fail("no floating-point output besides the cache (logits)".into());
-        };
-        if caches.present.is_empty() {
-            return fail("no cache outputs (present.N.key, present.N.value)".into());
-        }
+        let logits = Self::logits_of(model)?;
         if let Some(why) = hidden_network(model) {
             return fail(why);
         }
@@ -172,6 +182,31 @@ impl Decoder {
                     .into(),
             );
         };
+        Self::between(model, embeds, logits)
+    }
+
+    /// The output that is none of the cache's.
+    pub(super) fn logits_of(model: &Model) -> Result<ValueId, NoMatch> {
+        let mut outputs = model.graph().outputs.iter().copied();
+        let logits = outputs.find(|v| {
+            !Caches::holds(model.name(*v))
+                && element_type(model, *v).is_some_and(DataType::is_float)
+        });
+        let none = || NoMatch::new(WANT, "no floating-point output besides the cache (logits)");
+        logits.ok_or_else(none)
+    }
+
+    /// Recognises what lies between embeddings and logits.
+    ///
+    /// # Errors
+    /// The first thing that did not fit, and where.
+    pub(super) fn between(
+        model: &Model,
+        embeds: ValueId,
+        logits: ValueId,
+    ) -> Result<Self, NoMatch> {
+        let fail = |found: String| Err(NoMatch::new(WANT, found));
+        let caches = Caches::of(model);
         let residuals = cuts(model, embeds, logits);
         if residuals.is_empty() {
             return fail(format!(
@@ -180,8 +215,8 @@ impl Decoder {
                 model.name(embeds)
             ));
         }
-        let all_sites = sites(model);
-        let mut layers = Vec::new();
+        let live = Live::of(model, embeds, logits);
+        let mut layers: Vec<DecoderLayer> = Vec::new();
         for (number, present) in &caches.present {
             let layer = Layer {
                 model,
@@ -189,7 +224,27 @@ impl Decoder {
                 number: *number,
                 present: *present,
             };
-            layers.push(layer.recognise(&residuals, &all_sites)?);
+            layers.push(layer.recognise(&residuals, &live.sites)?);
+        }
+        if caches.present.is_empty() {
+            if !caches.past.is_empty() {
+                return fail(
+                    "cache inputs, but no cache outputs (present.N.key, present.N.value)".into(),
+                );
+            }
+            for (number, site) in live.sites.iter().enumerate() {
+                layers.push(uncached(model, number, site, &residuals)?);
+            }
+        }
+        if layers.is_empty() {
+            return fail(format!(
+                "neither cache outputs (present.N.key, present.N.value) nor an attention between '{}' and '{}'",
+                model.name(embeds),
+                model.name(logits)
+            ));
+        }
+        if let Err(found) = live.all_taken(model, &layers) {
+            return fail(found);
         }
         let order = |cut: &[ValueId]| residuals.iter().position(|r| r == cut);
         for (i, pair) in layers.windows(2).enumerate() {
@@ -202,14 +257,11 @@ impl Decoder {
             }
         }
         let first: &DecoderLayer = &layers[0];
-        let known = |axis| cache_dim(model, [first.past.0, first.present.0], axis);
-        let kv_heads = known(1).or(first.kv_heads);
-        let head_dim = known(3).or(first.head_dim);
-        let (Some(kv_heads), Some(head_dim)) = (kv_heads, head_dim) else {
+        let Some((kv_heads, head_dim)) = key_shape(model, first) else {
             return fail(format!(
-                "'{}' does not state its number of heads and head width; expected [batch, kv_heads, past, \
-                 head_dim]",
-                model.name(first.past.0)
+                "the number of heads and their width cannot be told from '{}'; expected [batch, kv_heads, \
+                 sequence, head_dim], stated by a cache or by the reshape of the key projection",
+                model.name(first.new_key.value)
             ));
         };
         if let Some(i) = layers.iter().position(|l| {
@@ -232,6 +284,7 @@ impl Decoder {
         let heads = heads.filter(|h| *h > 0 && h % kv_heads == 0);
         Ok(Self {
             embeds,
+            ids: None,
             attention_mask: named("attention_mask"),
             position_ids: named("position_ids"),
             logits,
@@ -244,6 +297,17 @@ impl Decoder {
             residuals,
             layers,
         })
+    }
+
+    /// Whether a graph takes embeddings and gives logits, whatever is in between.
+    pub fn has_interface(model: &Model) -> bool {
+        let embeds = model.graph().inputs.iter().any(|&v| {
+            let ty = model.value(v).ty.as_ref();
+            let float = ty.and_then(|t| t.dtype()).is_some_and(DataType::is_float);
+            float && ty.and_then(|t| t.shape()).map(<[Dim]>::len) == Some(3)
+        });
+        let caches = !Caches::of(model).present.is_empty();
+        (embeds || caches) && model.output("logits").is_some()
     }
 
     /// Number of layers.

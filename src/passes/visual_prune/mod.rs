@@ -27,7 +27,7 @@ use serde::Deserialize;
 
 use super::recipe::Positions;
 use super::{Context, Entry, Pass, PassError, marker};
-use crate::arch::{Decoder, NoMatch, Vlm};
+use crate::arch::{Decoder, NoMatch, Role, Vlm};
 use crate::ir::PatchPlan;
 
 /// Name of the extra decoder input with `text: salient`.
@@ -147,6 +147,31 @@ impl VisualPrune {
     }
 }
 
+/// A decoder that would stay as it is beside files that change: it would go on
+/// from caches, and read embeddings, that are no longer what it expects.
+fn left_behind(vlm: &Vlm) -> Option<String> {
+    let changes = |variant: &str| {
+        let mut parts = vlm.parts.iter();
+        parts.any(|p| p.variant == variant && !matches!(p.role, Role::Unknown(_)))
+    };
+    vlm.parts.iter().find_map(|part| {
+        let Role::Unknown(reasons) = &part.role else {
+            return None;
+        };
+        if !changes(&part.variant) || !Decoder::has_interface(&part.model) {
+            return None;
+        }
+        let about = |r: &&NoMatch| r.looked_for.contains("decoder");
+        let reason = reasons.iter().find(about).or(reasons.first());
+        Some(format!(
+            "{} is a decoder too, but cannot be rewritten with the others, and would not fit them any more: \
+             {}; take it out of the directory if nothing uses it",
+            part.label(),
+            reason.map_or_else(String::new, ToString::to_string)
+        ))
+    })
+}
+
 impl Pass for VisualPrune {
     fn name(&self) -> &'static str {
         ENTRY.name
@@ -170,9 +195,12 @@ impl Pass for VisualPrune {
             let decoder = |m: &NoMatch| m.looked_for.contains("decoder");
             return fail(vlm.missing("decoder", decoder).to_string());
         }
+        if let Some(problem) = left_behind(vlm) {
+            return fail(problem);
+        }
         for (index, decoder) in vlm.decoders() {
             if let Err(problem) = self.check_decoder(decoder) {
-                return fail(format!("{}: {problem}", vlm.parts[index].file.display()));
+                return fail(format!("{}: {problem}", vlm.parts[index].label()));
             }
         }
         marker::requires(ENTRY.name, vlm, context)
@@ -180,11 +208,17 @@ impl Pass for VisualPrune {
 
     fn plan(&self, vlm: &Vlm, context: &Context) -> Result<Vec<(usize, PatchPlan)>, PassError> {
         let mut plans = Vec::new();
-        if context.marker == marker::Marker::Channel {
+        let channel = |(_, decoder): (usize, &Decoder)| {
+            marker::Marker::for_decoder(context.marker, decoder) == marker::Marker::Channel
+        };
+        if vlm.decoders().any(channel) {
             for (index, tower) in vlm.towers() {
+                let Some(output) = tower.features_index else {
+                    continue;
+                };
                 let mut patch = crate::ir::Patch::new(&vlm.parts[index].model, ENTRY.name);
                 patch.scope("marker");
-                marker::append_channel(&mut patch, tower.features_index, 1.0);
+                marker::append_channel(&mut patch, output, 1.0);
                 plans.push((index, patch.finish()));
             }
             for (index, embedding) in vlm.embeddings() {
@@ -206,7 +240,7 @@ impl Pass for VisualPrune {
             let plan = stage::plan(self, &part.model, decoder, context);
             let plan = plan.map_err(|problem| PassError::Unsupported {
                 pass: ENTRY.name,
-                file: part.file.display().to_string(),
+                file: part.label(),
                 problem,
             })?;
             plans.push((index, plan));
@@ -220,15 +254,16 @@ impl Pass for VisualPrune {
             let broken = |problem: String| {
                 Err(PassError::Ensures {
                     pass: ENTRY.name,
-                    file: vlm.parts[index].file.display().to_string(),
+                    file: vlm.parts[index].label(),
                     problem,
                 })
             };
             // Clients read the past length off the first cache.
-            let first = &decoder.layers[0];
+            let Some((b, _)) = decoder.layers[0].present else {
+                continue;
+            };
             let behind = self.drops[0].after_layer;
-            for layer in &decoder.layers[behind..] {
-                let (a, b) = (layer.present.0, first.present.0);
+            for (a, _) in decoder.layers[behind..].iter().filter_map(|l| l.present) {
                 let shape = |v| model.value(v).ty.as_ref().and_then(|t| t.shape());
                 if shape(a).is_some() && shape(a) == shape(b) {
                     return broken(format!(

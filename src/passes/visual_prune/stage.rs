@@ -6,11 +6,14 @@ use super::rank::Ranking;
 use super::rotary;
 use super::{Drop, SALIENT_MASK_INPUT, TextQueries, VisualPrune, marker};
 use crate::arch::{Decoder, DecoderLayer};
-use crate::ir::cone::descendants;
+use crate::ir::cone::{descendants, descendants_up_to};
 use crate::ir::{
     DataType, Dim, Model, NodeId, Patch, PatchPlan, Size, Substitution, ValueId, ValueType,
 };
 use crate::passes::{Context, Positions};
+
+/// Name of the length of past and new tokens, where a file has none for it.
+const TOTAL_LENGTH: &str = "total_sequence_length";
 
 /// What the layers of one stage read. Shapes: b batch, L tokens of the stage
 /// that are processed now, S past + L.
@@ -21,6 +24,8 @@ pub(super) struct Stage {
     pub(super) hidden: Vec<ValueId>,
     /// Attention mask `[b, S]` in the graph's own type.
     mask: Option<ValueId>,
+    /// Token ids `[b, L]`, in a whole model.
+    ids: Option<ValueId>,
     /// Bool `[b, L]`: no padding.
     pub(super) real: ValueId,
     /// Position ids `[b, L]`.
@@ -86,7 +91,22 @@ struct Cuts {
 
 impl Cuts {
     fn of(model: &Model, decoder: &Decoder, drops: &[Drop]) -> Result<Self, String> {
-        let data = descendants(model, &[decoder.embeds], true);
+        let mut data = descendants(model, &[decoder.embeds], true);
+        if decoder.ids.is_some() {
+            // Features that reach later layers by another way than the embeddings.
+            let floats = |v: &&ValueId| {
+                let ty = model.value(**v).ty.as_ref().and_then(|t| t.dtype());
+                ty.is_some_and(DataType::is_float) && !known_roots(decoder).contains(v)
+            };
+            let other: Vec<ValueId> = model
+                .graph()
+                .inputs
+                .iter()
+                .filter(floats)
+                .copied()
+                .collect();
+            data.extend(descendants_up_to(model, &other, &[decoder.embeds], true));
+        }
         let mut behind = Vec::new();
         for drop in drops {
             let boundary = &decoder.layers[drop.after_layer].boundary;
@@ -103,6 +123,17 @@ impl Cuts {
         let inside = |set: &&HashSet<ValueId>| outputs.iter().flatten().any(|o| set.contains(o));
         self.behind.iter().take_while(inside).count()
     }
+}
+
+/// Graph inputs whose relation to the sequence is known.
+fn known_roots(decoder: &Decoder) -> HashSet<ValueId> {
+    let pasts = decoder.layers.iter().filter_map(|l| l.past);
+    let mut known: HashSet<ValueId> = pasts.flat_map(|(key, value)| [key, value]).collect();
+    known.insert(decoder.embeds);
+    known.extend(decoder.attention_mask);
+    known.extend(decoder.position_ids);
+    known.extend(decoder.ids.map(|i| i.value));
+    known
 }
 
 struct Plan<'a, 'm> {
@@ -138,14 +169,7 @@ impl Plan<'_, '_> {
                 ));
             }
         }
-        let mut known: HashSet<ValueId> = decoder
-            .layers
-            .iter()
-            .flat_map(|l| [l.past.0, l.past.1])
-            .collect();
-        known.insert(decoder.embeds);
-        known.extend(decoder.attention_mask);
-        known.extend(decoder.position_ids);
+        let known = known_roots(decoder);
         for &input in &model.graph().inputs {
             let value = model.value(input);
             let shape = value.ty.as_ref().and_then(|t| t.shape());
@@ -153,7 +177,10 @@ impl Plan<'_, '_> {
             if known.contains(&input) || scalar || value.initializer.is_some() {
                 continue;
             }
-            let reached = descendants(model, &[input], false);
+            // What only the embeddings are made of is gathered with them; sizes of
+            // pixels are no sequence's.
+            let pixels = decoder.ids.is_some() && shape.is_some_and(|s| s.len() >= 4);
+            let reached = descendants_up_to(model, &[input], &[decoder.embeds], pixels);
             let read = self.cuts.behind[0].iter().any(|v| {
                 let node = model.producer_node(*v);
                 node.is_some_and(|n| n.inputs.iter().flatten().any(|i| reached.contains(i)))
@@ -188,7 +215,7 @@ impl Plan<'_, '_> {
             }
         };
         let visual = self.patch.op("And", &[entry.visual, real]);
-        let past = self.patch.size_of(decoder.layers[0].past.0, 2);
+        let past = marker::past_length(self.patch, decoder, 0);
         let text = self.text(visual, real);
         for (value, name) in [(visual, "visual"), (real, "real"), (text, "text")] {
             self.patch.name_value(value, &format!("entry/{name}_mask"));
@@ -197,6 +224,7 @@ impl Plan<'_, '_> {
             first: 0,
             hidden: vec![entry.embeds],
             mask: decoder.attention_mask,
+            ids: decoder.ids.map(|i| i.value),
             real,
             positions: decoder.position_ids,
             rotary: None,
@@ -230,7 +258,7 @@ impl Plan<'_, '_> {
                 p.op("And", &[after, real])
             }
             TextQueries::Salient => {
-                let dims = marker::sequence_dims(self.model, self.decoder.embeds);
+                let dims = marker::sequence_dims(self.model, self.decoder);
                 let ty = ValueType::tensor(DataType::Bool, dims);
                 let given = p.add_input(SALIENT_MASK_INPUT, ty);
                 let text = p.op("Not", &[visual]);
@@ -303,8 +331,11 @@ impl Plan<'_, '_> {
         let real = p.gather_rows(before.real, kept);
         let visual = p.gather_rows(before.visual, kept);
         let text = p.gather_rows(before.text, kept);
-        let past = p.size_of(self.decoder.layers[first].past.0, 2);
+        let past = marker::past_length(p, self.decoder, first);
         let mask = before.mask.map(|mask| {
+            if past == Size::Known(0) {
+                return p.gather_rows(mask, kept);
+            }
             // Padding lies on the left and is never dropped, so the first
             // columns of the past describe a shorter past as well.
             let total = p.size_of(mask, 1);
@@ -315,6 +346,7 @@ impl Plan<'_, '_> {
             let current = p.gather_rows(current, kept);
             p.concat(&[earlier, current], 1)
         });
+        let ids = before.ids.map(|ids| p.gather_rows(ids, kept));
         let positions = before.positions.map(|positions| {
             let gathered = p.gather_rows(positions, kept);
             match self.pass.positions {
@@ -324,9 +356,13 @@ impl Plan<'_, '_> {
                     // shorter cache tells how many in earlier steps.
                     let place = p.iota(length);
                     let gone = p.op("Sub", &[kept, place]);
-                    let earlier = p.size_sub(before.past, past);
-                    let earlier = p.size_value(earlier);
-                    let gone = p.op("Add", &[gone, earlier]);
+                    let gone = match p.size_sub(before.past, past) {
+                        Size::Known(0) => gone,
+                        earlier => {
+                            let earlier = p.size_value(earlier);
+                            p.op("Add", &[gone, earlier])
+                        }
+                    };
                     let gone = cast_like(p, self.model, self.decoder.position_ids, gone);
                     p.op("Sub", &[gathered, gone])
                 }
@@ -336,6 +372,7 @@ impl Plan<'_, '_> {
             first,
             hidden,
             mask,
+            ids,
             real,
             positions,
             rotary: before.rotary.map(|r| p.gather_rows(r, kept)),
@@ -373,12 +410,17 @@ impl Plan<'_, '_> {
         if let (Some(old), Some(new)) = (decoder.position_ids, stage.positions) {
             subst.insert(old, new);
         }
+        if let (Some(old), Some(new)) = (decoder.ids, stage.ids) {
+            subst.insert(old.value, new);
+        }
         // Lengths are read off some layer's cache: of this stage.
         let own = decoder.layers[stage.first].past;
         for (index, layer) in decoder.layers.iter().enumerate() {
-            if !(stage.first..end).contains(&index) {
-                subst.insert(layer.past.0, own.0);
-                subst.insert(layer.past.1, own.1);
+            if let (Some(past), Some(own), false) =
+                (layer.past, own, (stage.first..end).contains(&index))
+            {
+                subst.insert(past.0, own.0);
+                subst.insert(past.1, own.1);
             }
         }
     }
@@ -498,6 +540,33 @@ impl Plan<'_, '_> {
         Ok(())
     }
 
+    /// What a graph that takes a past says to be as long as the new tokens, and is
+    /// longer: mask and caches of the first `layers` layers. Merged exports state
+    /// the lengths of their branch without a past for both. A runtime that plans
+    /// buffers by named lengths gets by with that in one graph and fails in
+    /// another, with more nodes to share buffers between.
+    fn misnamed(&self, layers: usize) -> Vec<ValueId> {
+        let decoder = self.decoder;
+        let dim = |v: ValueId, axis: usize| {
+            let shape = self.model.value(v).ty.as_ref()?.shape()?;
+            shape.get(axis).filter(|d| matches!(d, Dim::Param(_)))
+        };
+        let Some(new) = dim(decoder.embeds, 1) else {
+            return Vec::new();
+        };
+        let first = &decoder.layers[..layers];
+        if first.iter().any(|l| l.past.is_none()) {
+            return Vec::new();
+        }
+        let caches = first.iter().filter_map(|l| l.present);
+        let caches = caches.flat_map(|(key, value)| [(key, 2), (value, 2)]);
+        let mask = decoder.attention_mask.map(|m| (m, 1));
+        let all = caches.chain(mask);
+        all.filter(|(v, axis)| dim(*v, *axis) == Some(new))
+            .map(|(v, _)| v)
+            .collect()
+    }
+
     /// Brings stated types up to date.
     fn types(&mut self, stages: &[Stage]) {
         let model = self.model;
@@ -523,12 +592,20 @@ impl Plan<'_, '_> {
                 patch.set_type(value, ValueType::tensor(*dtype, dims));
             }
         };
+        for value in self.misnamed(stages.get(1).map_or(self.decoder.depth(), |s| s.first)) {
+            let axis = if Some(value) == self.decoder.attention_mask {
+                1
+            } else {
+                2
+            };
+            rename(self.patch, value, axis, TOTAL_LENGTH.to_owned());
+        }
         for (number, stage) in stages.iter().enumerate().skip(1) {
             let end = stages
                 .get(number + 1)
                 .map_or(self.decoder.depth(), |s| s.first);
             for layer in &self.decoder.layers[stage.first..end] {
-                for value in [layer.past.0, layer.past.1] {
+                for value in layer.past.into_iter().flat_map(|(k, v)| [k, v]) {
                     rename(
                         self.patch,
                         value,
@@ -536,7 +613,7 @@ impl Plan<'_, '_> {
                         format!("past_sequence_length_drop{number}"),
                     );
                 }
-                for value in [layer.present.0, layer.present.1] {
+                for value in layer.present.into_iter().flat_map(|(k, v)| [k, v]) {
                     rename(
                         self.patch,
                         value,

@@ -22,9 +22,10 @@ mod merge;
 mod prune;
 mod rotary;
 
+pub(in crate::validate) use math::descending as by_score;
 pub use merge::{
     Budget, ClampedBudget, Cls, MergeInput, MergeParams, Merged, Selector, clamp_budget, merge,
-    merge_selected, metric, patch_scores, received_attention,
+    merge_by, merge_selected, merge_shuffled, metric, patch_scores, received_attention,
 };
 pub use prune::{
     Drop, Scaling, Text, average_visual_tokens, carry_rows, check_schedule, drop_counts, rank,

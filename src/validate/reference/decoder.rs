@@ -5,6 +5,7 @@ use ndarray::{Array2, Array3, Axis, s};
 use super::super::oracle::{self, Text};
 use super::super::{ValidateError, probe};
 use super::operands::{Operands, Probe, Turn, array};
+use super::ties::{Choice, exchanged};
 use crate::arch::Decoder;
 use crate::ir::{Dim, Model, Patch, ValueType};
 use crate::passes::{Positions, TextQueries, VisualPrune};
@@ -23,6 +24,8 @@ pub struct StepIn {
     pub visual: Array2<bool>,
     /// `[b, L]`, for `text: salient`.
     pub salient: Array2<bool>,
+    /// `[b, L]`, for decoders that take token ids too.
+    pub ids: Option<Array2<i64>>,
 }
 
 /// What one step gives.
@@ -32,19 +35,28 @@ pub struct StepOut {
     pub logits: Array2<f32>,
     /// Kept indices at each drop point, for each row, into the sequence before it.
     pub kept: Vec<Vec<Vec<usize>>>,
-    /// Length of every layer's cache.
+    /// Length of every layer's cache, where the decoder gives caches.
     pub lengths: Vec<usize>,
+    /// Tokens that were exchanged because their scores tie as well as exactly.
+    pub near_ties: usize,
 }
 
 /// Caches and masks of a conversation.
 #[derive(Debug)]
 pub struct State {
-    /// Key and value of every layer.
+    /// Key and value of every layer; none where the decoder gives no caches.
     caches: Vec<(Value, Value)>,
     /// Mask `[b, past]` of every stage.
     masks: Vec<Array2<i64>>,
     /// A conversation of each row, where rows are run one by one.
     alone: Vec<State>,
+}
+
+impl State {
+    /// Whether nothing was said yet.
+    pub fn is_new(&self) -> bool {
+        self.masks.iter().all(|mask| mask.ncols() == 0)
+    }
 }
 
 struct Stage {
@@ -59,9 +71,12 @@ pub struct ReferenceDecoder {
     names: Names,
     prune: Option<VisualPrune>,
     dtype: DType,
+    /// Inputs that are the same for all stages.
+    given: Vec<(String, Value)>,
 }
 
 struct Names {
+    ids: Option<String>,
     embeds: String,
     mask: Option<String>,
     positions: Option<String>,
@@ -83,6 +98,8 @@ struct Fed<'a> {
     mask: &'a Array2<i64>,
     /// `[b, L]`.
     positions: &'a Array2<i64>,
+    /// `[b, L]`, in a whole model.
+    ids: Option<&'a Array2<i64>>,
     past: usize,
     turn: Option<&'a Turn>,
 }
@@ -134,15 +151,18 @@ impl ReferenceDecoder {
                 let layer = &decoder.layers[next];
                 outputs.extend(&layer.boundary);
                 outputs.extend([layer.query.value, layer.new_key.value]);
+                let mut copies = Vec::new();
                 // In a mixed graph, other layers' attention may count positions.
                 let any = decoder.layers.iter().find_map(|l| l.rotary);
                 if let Some(rotary) = layer.rotary.or(any) {
                     // Copies: a table may be a weight, which cannot be given out.
-                    for value in [rotary.cos, rotary.sin, rotary.lengths] {
-                        let copy = patch.op("Identity", &[value]);
-                        patch.add_output(copy, probe::INFERRED);
-                        outputs.push(copy);
-                    }
+                    copies.extend([rotary.cos, rotary.sin, rotary.lengths]);
+                }
+                copies.extend(layer.query.bias.map(|b| b.0));
+                for value in copies {
+                    let copy = patch.op("Identity", &[value]);
+                    patch.add_output(copy, probe::INFERRED);
+                    outputs.push(copy);
                 }
             }
             let plan = patch.finish();
@@ -156,6 +176,7 @@ impl ReferenceDecoder {
             stages.push(Stage { first, session });
         }
         let names = Names {
+            ids: decoder.ids.map(|i| name(i.value)),
             embeds: name(decoder.embeds),
             mask: decoder.attention_mask.map(name),
             positions: decoder.position_ids.map(name),
@@ -163,12 +184,12 @@ impl ReferenceDecoder {
             past: decoder
                 .layers
                 .iter()
-                .map(|l| (name(l.past.0), name(l.past.1)))
+                .filter_map(|l| l.past.map(|(k, v)| (name(k), name(v))))
                 .collect(),
             present: decoder
                 .layers
                 .iter()
-                .map(|l| (name(l.present.0), name(l.present.1)))
+                .filter_map(|l| l.present.map(|(k, v)| (name(k), name(v))))
                 .collect(),
             extra,
             probes,
@@ -184,7 +205,25 @@ impl ReferenceDecoder {
             names,
             prune: prune.cloned(),
             dtype,
+            given: Vec::new(),
         })
+    }
+
+    /// Gives an input of the graph that nothing behind the embeddings reads the
+    /// data of, for all stages.
+    pub fn give(&mut self, name: &str, value: Value) {
+        self.given.retain(|(n, _)| n != name);
+        self.given.push((name.to_owned(), value));
+    }
+
+    /// Whether it goes on from what it said before.
+    pub fn has_past(&self) -> bool {
+        !self.names.past.is_empty()
+    }
+
+    /// Names of the key outputs of its layers, if it gives caches.
+    pub fn present_keys(&self) -> impl Iterator<Item = &str> {
+        self.names.present.iter().map(|(key, _)| key.as_str())
     }
 
     /// Number of layers.
@@ -203,7 +242,7 @@ impl ReferenceDecoder {
     /// ONNX Runtime refuses an empty tensor.
     pub fn start(&self, batch: usize) -> Result<State, ValidateError> {
         let mut caches = Vec::new();
-        for _ in 0..self.depth() {
+        for _ in &self.names.present {
             caches.push((self.zeros(batch, 0)?, self.zeros(batch, 0)?));
         }
         let alone = if batch > 1 && self.turned() {
@@ -225,7 +264,8 @@ impl ReferenceDecoder {
             self.decoder.kv_heads as usize,
             self.decoder.head_dim as usize,
         );
-        let cache = self.stages[0].session.input(&self.names.past[0].0);
+        let past = self.names.past.first();
+        let cache = past.and_then(|(key, _)| self.stages[0].session.input(key));
         let dtype = cache.and_then(|p| p.dtype).unwrap_or(self.dtype);
         Ok(Value::new(Tensor::zeros(
             dtype,
@@ -252,6 +292,7 @@ impl ReferenceDecoder {
             entry: &[Array3::zeros((1, new, width))],
             mask: &Array2::ones((1, past + new)),
             positions: &Array2::from_shape_fn((1, new), |(_, i)| (past + i) as i64),
+            ids: None,
             past,
             turn: None,
         };
@@ -259,11 +300,19 @@ impl ReferenceDecoder {
         Ok(run.err().map(|e| e.to_string()))
     }
 
-    /// Runs new tokens through all stages.
+    /// Runs new tokens through all stages. Where `choice` differs from the
+    /// oracle's only by near-ties, the choice is followed.
+    ///
+    /// A decoder without a past has to be given a state of its own for each step.
     ///
     /// # Errors
     /// A run fails, or scores are not finite.
-    pub fn step(&mut self, state: &mut State, input: &StepIn) -> Result<StepOut, ValidateError> {
+    pub fn step(
+        &mut self,
+        state: &mut State,
+        input: &StepIn,
+        choice: Option<Choice<'_>>,
+    ) -> Result<StepOut, ValidateError> {
         let count = |row: ndarray::ArrayView1<'_, bool>| row.iter().filter(|v| **v).count();
         let entered: Vec<usize> = input.visual.outer_iter().map(count).collect();
         let schedule: Vec<oracle::Drop> = self
@@ -277,9 +326,9 @@ impl ReferenceDecoder {
             .collect();
         let drops = oracle::drop_counts(&entered, &schedule)?;
         if state.alone.is_empty() {
-            return self.advance(state, input, &drops);
+            return self.advance(state, input, &drops, choice);
         }
-        let found = self.step_alone(state, input, &drops)?;
+        let found = self.step_alone(state, input, &drops, choice)?;
         state.caches.clone_from(&state.alone[0].caches);
         Ok(found)
     }
@@ -290,6 +339,7 @@ impl ReferenceDecoder {
         state: &mut State,
         input: &StepIn,
         drops: &[usize],
+        choice: Option<Choice<'_>>,
     ) -> Result<StepOut, ValidateError> {
         let batch = input.mask.nrows();
         let bools = |row: ndarray::ArrayView1<'_, bool>| row.to_vec();
@@ -308,11 +358,13 @@ impl ReferenceDecoder {
         let mut entry = vec![input.embeds.clone()];
         let mut mask = input.mask.clone();
         let mut positions = input.positions.clone();
+        let mut ids = input.ids.clone();
         let renumber = self
             .prune
             .as_ref()
             .is_none_or(|p| p.positions == Positions::Renumber);
         let mut kept_all = Vec::new();
+        let mut near_ties = 0;
         let mut logits = None;
         let turned = self.turned();
         let mut turn: Option<Turn> = None;
@@ -331,12 +383,13 @@ impl ReferenceDecoder {
                 entry: &entry,
                 mask: &full_mask,
                 positions: &positions,
+                ids: ids.as_ref(),
                 past,
                 turn: turn.as_ref(),
             };
             let outputs = self.run(number, state, &fed)?;
-            for layer in first..end {
-                let (key, value) = &self.names.present[layer];
+            let presents = self.names.present.iter().enumerate();
+            for (layer, (key, value)) in presents.take(end).skip(first) {
                 state.caches[layer] = (outputs.get(key)?.clone(), outputs.get(value)?.clone());
             }
             if number + 1 == self.stages.len() {
@@ -353,7 +406,7 @@ impl ReferenceDecoder {
             let operands = Operands {
                 layer: &self.decoder.layers[end],
                 width: self.decoder.head_dim as usize,
-                present: &self.names.present[end].0,
+                present: self.names.present.get(end).map(|(key, _)| key.as_str()),
                 positions: turned.then_some(&positions),
             };
             let (query, key, tables) = operands.read(probe, past, &outputs)?;
@@ -372,7 +425,14 @@ impl ReferenceDecoder {
                 } else {
                     Vec::new()
                 };
-                let keep = oracle::select(&scores, &visual[row], dropped)?;
+                let mut keep = oracle::select(&scores, &visual[row], dropped)?;
+                let found = choice.and_then(|c| Some((c.kept.get(number)?.get(row)?, c.tolerance)));
+                if let Some((found, tolerance)) = found
+                    && let Some(count) = exchanged(&keep, found, &scores, &visual[row], tolerance)
+                {
+                    near_ties += count;
+                    keep.clone_from(found);
+                }
                 rows[row] = oracle::carry_rows(&rows[row], &keep, &real)?;
                 kept.push(keep);
             }
@@ -405,6 +465,9 @@ impl ReferenceDecoder {
                 }
                 visual[row] = keep.iter().map(|&i| visual[row][i]).collect();
             }
+            ids = ids.map(|ids| {
+                Array2::from_shape_fn((batch, length), |(row, slot)| ids[[row, kept[row][slot]]])
+            });
             (mask, positions, entry) = (next_mask, next_positions, next_entry);
             if let (true, Some(tables)) = (turned, tables) {
                 turn = Some(tables.at(next_past, &positions)?);
@@ -415,6 +478,7 @@ impl ReferenceDecoder {
             logits: logits.ok_or_else(|| ValidateError::Model("no stage gave logits".into()))?,
             kept: kept_all,
             lengths: state.caches.iter().map(|(k, _)| k.shape()[2]).collect(),
+            near_ties,
         })
     }
 
@@ -432,6 +496,7 @@ impl ReferenceDecoder {
         state: &mut State,
         input: &StepIn,
         drops: &[usize],
+        choice: Option<Choice<'_>>,
     ) -> Result<StepOut, ValidateError> {
         let mut all: Option<StepOut> = None;
         for (row, state) in state.alone.iter_mut().enumerate() {
@@ -441,15 +506,27 @@ impl ReferenceDecoder {
                 mask: input.mask.slice(s![one.clone(), ..]).to_owned(),
                 positions: input.positions.slice(s![one.clone(), ..]).to_owned(),
                 visual: input.visual.slice(s![one.clone(), ..]).to_owned(),
-                salient: input.salient.slice(s![one, ..]).to_owned(),
+                salient: input.salient.slice(s![one.clone(), ..]).to_owned(),
+                ids: input
+                    .ids
+                    .as_ref()
+                    .map(|ids| ids.slice(s![one, ..]).to_owned()),
             };
-            let found = self.advance(state, &input, drops)?;
+            let chosen: Option<Vec<Vec<Vec<usize>>>> = choice.map(|c| {
+                let own = |drop: &Vec<Vec<usize>>| drop.get(row).cloned().into_iter().collect();
+                c.kept.iter().map(own).collect()
+            });
+            let choice = choice
+                .zip(chosen.as_ref())
+                .map(|(c, kept)| Choice { kept, ..c });
+            let found = self.advance(state, &input, drops, choice)?;
             match &mut all {
                 None => all = Some(found),
                 Some(all) => {
                     all.logits
                         .append(Axis(0), found.logits.view())
                         .map_err(|e| ValidateError::Model(e.to_string()))?;
+                    all.near_ties += found.near_ties;
                     for (kept, row) in all.kept.iter_mut().zip(found.kept) {
                         kept.extend(row);
                     }
@@ -483,6 +560,15 @@ impl ReferenceDecoder {
             let value = Value::new(Tensor::from(tensor.clone()).cast_float(self.dtype)?)?;
             feed.push((name, value));
         }
+        if let (Some(name), Some(ids)) = (&self.names.ids, fed.ids) {
+            let narrow = self.stages[0].session.input(name).and_then(|p| p.dtype);
+            let ids: Tensor = match narrow {
+                Some(DType::I32) => ids.map(|i| i32::try_from(*i).unwrap_or(i32::MAX)).into(),
+                _ => ids.clone().into(),
+            };
+            feed.push((name, Value::new(ids)?));
+        }
+        feed.extend(self.given.iter().map(|(n, v)| (n.as_str(), v.clone())));
         if let Some(name) = &self.names.mask {
             feed.push((name, Value::new(Tensor::from(fed.mask.clone()))?));
         }

@@ -12,7 +12,11 @@
 
 mod decoder;
 mod operands;
+mod projection;
+mod ties;
 mod vision;
 
 pub use decoder::{ReferenceDecoder, State, StepIn, StepOut};
+pub use ties::{Choice, Ranking, Tolerance};
+pub(in crate::validate) use vision::per_image;
 pub use vision::{ReferenceFeatures, ReferenceVision};

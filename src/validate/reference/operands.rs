@@ -1,6 +1,6 @@
 //! Queries and keys of the next layer, as the unmodified graph computes them.
 
-use ndarray::{Array2, Array3, Array4, s};
+use ndarray::{Array1, Array2, Array3, Array4, s};
 
 use super::super::ValidateError;
 use super::super::oracle;
@@ -17,6 +17,8 @@ pub(super) struct Probe {
     /// Tables and lengths of a rotary embedding inside the attention (of this layer
     /// or, if that has none, of another).
     rotary: Option<[String; 3]>,
+    /// What the attention adds to projections.
+    bias: Option<String>,
 }
 
 /// Reads the operands of a layer's attention off a run.
@@ -24,8 +26,8 @@ pub(super) struct Operands<'a> {
     pub(super) layer: &'a DecoderLayer,
     /// Width of a head.
     pub(super) width: usize,
-    /// Name of the layer's present keys.
-    pub(super) present: &'a str,
+    /// Name of the layer's present keys, if it gives them out.
+    pub(super) present: Option<&'a str>,
     /// Positions `[b, L]` that the tokens kept, where they are not what the
     /// attention counts.
     pub(super) positions: Option<&'a Array2<i64>>,
@@ -41,7 +43,14 @@ impl Operands<'_> {
         outputs: &Outputs,
     ) -> Result<(Array4<f32>, Array4<f32>, Option<Tables>), ValidateError> {
         let layer = self.layer;
-        let mut query = split(outputs.get(&probe.query)?, &layer.query, self.width)?;
+        let bias: Option<Array1<f32>> = match &probe.bias {
+            Some(name) => Some(array(outputs.get(name)?)?),
+            None => None,
+        };
+        let split = |name: &str, projection: &Projection| -> Result<_, ValidateError> {
+            split(outputs.get(name)?, projection, bias.as_ref(), self.width)
+        };
+        let mut query = split(&probe.query, &layer.query)?;
         let tables = match &probe.rotary {
             None => None,
             Some([cos, sin, _]) => Some(Tables {
@@ -52,12 +61,15 @@ impl Operands<'_> {
         let (Some([_, _, lengths]), Some(rotary), Some(given)) =
             (&probe.rotary, layer.rotary, &tables)
         else {
-            let key = split(outputs.get(&probe.key)?, &layer.new_key, self.width)?;
+            let key = split(&probe.key, &layer.new_key)?;
             return Ok((query, key, tables));
         };
         // The operator gives its turned keys out, behind those of the past; only
         // the queries have to be turned here.
-        let present: Array4<f32> = array(outputs.get(self.present)?)?;
+        let present = self.present.ok_or_else(|| {
+            ValidateError::Model("an attention turns its keys and gives no cache out".into())
+        })?;
+        let present: Array4<f32> = array(outputs.get(present)?)?;
         let key = present.slice(s![.., .., past.., ..]).to_owned();
         let lengths = outputs.get(lengths)?.to_tensor()?.i64s()?.to_vec();
         for (row, mut heads) in query.outer_iter_mut().enumerate() {
@@ -173,20 +185,24 @@ impl Turn {
 }
 
 impl Probe {
-    /// `outputs` are what was asked for: boundary, query, key and, last, copies of
-    /// what the rotary embedding reads.
+    /// `outputs` are what was asked for: boundary, query, key and copies of what the
+    /// rotary embedding reads (three) and of a bias (one).
     pub(super) fn of(cut: &Model, layer: &DecoderLayer, outputs: &[ValueId]) -> Self {
         let name = |v: ValueId| cut.name(v).to_owned();
+        let copies = outputs.get(layer.boundary.len() + 2..).unwrap_or(&[]);
         Self {
             boundary: layer.boundary.iter().copied().map(name).collect(),
             query: name(layer.query.value),
             key: name(layer.new_key.value),
-            rotary: match outputs {
-                [_, .., cos, sin, lengths] if outputs.len() > layer.boundary.len() + 2 => {
-                    Some([name(*cos), name(*sin), name(*lengths)])
-                }
+            rotary: match copies {
+                [cos, sin, lengths, ..] => Some([name(*cos), name(*sin), name(*lengths)]),
                 _ => None,
             },
+            bias: layer
+                .query
+                .bias
+                .and_then(|_| copies.last())
+                .map(|b| name(*b)),
         }
     }
 }
@@ -195,22 +211,25 @@ impl Probe {
 fn split(
     value: &Value,
     projection: &Projection,
+    bias: Option<&Array1<f32>>,
     width: usize,
 ) -> Result<Array4<f32>, ValidateError> {
     let Layout::Rows { start, heads } = projection.layout else {
         return array(value);
     };
-    if projection.bias.is_some() {
-        return Err(ValidateError::Model(
-            "an attention with a bias of its own cannot be validated".into(),
-        ));
-    }
     let rows: Array3<f32> = array(value)?;
     let (start, heads) = (start as usize, heads as usize);
     let (batch, length, _) = rows.dim();
     Ok(Array4::from_shape_fn(
         (batch, heads, length, width),
-        |(b, h, l, d)| rows[[b, l, start + h * width + d]],
+        |(b, h, l, d)| {
+            let column = h * width + d;
+            let added = projection
+                .bias
+                .zip(bias)
+                .map_or(0.0, |((_, at), bias)| bias[at as usize + column]);
+            rows[[b, l, start + column]] + added
+        },
     ))
 }
 

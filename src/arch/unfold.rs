@@ -1,0 +1,182 @@
+//! Unfolding: bringing a network that lies in model-local functions or in the
+//! branches of an `If` to where it can be recognised and changed.
+//!
+//! A file whose network lies open is taken as it is. Where functions hold it,
+//! their calls are inlined; where the branches of an `If` hold it, each branch
+//! becomes a part of its own, and the parts are joined before the file is
+//! written. What no pass changes is written as it was read, functions and all.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::hidden::{network_functions, network_holders};
+use super::{NoMatch, Role, hidden_network};
+use crate::ir::{Branch, IrError, Model, NodeId, called, inline, join, split};
+
+/// How a part differs from what its file holds.
+#[derive(Clone, Debug, Default)]
+pub struct Source {
+    /// Model-local functions (`domain::name`) whose calls were inlined.
+    pub inlined: Vec<String>,
+    /// The branch of an `If` that the part is (`then_branch`, `else_branch`).
+    pub branch: Option<String>,
+    /// Where the part is not the file's model as it was read.
+    folded: Option<Arc<Folded>>,
+}
+
+/// A file's model before it was unfolded.
+#[derive(Debug)]
+struct Folded {
+    read: Arc<Model>,
+    /// With functions inlined, and the node whose branches were taken apart.
+    branches: Option<(Model, NodeId)>,
+}
+
+impl Source {
+    /// The model of a file, given all parts that came from it, in order.
+    ///
+    /// # Errors
+    /// Branches that no longer fit together.
+    pub(super) fn fold(parts: &[(&Self, &Model)]) -> Result<Model, IrError> {
+        let [(first, model), ..] = parts else {
+            unreachable!("a file has at least one part");
+        };
+        let Some(folded) = &first.folded else {
+            return Ok((*model).clone());
+        };
+        if !parts.iter().any(|(_, m)| m.is_patched()) {
+            return Ok((*folded.read).clone());
+        }
+        let Some((whole, node)) = &folded.branches else {
+            return Ok((*model).clone());
+        };
+        let branches = parts.iter().map(|(source, model)| Branch {
+            attribute: source.branch.clone().unwrap_or_default(),
+            model: (*model).clone(),
+        });
+        join(whole, *node, &branches.collect::<Vec<_>>())
+    }
+}
+
+/// A part of a file.
+pub(super) struct Unfolded {
+    pub(super) model: Model,
+    pub(super) role: Role,
+    pub(super) source: Source,
+}
+
+impl Unfolded {
+    fn recognised(&self) -> bool {
+        !matches!(self.role, Role::Unknown(_))
+    }
+}
+
+/// The parts of a file: one, unless it is a merged decoder.
+pub(super) fn unfold(read: Model) -> Vec<Unfolded> {
+    let role = Role::of(&read);
+    let plain = |read: Model, role: Role| {
+        let source = Source::default();
+        vec![Unfolded {
+            model: read,
+            role,
+            source,
+        }]
+    };
+    if !matches!(role, Role::Unknown(_)) {
+        return plain(read, role);
+    }
+    let network = network_functions(&read);
+    let holders = network_holders(&read);
+    if network.is_empty() && holders.is_empty() && called(&read, read.main()).is_empty() {
+        return plain(read, role);
+    }
+    let read = Arc::new(read);
+    let first = if network.is_empty() && holders.is_empty() {
+        Ok(Vec::new())
+    } else {
+        open(&read, network)
+    };
+    if let Ok(parts) = &first
+        && parts.iter().any(Unfolded::recognised)
+    {
+        return first.unwrap_or_default();
+    }
+    // A function without weights can stand between recogniser and network too.
+    let every: BTreeSet<usize> = (0..read.functions.len()).collect();
+    if !every.is_empty()
+        && let Ok(parts) = open(&read, every)
+        && parts.iter().any(Unfolded::recognised)
+    {
+        return parts;
+    }
+    match first {
+        Ok(parts) if !parts.is_empty() => parts,
+        Ok(_) => plain(Arc::unwrap_or_clone(read), role),
+        Err(found) => {
+            let why = NoMatch::new("vision tower, embedding or decoder", found);
+            plain(Arc::unwrap_or_clone(read), Role::Unknown(vec![why]))
+        }
+    }
+}
+
+/// The parts of a file once these functions are inlined.
+fn open(read: &Arc<Model>, mut functions: BTreeSet<usize>) -> Result<Vec<Unfolded>, String> {
+    let mut whole = inlined(read, &functions)?;
+    let holders = network_holders(&whole);
+    let shown = |functions: &BTreeSet<usize>| {
+        let functions = functions.iter().map(|f| &read.functions[*f]);
+        let names = functions.map(|f| format!("{}::{}", f.domain, f.name));
+        names.collect::<Vec<String>>()
+    };
+    let Some(&holder) = holders.first() else {
+        let source = Source {
+            inlined: shown(&functions),
+            branch: None,
+            folded: Some(Arc::new(Folded {
+                read: read.clone(),
+                branches: None,
+            })),
+        };
+        let role = Role::of(&whole);
+        return Ok(vec![Unfolded {
+            model: whole,
+            role,
+            source,
+        }]);
+    };
+    let refuse = hidden_network(&whole).unwrap_or_default();
+    if holders.len() > 1 || !whole.node(holder).is("If") {
+        return Err(refuse);
+    }
+    // A branch becomes a model without functions.
+    let bodies = whole.node(holder).subgraphs();
+    if bodies.flat_map(|g| called(&whole, g)).next().is_some() {
+        functions = (0..read.functions.len()).collect();
+        whole = inlined(read, &functions)?;
+    }
+    let node = *network_holders(&whole).first().ok_or(&refuse)?;
+    let branches = split(&whole, node)
+        .map_err(|why| format!("{refuse}; its branches cannot be taken apart: {why}"))?;
+    let inlined = shown(&functions);
+    let folded = Arc::new(Folded {
+        read: read.clone(),
+        branches: Some((whole, node)),
+    });
+    let parts = branches.into_iter().map(|branch| Unfolded {
+        role: Role::of(&branch.model),
+        model: branch.model,
+        source: Source {
+            inlined: inlined.clone(),
+            branch: Some(branch.attribute),
+            folded: Some(folded.clone()),
+        },
+    });
+    Ok(parts.collect())
+}
+
+fn inlined(model: &Model, functions: &BTreeSet<usize>) -> Result<Model, String> {
+    if functions.is_empty() {
+        return Ok(model.clone());
+    }
+    inline(model, functions).map_err(|e| e.to_string())
+}
