@@ -427,7 +427,7 @@ impl Pair {
             kept: &kept,
             tolerance: ties(self.dtype, self.quantised),
         };
-        let expected = reference.step(ref_state, input, Some(choice))?;
+        let expected = reference.step_with(ref_state, input, Some(choice))?;
         tally.step(
             &expected,
             &found.last_logits()?,

@@ -187,12 +187,20 @@ impl ReferenceDecoder {
         )?)?)
     }
 
-    /// Runs new tokens through all stages. Where `choice` differs from the
+    /// Runs new tokens through all stages.
+    ///
+    /// # Errors
+    /// A run fails, or scores are not finite.
+    pub fn step(&mut self, state: &mut State, input: &StepIn) -> Result<StepOut, ValidateError> {
+        self.step_with(state, input, None)
+    }
+
+    /// [`step`](Self::step), but where `choice` differs from the
     /// oracle's only by near-ties, the choice is followed.
     ///
     /// # Errors
     /// A run fails, or scores are not finite.
-    pub fn step(
+    pub fn step_with(
         &mut self,
         state: &mut State,
         input: &StepIn,
