@@ -5,7 +5,7 @@ mod common;
 
 use common::*;
 use duet_onnx::ir::{DataType, Dim, Model, Patch, Substitution, ValueType, cone, extract, verify};
-use duet_onnx::proto::{GraphProto, ModelProto};
+use duet_onnx::proto::{GraphProto, ModelProto, NodeProto};
 
 /// A float tensor type of known dimensions.
 fn f32s(dims: &[i64]) -> ValueType {
@@ -133,6 +133,51 @@ fn cloned_nodes_keep_attributes_and_domain() {
         ("com.microsoft", &[int("k", 3)][..])
     );
     assert_eq!(mine.output, ["y"]);
+}
+
+#[test]
+fn a_weight_in_blocks_is_dequantised_for_the_clone_alone() {
+    let weight = |blocks: Option<i64>| {
+        let attribute = blocks
+            .map(|b| vec![int("block_size", b)])
+            .unwrap_or_default();
+        load(&model(graph(
+            "blocks",
+            &[value("x", FLOAT, &[2, 2])],
+            &[value("y", FLOAT, &[2, 2])],
+            &[
+                floats("w", &[2, 2], &[1.0; 4]),
+                floats("s", &[1, 2], &[1.0; 2]),
+            ],
+            &[
+                NodeProto {
+                    attribute,
+                    ..node("DequantizeLinear", &["w", "s"], &["d"])
+                },
+                node("MatMul", &["x", "d"], &["y"]),
+            ],
+        )))
+    };
+    let cloned = |blocks| {
+        let before = weight(blocks);
+        let (x, y) = (find(&before, "x"), find(&before, "y"));
+        patched(&before, |p| {
+            let other = p.op("Neg", &[x]);
+            let mut subst = Substitution::from([(x, other)]);
+            let new = p.clone_cone(y, &mut subst).unwrap();
+            p.add_output(new, f32s(&[2, 2]));
+        })
+    };
+    let counts = |m: &Model| {
+        let all = m.graph().nodes.iter().map(|n| m.node(*n));
+        (
+            all.filter(|n| n.is("DequantizeLinear")).count(),
+            m.graph().initializers.len(),
+        )
+    };
+    // Neither operator nor tensor is shared, where sharing costs a fusion.
+    assert_eq!(counts(&cloned(Some(2))), (2, 4));
+    assert_eq!(counts(&cloned(None)), (1, 2));
 }
 
 #[test]

@@ -149,7 +149,7 @@ fn selections(name: &str) {
 fn merged(base: &Vlm, merge: &TokenMerge, runner: &Runner, place: &str) {
     let (edge, _) = sizes(base);
     let (_, tower) = base.towers().next().expect("a vision encoder");
-    let patches = tower.patches().expect("a fixed number of patches");
+    let patches = tower.candidates().expect("a fixed number of patches");
     let budget = merge_budget(merge, patches, tower.cls);
     let encoded = runner.encode(Seeded::new(9).images(3, 3, edge, edge).into());
     assert_eq!(encoded.features.len(), 3, "{place}");

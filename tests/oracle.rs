@@ -177,6 +177,7 @@ fn merge_agrees(case: &MergeCase) -> Result<(), TestCaseError> {
             query: query.index_axis(Axis(0), image),
             key: key.index_axis(Axis(0), image),
             scale,
+            mask: None,
         };
         let merged = oracle::merge(&input, &params).expect("the oracle");
         prop_assume!(told_apart(&merged.scores));
@@ -450,7 +451,7 @@ fn prune_agrees(case: &PruneCase) -> Result<(), TestCaseError> {
         let residual = noise(&mut rng, (rows, query.dim().2, width));
         inputs.push((format!("{scope}/query"), query.clone().into()));
         inputs.push((format!("{scope}/key"), key.clone().into()));
-        let boundary = decoder.layers[*layer].boundary;
+        let boundary = decoder.layers[*layer].boundary[0];
         inputs.push((old.name(boundary).into(), residual.clone().into()));
         outputs.push(border(new, &kept_name(number + 1), DataType::Int64, 2));
         outputs.push(border(new, &format!("{scope}/hidden"), DataType::Float, 3));

@@ -3,7 +3,7 @@
 mod common;
 
 use common::*;
-use duet_onnx::ir::{DataType, Dim, IrError, Model, Patch, Tensor, ValueType};
+use duet_onnx::ir::{DataType, Dim, IrError, Model, Patch, Tensor, ValueId, ValueType};
 
 fn f32s(dims: &[i64]) -> ValueType {
     ValueType::tensor(
@@ -403,6 +403,39 @@ fn a_patch_fits_only_the_state_it_was_planned_on() {
     let mut other = chain();
     other.graph.as_mut().unwrap().initializer.pop();
     assert!(load(&other).apply(planned()).is_err());
+}
+
+#[test]
+fn an_optional_input_is_connected_and_an_attribute_set() {
+    let before = load(&chain());
+    let (a, b) = (find(&before, "a"), producer(&before, "b"));
+    let after = patched(&before, |p| {
+        let one = p.op("Sqrt", &[a]);
+        let two = p.op("Exp", &[a]);
+        // Slot 0 is read already, slot 2 is omitted, slot 3 lies behind the last.
+        p.connect(b, 0, one);
+        p.connect(b, 3, two);
+        p.set_attribute(b, duet_onnx::ir::int("mode", 3));
+    });
+    let node = after.node(b);
+    assert_eq!(node.inputs.len(), 4);
+    assert_eq!((node.input(2), node.attr_int("mode")), (None, Some(3)));
+    let uses = |v: ValueId| after.value(v).uses.iter().filter(|u| u.node == b).count();
+    assert_eq!(
+        (
+            uses(a),
+            uses(node.input(0).unwrap()),
+            uses(node.input(3).unwrap())
+        ),
+        (0, 1, 1)
+    );
+    // In the file as well.
+    let written = decode(&bytes_of(&after));
+    let nodes = written.graph.unwrap().node;
+    let found = nodes.iter().find(|n| n.output == ["b"]).unwrap();
+    assert_eq!(found.input[1..], ["v", "", "duet/t/Exp"]);
+    assert_eq!((found.attribute.len(), found.attribute[0].i), (1, Some(3)));
+    assert_eq!(found.input[0], "duet/t/Sqrt");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use duet_onnx::arch::{Role, Vlm};
-use duet_onnx::ir::{Model, Patch};
+use duet_onnx::ir::{Model, Patch, ints};
 use duet_onnx::onnx::read;
 use duet_onnx::passes::{Recipe, rewrite};
 
@@ -26,22 +26,30 @@ const PRUNE: &str =
     "version: 1\nmarker: input\npasses:\n  - visual_prune: {drops: [{after_layer: 3, keep: 0.5}]}";
 
 #[test]
-fn merging_in_front_of_a_pixel_shuffle_is_refused() {
+fn merging_in_front_of_pooling_is_refused() {
     let model = fixture("ts-sdpa-mha/onnx/vision_encoder.onnx");
     let Role::Vision(tower) = Role::of(&model) else {
         panic!("a vision encoder");
     };
     assert_eq!(tower.grid, None);
-    // [n, 81, 48] → [n, 9, 9, 48] → [n, 81, 48], as a pixel shuffle begins and ends.
-    let mut patch = Patch::new(&model, "shuffle");
+    // [n, 81, 48] → [n, 48, 9, 9] → pooled with overlap → [n, 81, 48].
+    let mut patch = Patch::new(&model, "pool");
     let grid = patch.reshape(tower.entry, &[-1, 9, 9, 48]);
-    let list = patch.reshape(grid, &[-1, 81, 48]);
+    let grid = patch.transpose(grid, &[0, 3, 1, 2]);
+    let edges = vec![
+        ints("kernel_shape", &[3, 3]),
+        ints("strides", &[1, 1]),
+        ints("pads", &[1, 1, 1, 1]),
+    ];
+    let pooled = patch.op_with("AveragePool", &[grid], edges);
+    let list = patch.reshape(pooled, &[-1, 48, 81]);
+    let list = patch.transpose(list, &[0, 2, 1]);
     patch.rewire_all(tower.entry, list);
     let plan = patch.finish();
     let model = model.apply(plan).expect("applies");
     let message = refusal(model, MERGE);
     assert!(
-        message.contains("as a grid") && message.contains("duet/shuffle/Reshape"),
+        message.contains("as a grid") && message.contains("duet/pool/AveragePool"),
         "{message}"
     );
 }
@@ -71,8 +79,8 @@ fn layers_that_share_keys_are_refused() {
     };
     // Layer 5 also reads what layer 1 made of the tokens: nothing between them is
     // all that the later layers depend on.
-    let early = decoder.layers[1].new_key;
-    let late = decoder.layers[5].new_key;
+    let early = decoder.layers[1].new_key.value;
+    let late = decoder.layers[5].new_key.value;
     let reader = model.value(late).uses[0];
     let mut patch = Patch::new(&model, "share");
     let sum = patch.op("Add", &[late, early]);
@@ -119,7 +127,7 @@ fn an_unknown_input_that_later_layers_read_is_refused() {
     let Role::Decoder(decoder) = Role::of(&model) else {
         panic!("a decoder");
     };
-    let late = decoder.layers[5].boundary;
+    let late = decoder.layers[5].boundary[0];
     let reader = model.value(late).uses[0];
     let mut patch = Patch::new(&model, "gate");
     let shape = vec![

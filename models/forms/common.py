@@ -302,10 +302,10 @@ def write(out: Path, name: str, entry: dict) -> None:
     table.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 
 
-def arguments(doc: str, names: Iterable[str]) -> argparse.Namespace:
+def arguments(doc: str, names: Iterable[str], out: Path = HERE / "fixtures") -> argparse.Namespace:
     names = list(names)
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE / "fixtures")
+    parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("names", nargs="*", default=names, metavar="NAME", help=", ".join(names))
     args = parser.parse_args()
     unknown = [n for n in args.names if n not in names]

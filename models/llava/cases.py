@@ -152,4 +152,18 @@ DEMO = {
     "both-192-shapes": Case("the same on the other picture", PUBLISHED, (OTHER,)),
 }
 
+# Models that differ in one part: a few cases that touch everything, none of which pads (some attention operators
+# take no padding on the left) ...
+PART = {
+    key: MHA[key]
+    for key in ("baseline", "merge", "prune-last-keep", "both", "both-no-image", "both-two-images", "both-second-turn")
+}
+# ... and, where the model can, two rows of different length.
+PADDED_PART = {**PART, **{key: MHA[key] for key in ("baseline-padded", "both-padded", "both-keep-one-and-two")}}
+# Towers without CLS: the budgets count patches, and received attention ranks for every selector.
+TOWER = {
+    key: MHA[key]
+    for key in ("baseline", "merge", "merge-uniform-drop", "merge-local", "merge-no-contextual", "merge-ratios", "both")
+}
+
 SETS = {"mha": MHA, "gqa": GQA, "demo": DEMO}

@@ -171,5 +171,8 @@ class Decoder:
                 drops.append(Drop(index, kept, tokens.origin, tokens.visual.sum(dim=1)))
             tokens.hidden, layer_cache = self._layer(layer, tokens, past[index] if past else None)
             cache.append(layer_cache)
-        last = rms_norm(tokens.hidden[:, -1], self.model.norm, self.config.rms_norm_eps)
-        return Result(F.linear(last, self.net.lm_head.weight), cache, drops)
+        return Result(self._logits(tokens.hidden[:, -1]), cache, drops)
+
+    def _logits(self, last: torch.Tensor) -> torch.Tensor:
+        """[B, V] of the last hidden states [B, D]."""
+        return F.linear(rms_norm(last, self.model.norm, self.config.rms_norm_eps), self.net.lm_head.weight)

@@ -1,10 +1,10 @@
 """LLaVA-1.5 from pixels and token ids to logits, both stages included."""
 
 import torch
-import torch.nn.functional as F
 
 from . import tower
 from .decoder import Cache, Decoder, Result, entry
+from .families import Family
 from .merge import Merged, merge
 from .recipe import Merge, Prune
 from .order import Margins
@@ -15,7 +15,9 @@ class Llava:
 
     def __init__(self, net, merging: Merge | None = None, pruning: Prune | None = None):
         self.net, self.merging = net, merging
-        self.decoder = Decoder(net, pruning)
+        # Llama is written out; the other families run as Transformers has their layers.
+        llama = net.config.text_config.model_type == "llama"
+        self.decoder = (Decoder if llama else Family)(net, pruning)
         self.pruning = pruning
         self.margins = Margins()
 
@@ -23,8 +25,9 @@ class Llava:
         """[images, 3, H, W] -> features [images, tokens, D] and how each image was merged."""
         out = tower.run(self.net, pixel_values)
         if self.merging is None:
-            return tower.project(self.net, out.hidden[:, 1:]), []
-        merged = [merge(h, p, m, self.merging, self.margins) for h, p, m in zip(out.hidden, out.probs, out.metric)]
+            return tower.project(self.net, out.hidden[:, int(out.cls) :]), []
+        images = zip(out.hidden, out.probs, out.metric)
+        merged = [merge(*image, self.merging, self.margins, out.cls) for image in images]
         return tower.project(self.net, torch.stack([m.hidden for m in merged])), merged
 
     def call(
@@ -42,7 +45,7 @@ class Llava:
         [B, past + S] may mark padding; `features` [images, tokens, D].
         """
         visual = input_ids == self.net.config.image_token_index
-        embeds = F.embedding(input_ids, self.net.get_input_embeddings().weight)
+        embeds = self.net.get_input_embeddings()(input_ids).clone()
         if features is not None:
             flat = features.flatten(0, 1)
             if int(visual.sum()) != flat.shape[0]:

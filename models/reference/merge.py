@@ -24,12 +24,16 @@ def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return unit[0] @ unit[1].T
 
 
-def merge(hidden: torch.Tensor, probs: torch.Tensor, metric: torch.Tensor, to: Merge, margins: Margins) -> Merged:
-    """`hidden` [1+N, C], `probs` [heads, 1+N, 1+N] and `metric` [1+N, head_dim] of one image."""
-    cls, patches, keys = hidden[:1], hidden[1:], metric[1:]
-    score = probs[:, 0, 1:].sum(dim=0)
-    received = probs[:, :, 1:].sum(dim=(0, 1))
-    count, k2 = to.counts(patches.shape[0])
+def merge(
+    hidden: torch.Tensor, probs: torch.Tensor, metric: torch.Tensor, to: Merge, margins: Margins, has_cls: bool = True
+) -> Merged:
+    """`hidden` [T, C], `probs` [heads, T, T] and `metric` [T, head_dim] of one image; T = 1 + N with CLS, else N."""
+    lead = int(has_cls)
+    cls, patches, keys = hidden[:lead], hidden[lead:], metric[lead:]
+    received = probs[:, :, lead:].sum(dim=(0, 1))
+    # Without CLS: attention received, mean over heads of the sum over queries.
+    score = probs[:, 0, 1:].sum(dim=0) if has_cls else received / probs.shape[0]
+    count, k2 = to.counts(patches.shape[0], has_cls)
 
     dominant = top(score, count)
     margins.cut(score, count)
@@ -50,7 +54,7 @@ def merge(hidden: torch.Tensor, probs: torch.Tensor, metric: torch.Tensor, to: M
                 pool = rest[descending(score[rest])[:size]]
             anchors, members = _assign(pool, keys, k2, margins)
             tokens = torch.stack([patches[a] + (patches[m].mean(dim=0) if m else 0) for a, m in zip(anchors, members)])
-    kept = [cls] if to.cls == "keep" else []
+    kept = [cls] if has_cls and to.cls == "keep" else []
     return Merged(torch.cat([*kept, patches[dominant], tokens]), dominant.tolist(), anchors, members)
 
 

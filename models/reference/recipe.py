@@ -31,10 +31,10 @@ class Merge:
         if self.dominant < 0 or self.contextual < 0:
             raise ValueError("token_merge: expected budgets of at least 0")
 
-    def counts(self, patches: int) -> tuple[int, int]:
-        """(dominant patches, contextual tokens) for a tower with CLS and `patches` patch tokens."""
+    def counts(self, patches: int, has_cls: bool = True) -> tuple[int, int]:
+        """(dominant patches, contextual tokens) for a tower with `patches` patch tokens."""
         k1, k2 = (math.floor(b * patches) if isinstance(b, float) else b for b in (self.dominant, self.contextual))
-        if self.cls == "keep":
+        if has_cls and self.cls == "keep":
             if k1 == 0:
                 raise ValueError("token_merge.dominant: it counts CLS, which is kept; expected at least 1")
             k1 -= 1

@@ -12,8 +12,11 @@ from .merge import merge
 from .order import Margins, top
 from .recipe import Merge, Prune, parse
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "llava"))
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("llava", "forms")]
 import build  # noqa: E402
+import common  # noqa: E402
+import towers  # noqa: E402
+import variants  # noqa: E402
 
 IMAGE = 4
 
@@ -75,6 +78,47 @@ class AgainstTransformers(unittest.TestCase):
                     positions = (mask.cumsum(1) - 1)[:, -3:]
                     embeds = net.get_input_embeddings()(ids)
                     result = llava.call(ids, mask, positions, past=result.cache)
+
+
+class OtherModels(unittest.TestCase):
+    """The same for the language models and towers that only the forms have."""
+
+    def test_logits_over_two_calls(self):
+        for name in ("gqa16", *list(variants.VARIANTS)[2:], *(t for t in towers.SIZES if t.startswith("siglip"))):
+            with self.subTest(name):
+                make = towers.model if name in towers.SIZES else variants.model
+                net, theirs = make(name), make(name)
+                llava = Llava(net)
+                features, _ = llava.image_features(pixels(2))
+                if name in towers.SIZES:
+                    want = towers.FullTower(theirs)(pixels(2))
+                else:
+                    want = torch.stack(list(theirs.get_image_features(pixels(2)).pooler_output))
+                torch.testing.assert_close(features, want, atol=1e-5, rtol=0)
+
+                ids, mask, positions = prompt(
+                    [words(3, 1) + [IMAGE] * 81 + words(9, 2), words(2, 3) + [IMAGE] * 81 + words(4, 4)]
+                )
+                embeds = theirs.get_input_embeddings()(ids).clone()
+                embeds[ids == IMAGE] = features.flatten(0, 1)
+                cache = DynamicCache()
+                result = llava.call(ids, mask, positions, features)
+                for step in range(2):
+                    out = theirs.model.language_model(
+                        inputs_embeds=embeds,
+                        attention_mask=mask,
+                        position_ids=positions,
+                        past_key_values=cache,
+                        use_cache=True,
+                    )
+                    want = common.head(theirs, out.last_hidden_state[:, -1])
+                    torch.testing.assert_close(result.logits, want, atol=2e-5, rtol=0)
+                    if step == 0:
+                        ids = torch.tensor([words(3, 6), words(3, 7)])
+                        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+                        positions = (mask.cumsum(1) - 1)[:, -3:]
+                        embeds = theirs.get_input_embeddings()(ids)
+                        result = llava.call(ids, mask, positions, past=result.cache)
 
 
 class Stages(unittest.TestCase):

@@ -1,4 +1,4 @@
-"""The CLIP tower up to the layer whose output LLaVA selects, and what that layer's attention says."""
+"""The CLIP or SigLIP tower up to the layer whose output LLaVA selects, and what that layer's attention says."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,18 @@ import torch.nn.functional as F
 
 @dataclass
 class TowerOutput:
-    """Tokens are CLS followed by the N patches, in position order."""
+    """T tokens: CLS, where the tower has one, followed by the N patches, in position order."""
 
-    hidden: torch.Tensor  # [images, 1+N, C], what the projector would receive (CLS still there)
-    probs: torch.Tensor  # [images, heads, 1+N queries, 1+N keys], of the selected layer
-    metric: torch.Tensor  # [images, 1+N, head_dim], key projection with bias, mean over heads
+    hidden: torch.Tensor  # [images, T, C], what the projector would receive (CLS still there)
+    probs: torch.Tensor  # [images, heads, T queries, T keys], of the selected layer
+    metric: torch.Tensor  # [images, T, head_dim], key projection with bias, mean over heads
+    cls: bool
+
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 
 def run(net, pixel_values: torch.Tensor) -> TowerOutput:
@@ -20,6 +27,7 @@ def run(net, pixel_values: torch.Tensor) -> TowerOutput:
     tower, config = net.model.vision_tower, net.config
     heads = config.vision_config.num_attention_heads
     eps = config.vision_config.layer_norm_eps
+    tower = getattr(tower, "vision_model", tower)
     # hidden_states[0] is the embedding, so entry -2 of L+1 entries is the output of L-1 layers.
     live = config.vision_config.num_hidden_layers + 1 + config.vision_feature_layer
 
@@ -29,12 +37,16 @@ def run(net, pixel_values: torch.Tensor) -> TowerOutput:
     def linear(module, x):
         return F.linear(x, module.weight, module.bias)
 
-    embeddings = tower.embeddings
-    patches = F.conv2d(pixel_values, embeddings.patch_embedding.weight, stride=config.vision_config.patch_size)
-    patches = patches.flatten(2).transpose(1, 2)
-    cls = embeddings.class_embedding.expand(patches.shape[0], 1, -1)
-    x = torch.cat([cls, patches], dim=1) + embeddings.position_embedding.weight
-    x = norm(tower.pre_layrnorm, x)
+    embeddings, act = tower.embeddings, ACTIVATIONS[config.vision_config.hidden_act]
+    has_cls = hasattr(embeddings, "class_embedding")
+    patch = embeddings.patch_embedding
+    x = F.conv2d(pixel_values, patch.weight, patch.bias, stride=config.vision_config.patch_size)
+    x = x.flatten(2).transpose(1, 2)
+    if has_cls:
+        x = torch.cat([embeddings.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
+    x = x + embeddings.position_embedding.weight
+    if has_cls:
+        x = norm(tower.pre_layrnorm, x)
     probs = metric = None
     for layer in tower.encoder.layers[:live]:
         attention = layer.self_attn
@@ -47,8 +59,8 @@ def run(net, pixel_values: torch.Tensor) -> TowerOutput:
         metric = k.mean(dim=1)
         x = x + linear(attention.out_proj, (probs @ v).transpose(1, 2).flatten(2))
         h = linear(layer.mlp.fc1, norm(layer.layer_norm2, x))
-        x = x + linear(layer.mlp.fc2, h * torch.sigmoid(1.702 * h))
-    return TowerOutput(x, probs, metric)
+        x = x + linear(layer.mlp.fc2, act(h))
+    return TowerOutput(x, probs, metric, has_cls)
 
 
 def project(net, hidden: torch.Tensor) -> torch.Tensor:

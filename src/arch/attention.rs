@@ -3,8 +3,10 @@
 //! A *site* is one attention: its query and key operands, each traced back
 //! through what only scales or re-arranges it, and the product of all scales.
 
+use super::projection::{Packed, fused};
 use super::scalar;
-use crate::ir::{Model, NodeId, ValueId, consts};
+use super::tower::{element_type, projection_width};
+use crate::ir::{DataType, Model, NodeId, ValueId, consts};
 
 /// One operand of q·kᵀ.
 #[derive(Clone, Debug)]
@@ -18,6 +20,34 @@ pub struct Operand {
     pub scale: f64,
     /// Number of heads and head width, where a reshape between the two says so.
     pub heads: Option<(i64, i64)>,
+    /// What a fused operator does to `root` first; `None`: `root` is the projection.
+    pub packed: Option<Packed>,
+}
+
+/// What keeps a query from a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mask {
+    /// Added to the scores `[b, heads, T, T]`: a mask or a position bias.
+    Added(ValueId),
+    /// Scores stay where the condition is `when`; elsewhere they are `fill` (`None`: −∞).
+    Chosen {
+        /// Boolean, broadcast to `[b, heads, T, T]`.
+        condition: ValueId,
+        /// The value of the condition where a key is seen.
+        when: bool,
+        /// What is written elsewhere.
+        fill: Option<ValueId>,
+    },
+}
+
+impl Mask {
+    /// The tensor that decides.
+    pub fn value(self) -> ValueId {
+        match self {
+            Self::Added(value) => value,
+            Self::Chosen { condition, .. } => condition,
+        }
+    }
 }
 
 /// One attention.
@@ -31,11 +61,49 @@ pub struct Site {
     pub key: Operand,
     /// Factor applied to the product itself.
     pub post_scale: f64,
-    /// A bound put on the scores before the softmax (0: none).
+    /// A bound c put on a scaled score s before the softmax, c·tanh(s / c)
+    /// (0: none).
     pub softcap: f64,
+    /// Masks and biases of the scaled scores, in the order in which they apply.
+    pub masks: Vec<Mask>,
+    /// Whether scores are scaled after a mask was applied.
+    pub scaled_mask: bool,
 }
 
 impl Site {
+    pub(super) fn of(node: NodeId, query: Operand, key: Operand, post_scale: f64) -> Self {
+        Self {
+            node,
+            query,
+            key,
+            post_scale,
+            softcap: 0.0,
+            masks: Vec::new(),
+            scaled_mask: false,
+        }
+    }
+
+    /// The computed tensors that masks read, with rank and element type.
+    pub fn mask_reads(&self, model: &Model) -> Vec<(ValueId, usize, DataType)> {
+        let values = self.masks.iter().flat_map(|mask| match *mask {
+            Mask::Added(value) => [Some(value), None],
+            Mask::Chosen {
+                condition, fill, ..
+            } => [Some(condition), fill],
+        });
+        let mut all: Vec<_> = values
+            .flatten()
+            .filter(|v| consts::constant(model, *v).is_none())
+            .map(|value| {
+                let rank = consts::known_rank(model, value).unwrap_or(4);
+                let dtype = element_type(model, value).unwrap_or(DataType::Float);
+                (value, rank, dtype)
+            })
+            .collect();
+        all.dedup_by_key(|read| read.0);
+        all
+    }
+
     /// Total factor between q_root·k_rootᵀ and the softmax.
     pub fn scale(&self) -> f64 {
         self.query.scale * self.key.scale * self.post_scale
@@ -45,30 +113,62 @@ impl Site {
 /// Every attention of the main graph, in graph order.
 pub fn sites(model: &Model) -> Vec<Site> {
     let nodes = &model.graph().nodes;
-    nodes.iter().filter_map(|&id| site(model, id)).collect()
+    let each = nodes.iter().filter_map(|&id| site(model, id));
+    each.filter_map(Result::ok).collect()
 }
 
-fn site(model: &Model, id: NodeId) -> Option<Site> {
+/// Fused attentions whose queries and keys cannot be computed beside them, and
+/// why.
+pub(super) fn refused(model: &Model) -> Vec<(NodeId, String)> {
+    let nodes = &model.graph().nodes;
+    let each = nodes.iter().filter_map(|&id| Some((id, site(model, id)?)));
+    each.filter_map(|(id, site)| Some((id, site.err()?)))
+        .collect()
+}
+
+fn site(model: &Model, id: NodeId) -> Option<Result<Site, String>> {
+    match fused(model, id) {
+        Some(site) => Some(site),
+        None => plain_site(model, id).map(Ok),
+    }
+}
+
+fn plain_site(model: &Model, id: NodeId) -> Option<Site> {
     let node = model.node(id);
     if node.is("Softmax") {
         return softmax_site(model, id);
     }
     if node.is("Attention") {
         let (q, k) = (node.input(0)?, node.input(1)?);
-        let (query, key) = (operand(model, q), operand(model, k));
-        let width = key.heads.or(query.heads).map(|h| h.1);
+        let (mut query, mut key) = (operand(model, q), operand(model, k));
+        // Of rank 3, the operands are split by the operator.
+        for (operand, count) in [(&mut query, "q_num_heads"), (&mut key, "kv_num_heads")] {
+            if let (None, Some(heads)) = (operand.heads, node.attr_int(count).filter(|h| *h > 0)) {
+                let width = projection_width(model, operand.root);
+                operand.heads = Some((heads, width.map_or(-1, |w| w / heads)));
+            }
+        }
+        let width = [key.heads, query.heads].into_iter().flatten();
+        let width = width.map(|h| h.1).find(|w| *w > 0);
         let stated = node
             .attr_float("scale")
             .map(f64::from)
             .filter(|s| *s != 0.0);
         let post_scale = stated.or_else(|| width.map(|w| 1.0 / (w as f64).sqrt()))?;
-        return Some(Site {
-            node: id,
-            query,
-            key,
-            post_scale,
-            softcap: f64::from(node.attr_float("softcap").unwrap_or(0.0)),
-        });
+        let mut site = Site::of(id, query, key, post_scale);
+        site.softcap = f64::from(node.attr_float("softcap").unwrap_or(0.0));
+        site.masks.extend(node.input(3).map(|mask| {
+            let boolean = element_type(model, mask) == Some(DataType::Bool);
+            match boolean {
+                true => Mask::Chosen {
+                    condition: mask,
+                    when: true,
+                    fill: None,
+                },
+                false => Mask::Added(mask),
+            }
+        }));
+        return Some(site);
     }
     None
 }
@@ -77,7 +177,8 @@ fn site(model: &Model, id: NodeId) -> Option<Site> {
 fn softmax_site(model: &Model, id: NodeId) -> Option<Site> {
     let mut at = model.node(id).input(0)?;
     let (mut post_scale, mut softcap) = (1.0, 0.0);
-    for _ in 0..12 {
+    let (mut masks, mut scaled_mask) = (Vec::new(), false);
+    for _ in 0..16 {
         let producer = model.producer_of(at)?;
         let node = model.node(producer);
         match node.op_type.as_str() {
@@ -86,12 +187,12 @@ fn softmax_site(model: &Model, id: NodeId) -> Option<Site> {
                     operand(model, node.input(0)?),
                     operand(model, node.input(1)?),
                 );
+                masks.reverse();
                 return Some(Site {
-                    node: id,
-                    query,
-                    key,
-                    post_scale,
                     softcap,
+                    masks,
+                    scaled_mask,
+                    ..Site::of(id, query, key, uncapped(post_scale, softcap))
                 });
             }
             // alpha · (q @ kᵀ), as ONNX Runtime fuses it; k as it is with transB.
@@ -104,24 +205,43 @@ fn softmax_site(model: &Model, id: NodeId) -> Option<Site> {
                     operand(model, node.input(0)?),
                     operand(model, node.input(1)?),
                 );
+                let alpha = f64::from(node.attr_float("alpha").unwrap_or(1.0));
+                masks.reverse();
                 return Some(Site {
-                    node: id,
-                    query,
-                    key,
-                    post_scale: post_scale * f64::from(node.attr_float("alpha").unwrap_or(1.0)),
                     softcap,
+                    masks,
+                    scaled_mask,
+                    ..Site::of(id, query, key, uncapped(post_scale, softcap) * alpha)
                 });
             }
             "Cast" | "Identity" | "Reshape" => at = node.input(0)?,
+            // Rounded to a grid and back.
+            "DequantizeLinear" => at = quantised_from(model, at)?,
             // scores + mask, in either order: the scores come from a product.
             "Add" => {
                 let (a, b) = (node.input(0)?, node.input(1)?);
-                at = if from_product(model, a) { a } else { b };
+                let (scores, mask) = if from_product(model, a) {
+                    (a, b)
+                } else {
+                    (b, a)
+                };
+                at = scores;
+                // The walk goes backwards: factors met so far apply after the mask.
+                scaled_mask |= post_scale != 1.0 || softcap != 0.0;
+                masks.push(Mask::Added(mask));
             }
             // Where(mask, scores, -inf) and Where(mask, -inf, scores).
             "Where" => {
-                let (a, b) = (node.input(1)?, node.input(2)?);
-                at = if from_product(model, a) { a } else { b };
+                let (condition, a, b) = (node.input(0)?, node.input(1)?, node.input(2)?);
+                let when = from_product(model, a);
+                let fill = Some(if when { b } else { a });
+                at = if when { a } else { b };
+                scaled_mask |= post_scale != 1.0 || softcap != 0.0;
+                masks.push(Mask::Chosen {
+                    condition,
+                    when,
+                    fill,
+                });
             }
             "Mul" => {
                 let (a, b) = (node.input(0)?, node.input(1)?);
@@ -148,6 +268,16 @@ fn softmax_site(model: &Model, id: NodeId) -> Option<Site> {
     None
 }
 
+/// The factor before a bound c: the quotient by c inside of the tanh is no part
+/// of it.
+fn uncapped(inside: f64, softcap: f64) -> f64 {
+    if softcap == 0.0 {
+        inside
+    } else {
+        inside * softcap
+    }
+}
+
 /// Whether a value is a product of two computed tensors, possibly scaled.
 fn from_product(model: &Model, mut value: ValueId) -> bool {
     for _ in 0..6 {
@@ -157,6 +287,7 @@ fn from_product(model: &Model, mut value: ValueId) -> bool {
         let next = match node.op_type.as_str() {
             "MatMul" | "FusedMatMul" => return true,
             "Cast" | "Identity" | "Reshape" | "Div" | "Tanh" | "Add" => node.input(0),
+            "DequantizeLinear" => quantised_from(model, value),
             "Mul" => {
                 let (a, b) = (node.input(0), node.input(1));
                 let constant = a.is_some_and(|a| consts::constant(model, a).is_some());
@@ -172,6 +303,15 @@ fn from_product(model: &Model, mut value: ValueId) -> bool {
     false
 }
 
+/// What was rounded to integers, for a value that was made of them again.
+fn quantised_from(model: &Model, value: ValueId) -> Option<ValueId> {
+    let back = model
+        .producer_node(value)
+        .filter(|n| n.is("DequantizeLinear"))?;
+    let there = model.producer_node(back.input(0)?)?;
+    there.is("QuantizeLinear").then(|| there.input(0)).flatten()
+}
+
 /// Traces an operand back through scaling and re-arranging.
 pub(super) fn operand(model: &Model, value: ValueId) -> Operand {
     let mut result = Operand {
@@ -179,6 +319,7 @@ pub(super) fn operand(model: &Model, value: ValueId) -> Operand {
         root: value,
         scale: 1.0,
         heads: None,
+        packed: None,
     };
     // The head width may be needed to evaluate a scale that was met earlier.
     let mut pending: Vec<(ValueId, bool)> = Vec::new();
@@ -191,6 +332,11 @@ pub(super) fn operand(model: &Model, value: ValueId) -> Operand {
             "Transpose" | "Cast" | "Identity" | "Unsqueeze" | "Squeeze" | "Expand" | "Flatten" => {
                 result.root = first;
             }
+            // A quantised model rounds between its operators: that changes no layout.
+            "DequantizeLinear" => match quantised_from(model, result.root) {
+                Some(before) => result.root = before,
+                None => break,
+            },
             "Reshape" => {
                 if let Some(heads) = node.input(1).and_then(|s| split_heads(model, s)) {
                     result.heads = Some(heads);

@@ -4,14 +4,32 @@
 //! between them goes through it. In a transformer these are the residual
 //! tensors: within a block the residual branch runs beside attention or MLP, so
 //! nothing inside a block qualifies. No operator pattern has to be known.
+//!
+//! An optimiser that computes a residual sum and its norm in one operator
+//! (`SkipSimplifiedLayerNormalization`) leaves no single such value, but the
+//! operator is one: all data passes through its outputs *together*. So what is
+//! found are cuts, each a list of values of one node.
 
 use std::collections::{HashMap, HashSet};
 
 use crate::ir::cone::{ancestors, carries_data, descendants};
 use crate::ir::{Model, ValueId};
 
-/// Articulations between `source` and `sink`, in order, both included.
+/// Values that together carry everything from what is before them to what is
+/// behind: one, or several outputs of one node in the order of its outputs.
+pub(super) type Cut = Vec<ValueId>;
+
+/// Values between `source` and `sink` that carry all data alone, in order, both
+/// included.
 pub(super) fn articulations(model: &Model, source: ValueId, sink: ValueId) -> Vec<ValueId> {
+    let single = cuts(model, source, sink)
+        .into_iter()
+        .filter(|c| c.len() == 1);
+    single.flatten().collect()
+}
+
+/// Cuts between `source` and `sink`, in order, both included.
+pub(super) fn cuts(model: &Model, source: ValueId, sink: ValueId) -> Vec<Cut> {
     let down = descendants(model, &[source], true);
     if !down.contains(&sink) {
         return Vec::new();
@@ -37,7 +55,7 @@ pub(super) fn articulations(model: &Model, source: ValueId, sink: ValueId) -> Ve
             .count()
     };
     open.insert(source, readers(source));
-    let mut found = vec![source];
+    let mut found = vec![vec![source]];
     for &id in &model.graph().nodes {
         if !carries_data(model, id) {
             continue;
@@ -61,18 +79,21 @@ pub(super) fn articulations(model: &Model, source: ValueId, sink: ValueId) -> Ve
                 }
             }
         }
-        for value in made {
+        for &value in &made {
             if value == sink {
-                found.push(sink);
+                found.push(vec![sink]);
                 return found;
             }
             open.insert(value, readers(value));
         }
-        if open.len() == 1
-            && let Some(&only) = open.keys().next()
-            && found.last() != Some(&only)
-        {
-            found.push(only);
+        // One value, or exactly what this node made.
+        let cut = match open.len() {
+            1 => open.keys().copied().collect(),
+            n if n == made.len() && made.iter().all(|v| open.contains_key(v)) => made,
+            _ => continue,
+        };
+        if found.last() != Some(&cut) {
+            found.push(cut);
         }
     }
     found

@@ -6,11 +6,12 @@
 
 use std::collections::HashSet;
 
-use super::attention::{Site, sites};
+use super::attention::{Site, refused, sites};
 use super::residual::articulations;
+use super::shuffle::{self, Shuffle};
 use super::{MIN_OPSET, NoMatch, hidden_network};
 use crate::ir::cone::{ancestors, descendants};
-use crate::ir::{DataType, Dim, Model, Node, ValueId, consts};
+use crate::ir::{DataType, Dim, Model, Node, NodeId, ValueId, consts};
 
 /// A recognised vision tower and projector.
 #[derive(Clone, Debug)]
@@ -24,7 +25,8 @@ pub struct VisionTower {
     pub features_index: Option<usize>,
     /// Output of the last live block: `[images, T, width]`, T = N or 1 + N.
     pub hidden: ValueId,
-    /// What the projector reads: `hidden`, or `hidden` without the CLS token.
+    /// What the projector reads: `hidden`, or `hidden` without the CLS token, or
+    /// what a shuffle made of it.
     pub entry: ValueId,
     /// Whether token 0 of `hidden` is a CLS token.
     pub cls: bool,
@@ -38,12 +40,16 @@ pub struct VisionTower {
     pub head_dim: i64,
     /// T, where the file fixes it.
     pub tokens: Option<i64>,
+    /// Width of the rows of `hidden`, D, where the file says it.
+    pub width: Option<i64>,
     /// Element type of `hidden`.
     pub dtype: DataType,
     /// Width of the features, where the file states it.
     pub feature_width: Option<i64>,
-    /// The first node behind the tower that treats its tokens as a grid (pixel
-    /// shuffle, pooling), by name: fewer tokens make no grid.
+    /// The re-arrangement of patches into wider tokens that ends at `entry`.
+    pub shuffle: Option<Shuffle>,
+    /// The first node behind `entry` that treats its tokens as a grid (pooling,
+    /// convolution), by name: fewer tokens make no grid.
     pub grid: Option<String>,
 }
 
@@ -53,8 +59,20 @@ impl VisionTower {
         self.tokens.map(|t| t - i64::from(self.cls))
     }
 
+    /// Tokens that a merge chooses among, where the file fixes their number: the
+    /// patches, or what a shuffle made of them.
+    pub fn candidates(&self) -> Option<i64> {
+        match &self.shuffle {
+            Some(shuffle) => Some(shuffle.tokens()),
+            None => self.patches(),
+        }
+    }
+
     /// Features that come out per image, where the file fixes their number.
     pub fn features_per_image(&self) -> Option<i64> {
+        if let Some(shuffle) = &self.shuffle {
+            return Some(shuffle.tokens());
+        }
         let dropped = self.cls && self.entry != self.hidden;
         self.tokens.map(|t| t - i64::from(dropped))
     }
@@ -109,14 +127,16 @@ impl VisionTower {
         let reached = descendants(model, &[pixels], true);
         let line = articulations(model, pixels, features);
         let needed = ancestors(model, &[features], true);
+        let is_live = |node: NodeId| {
+            let output = model.node(node).output(0);
+            output.is_some_and(|o| needed.contains(&o))
+        };
+        if let Some((_, why)) = refused(model).into_iter().find(|(n, _)| is_live(*n)) {
+            return fail(why);
+        }
         let live: Vec<Site> = sites(model)
             .into_iter()
-            .filter(|s| {
-                model
-                    .node(s.node)
-                    .output(0)
-                    .is_some_and(|o| needed.contains(&o))
-            })
+            .filter(|s| is_live(s.node))
             .collect();
         let Some(site) = live.last().cloned() else {
             return fail(format!(
@@ -130,12 +150,25 @@ impl VisionTower {
                 model.describe(site.node)
             ));
         };
+        let at = after_norm(model, &line, at);
         let hidden = line[at];
-        let (entry, dropped) = after_cls(model, &line[at..]);
+        let (mut entry, dropped) = after_cls(model, &line[at..]);
         let cls = dropped || prepends_token(model, &line, &reached);
         if !site.scale().is_finite() {
             return fail(format!(
                 "the attention scale of {} is not a constant",
+                model.describe(site.node)
+            ));
+        }
+        if site.scaled_mask {
+            return fail(format!(
+                "{} scales its scores after a mask was added, which is not supported",
+                model.describe(site.node)
+            ));
+        }
+        if site.softcap != 0.0 {
+            return fail(format!(
+                "{} bounds its scores (softcap), which is not supported",
                 model.describe(site.node)
             ));
         }
@@ -147,9 +180,21 @@ impl VisionTower {
         };
         let stated = model.value(features).ty.as_ref().and_then(|t| t.shape());
         let rows = stated.filter(|s| s.len() == 3).and_then(|s| s[1].known());
-        let tokens = rows
-            .map(|n| n + i64::from(dropped))
-            .or_else(|| position_rows(model, &line, &reached));
+        let counted = position_rows(model, &line, &reached)
+            .or_else(|| conv_patches(model, pixels, hidden).map(|n| n + i64::from(cls)));
+        let stated_width = row_width(model, hidden);
+        let width = stated_width.unwrap_or(heads * head_dim);
+        let shuffle = counted.and_then(|tokens| {
+            let (tokens, width) = (usize::try_from(tokens).ok()?, usize::try_from(width).ok()?);
+            shuffle::find(model, &line[at..], tokens, width, usize::from(cls))
+        });
+        let tokens = match &shuffle {
+            Some(found) => {
+                entry = found.output;
+                counted
+            }
+            None => rows.map(|n| n + i64::from(dropped)).or(counted),
+        };
         let dtype = element_type(model, hidden).unwrap_or(DataType::Float);
         Ok(Self {
             pixels,
@@ -163,11 +208,13 @@ impl VisionTower {
             heads,
             head_dim,
             tokens,
+            width: stated_width.or(shuffle.as_ref().map(|_| width)),
             dtype,
             feature_width: stated
                 .and_then(<[Dim]>::last)
                 .and_then(Dim::known)
                 .or_else(|| projection_width(model, features)),
+            shuffle,
             grid: grid_node(model, entry, &needed),
         })
     }
@@ -211,15 +258,82 @@ fn grid_node(model: &Model, entry: ValueId, needed: &HashSet<ValueId>) -> Option
         }
         _ => false,
     };
-    let mut nodes = model.graph().nodes.iter().filter(|n| {
-        let node = model.node(**n);
-        node.outputs.iter().flatten().any(on_the_way) && rearranges(node)
-    });
-    nodes.next().map(|n| model.describe(*n))
+    let found: Vec<NodeId> = model
+        .graph()
+        .nodes
+        .iter()
+        .copied()
+        .filter(|n| {
+            let node = model.node(*n);
+            node.outputs.iter().flatten().any(on_the_way) && rearranges(node)
+        })
+        .collect();
+    // What is done with the grid says more than how it is laid out.
+    let moves = |n: &NodeId| matches!(model.node(*n).op_type.as_str(), "Transpose" | "Reshape");
+    let named = found.iter().find(|n| !moves(n)).or(found.first());
+    named.map(|n| model.describe(*n))
+}
+
+/// Width of the rows of a value, where the file says it or a learned vector that
+/// is applied to them does.
+fn row_width(model: &Model, value: ValueId) -> Option<i64> {
+    let stated = model.value(value).ty.as_ref().and_then(|t| t.shape());
+    if let Some(known) = stated.and_then(<[Dim]>::last).and_then(Dim::known) {
+        return Some(known);
+    }
+    let node = model.producer_node(value)?;
+    let vectors = node.inputs.iter().flatten();
+    let mut vectors = vectors.filter_map(|v| consts::dims(model, *v).filter(|d| d.len() == 1));
+    vectors.next().map(|d| d[0])
+}
+
+/// Number of patches that the convolution between pixels and tokens cuts images
+/// of a fixed size into; `None` if there are several (then it is no patch embedding).
+fn conv_patches(model: &Model, pixels: ValueId, hidden: ValueId) -> Option<i64> {
+    let size = model.value(pixels).ty.as_ref()?.shape()?;
+    let edges: Vec<Option<i64>> = size.iter().rev().take(2).map(Dim::known).collect();
+    let [Some(w), Some(h)] = edges.as_slice() else {
+        return None;
+    };
+    let seen = descendants(model, &[pixels], true);
+    let needed = ancestors(model, &[hidden], true);
+    let mut convolutions = model
+        .graph()
+        .nodes
+        .iter()
+        .map(|n| model.node(*n))
+        .filter(|n| {
+            matches!(n.op_type.as_str(), "Conv" | "ConvInteger" | "QLinearConv")
+                && n.input(0).is_some_and(|v| seen.contains(&v))
+                && n.output(0).is_some_and(|v| needed.contains(&v))
+        });
+    let conv = convolutions.next()?;
+    if convolutions.next().is_some() {
+        return None;
+    }
+    if conv
+        .attr_ints("pads")
+        .is_some_and(|p| p.iter().any(|n| *n != 0))
+    {
+        return None;
+    }
+    let weight = conv.input(if conv.op_type == "QLinearConv" { 3 } else { 1 })?;
+    let kernel = conv.attr_ints("kernel_shape").map(<[i64]>::to_vec);
+    let kernel = kernel.or_else(|| consts::dims(model, weight)?.get(2..4).map(<[i64]>::to_vec))?;
+    let strides = conv.attr_ints("strides")?;
+    let ([kh, kw], [sh, sw]) = (kernel.as_slice(), strides) else {
+        return None;
+    };
+    let along = |size: i64, kernel: i64, stride: i64| {
+        (stride > 0 && size >= kernel).then(|| (size - kernel) / stride + 1)
+    };
+    Some(along(*h, *kh, *sh)? * along(*w, *kw, *sw)?)
 }
 
 /// Position on the residual line of the last sum of two data paths behind the
-/// last attention: the end of the last block.
+/// last attention: the end of the last block. A fused normalisation
+/// (`SkipLayerNormalization`) sums its inputs too; where it gives out the sum,
+/// that is the end, else what it makes of it.
 fn tower_end(
     model: &Model,
     line: &[ValueId],
@@ -229,11 +343,56 @@ fn tower_end(
     let output = model.node(site.node).output(0)?;
     let after = descendants(model, &[output], true);
     line.iter().rposition(|&v| {
-        let joins = model
-            .producer_node(v)
-            .is_some_and(|n| n.is("Add") && n.inputs.iter().flatten().all(|i| reached.contains(i)));
+        let joins = model.producer_node(v).is_some_and(|n| {
+            let sums = match n.is_ms("SkipLayerNormalization") {
+                true => 2,
+                false if n.is("Add") => n.inputs.len(),
+                false => return false,
+            };
+            let mut summed = n.inputs.iter().take(sums).flatten();
+            summed.all(|i| reached.contains(i))
+        });
         joins && after.contains(&v)
     })
+}
+
+/// Past the normalisation that ends some towers, if there is one: its output is
+/// what the projector receives. As one operator, or as the exporter spelt it out:
+/// (x − mean) / √(variance + ε) · weight + bias.
+fn after_norm(model: &Model, line: &[ValueId], end: usize) -> usize {
+    let reads = |at: usize, op: &str| {
+        let node = line.get(at).and_then(|v| model.producer_node(*v));
+        node.is_some_and(|n| {
+            n.op_type == op
+                && n.inputs.contains(&Some(line[at - 1]))
+                && n.output(0) == Some(line[at])
+        })
+    };
+    let learned = |at: usize| {
+        let node = model.producer_node(line[at]);
+        node.is_some_and(|n| {
+            n.inputs
+                .iter()
+                .flatten()
+                .any(|i| consts::dims(model, *i).is_some_and(|d| d.len() == 1))
+        })
+    };
+    if reads(end + 1, "LayerNormalization") {
+        return end + 1;
+    }
+    let mut at = end + 1;
+    // A cast to the precision of the statistics.
+    let cast = reads(at, "Cast");
+    at += usize::from(cast);
+    if !(reads(at, "Sub") && reads(at + 1, "Div")) {
+        return end;
+    }
+    at += 2;
+    at += usize::from(reads(at, "Cast"));
+    match reads(at, "Mul") && learned(at) && reads(at + 1, "Add") && learned(at + 1) {
+        true => at + 1,
+        false => end,
+    }
 }
 
 /// Follows the line from the tower's end to what the projector reads: past a
@@ -371,6 +530,20 @@ pub(super) fn element_type(model: &Model, value: ValueId) -> Option<DataType> {
         }
         if let Some(tensor) = consts::constant(model, at) {
             return Some(tensor.dtype);
+        }
+        if matches!(
+            node.op_type.as_str(),
+            "Equal"
+                | "Less"
+                | "LessOrEqual"
+                | "Greater"
+                | "GreaterOrEqual"
+                | "And"
+                | "Or"
+                | "Not"
+                | "IsNaN"
+        ) {
+            return Some(DataType::Bool);
         }
         // Operators of these graphs give out the type of their first data
         // input; a constant operand (bias, weight) has it too.

@@ -35,25 +35,26 @@ impl Role {
 
     /// Recognises what a model is.
     pub fn of(model: &Model) -> Self {
-        if WholeModel::has_interface(model) {
-            return match WholeModel::recognise(model) {
-                Ok(whole) => Self::Whole(Box::new(whole)),
-                Err(why) => Self::Unknown(vec![why]),
-            };
-        }
-        let vision = match VisionTower::recognise(model) {
-            Ok(tower) => return Self::Vision(Box::new(tower)),
-            Err(why) => why,
+        let whole = WholeModel::has_interface(model).then(|| WholeModel::recognise(model));
+        let whole = match whole {
+            Some(Ok(whole)) => return Self::Whole(Box::new(whole)),
+            Some(Err(why)) => Some(why),
+            None => None,
         };
+        // First: layers with a cache are also layers, which a tower is made of.
         let decoder = match Decoder::recognise(model) {
             Ok(decoder) => return Self::Decoder(Box::new(decoder)),
+            Err(why) => why,
+        };
+        let vision = match VisionTower::recognise(model) {
+            Ok(tower) => return Self::Vision(Box::new(tower)),
             Err(why) => why,
         };
         let embedding = match Embedding::recognise(model) {
             Ok(embedding) => return Self::Embedding(Box::new(embedding)),
             Err(why) => why,
         };
-        Self::Unknown(vec![vision, decoder, embedding])
+        Self::Unknown(whole.map_or_else(|| vec![vision, decoder, embedding], |why| vec![why]))
     }
 }
 

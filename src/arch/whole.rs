@@ -85,7 +85,12 @@ impl WholeModel {
         // A provisional decoder tells where its first layer begins: after whatever
         // brings the joined embeddings into shape.
         let probe = Decoder::between(model, joined, logits)?;
-        let embeds = probe.layers[0].boundary;
+        let [embeds] = probe.layers[0].boundary[..] else {
+            return fail(format!(
+                "several tensors enter the first layer, of which '{}' is one; one residual tensor was expected",
+                model.name(probe.layers[0].boundary[0])
+            ));
+        };
         let mut decoder = Decoder::between(model, embeds, logits)?;
         let mut scattered = line[..at].iter().rev().copied();
         let Some(features) = scattered.find(|&v| computed(model, v)) else {

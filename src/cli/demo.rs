@@ -10,7 +10,9 @@ use super::rewrite::{average, outputs, tokens_by_layer};
 use super::{Engine, Global, Outcome, load, run::millis, style};
 use crate::onnx::{DataMode, write_out};
 use crate::passes::rewrite;
-use crate::runtime::{self, GenerateOptions, Generation, Message, Pixels, VlmFiles, VlmPipeline};
+use crate::runtime::{
+    self, CacheHeads, GenerateOptions, Generation, Message, Pixels, VlmFiles, VlmPipeline,
+};
 use crate::validate::{Options, check};
 
 /// Arguments of `duet demo`.
@@ -127,7 +129,9 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     super::validate::print(&report);
 
     heading("5. Side by side");
-    side_by_side(&base, &new, arguments.runs.max(1), &engine)?;
+    let heads = original.decoders().next();
+    let heads = heads.and_then(|(_, d)| load::heads_of((d.kv_heads, d.head_dim)));
+    side_by_side(&base, &new, heads, arguments.runs.max(1), &engine)?;
     Ok(if report.passed() {
         Outcome::Done
     } else {
@@ -140,7 +144,13 @@ fn heading(text: &str) {
 }
 
 /// Runs both models in turns on the same picture and question.
-fn side_by_side(base: &Path, new: &Path, runs: usize, engine: &Engine) -> anyhow::Result<()> {
+fn side_by_side(
+    base: &Path,
+    new: &Path,
+    heads: Option<CacheHeads>,
+    runs: usize,
+    engine: &Engine,
+) -> anyhow::Result<()> {
     let open = |dir: &Path| -> anyhow::Result<VlmPipeline> {
         let file = |name: &str| dir.join("onnx").join(format!("{name}.onnx"));
         let files = VlmFiles {
@@ -149,7 +159,8 @@ fn side_by_side(base: &Path, new: &Path, runs: usize, engine: &Engine) -> anyhow
             decoder: file("decoder_model_merged"),
             configs: dir.to_owned(),
         };
-        Ok(VlmPipeline::open(&files, &engine.options())?)
+        let options = engine.options();
+        Ok(VlmPipeline::open_with_heads(&files, &options, heads)?)
     };
     let mut models = [open(base)?, open(new)?];
     let picture = [Pixels::decode(PICTURE, "street.png")?];

@@ -125,11 +125,12 @@ fn tower(model: &Model, t: &VisionTower) -> Value {
         "cls": t.cls,
         "cls_dropped_before_projector": t.cls && t.entry != t.hidden,
         "patches": t.patches(),
+        "patches_per_token": t.shuffle.as_ref().map_or(1, |s| s.per),
         "features_per_image": t.features_per_image(),
         "feature_width": t.feature_width,
         "dtype": t.dtype.to_string(),
         "attention": model.describe(t.site.node),
-        "merge_point": model.name(t.hidden),
+        "merge_point": model.name(merge_point(t)),
     })
 }
 
@@ -144,10 +145,18 @@ fn decoder(model: &Model, d: &Decoder) -> Value {
         "dtype": d.dtype.to_string(),
         "drop_points": (1..d.depth()).map(|l| json!({
             "after_layer": l,
-            "residual": model.name(d.layers[l].boundary),
+            "residual": d.layers[l].boundary.iter().map(|v| model.name(*v)).collect::<Vec<_>>().join(", "),
         })).collect::<Vec<_>>(),
         "prelude_nodes": prelude(model, d),
     })
+}
+
+/// Where a merge takes its tokens from.
+fn merge_point(tower: &crate::arch::VisionTower) -> crate::ir::ValueId {
+    match tower.shuffle {
+        Some(_) => tower.entry,
+        None => tower.hidden,
+    }
 }
 
 /// Nodes before the first layer that later layers read from: what is cloned at a
@@ -156,7 +165,7 @@ fn prelude(model: &Model, decoder: &Decoder) -> usize {
     let Some(second) = decoder.layers.get(1) else {
         return 0;
     };
-    let behind = crate::ir::cone::descendants(model, &[second.boundary], false);
+    let behind = crate::ir::cone::descendants(model, &second.boundary, false);
     let data = crate::ir::cone::descendants(model, &[decoder.embeds], true);
     let side: Vec<_> = model
         .graph()
@@ -167,7 +176,7 @@ fn prelude(model: &Model, decoder: &Decoder) -> usize {
             n.outputs
                 .iter()
                 .flatten()
-                .any(|o| behind.contains(o) && *o != second.boundary)
+                .any(|o| behind.contains(o) && !second.boundary.contains(o))
         })
         .flat_map(|n| n.inputs.iter().flatten().copied())
         .filter(|v| !behind.contains(v) && !data.contains(v))
@@ -259,13 +268,17 @@ fn print_tower(model: &Model, t: &VisionTower) {
         t.head_dim,
         t.dtype
     );
-    anstream::println!("  tokens     {cls}{} patches", optional(t.patches()));
+    let shuffled = t.shuffle.as_ref().map_or(String::new(), |s| {
+        format!(", {} in a token (pixel shuffle)", s.per)
+    });
+    let patches = optional(t.patches());
+    anstream::println!("  tokens     {cls}{patches} patches{shuffled}");
     anstream::println!(
         "  features   {} × {} per image",
         optional(t.features_per_image()),
         optional(t.feature_width)
     );
-    anstream::println!("  merge at   {}", model.name(t.hidden));
+    anstream::println!("  merge at   {}", model.name(merge_point(t)));
 }
 
 fn print_decoder(model: &Model, d: &Decoder) {

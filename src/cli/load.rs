@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 
 use super::Global;
-use crate::arch::{Role, Vlm, WholeModel};
+use crate::arch::{Role, Vlm, WholeModel, cache_heads};
 use crate::ir::{Model, ValueId, verify};
 use crate::onnx::{ModelDir, ModelFile, read};
 use crate::passes::{Recipe, earlier_recipe};
+use crate::runtime::CacheHeads;
 
 /// Recipes that ship with the program: the files of `passes/`.
 pub(super) const RECIPES: &[(&str, &str)] = &[
@@ -167,6 +168,8 @@ pub(super) struct Trio {
     pub(super) decoder: PathBuf,
     /// The graph that starts the cache, where `decoder` only goes on from one.
     pub(super) prompt: Option<PathBuf>,
+    /// Heads of the decoder's cache, which its interface need not declare.
+    pub(super) heads: Option<CacheHeads>,
 }
 
 /// Whether a graph turns embeddings into logits.
@@ -230,6 +233,8 @@ pub(super) fn trio(path: &Path, variant: Option<&str>) -> anyhow::Result<(ModelD
     } else {
         None
     };
+    let chosen = models.iter().find(|(f, _)| dir.path(f) == decoder);
+    let heads = chosen.and_then(|(_, m)| cache_heads(m));
     let trio = Trio {
         vision: pick("vision encoder (pixel_values → image_features)", |m| {
             m.input("pixel_values").is_some() && m.output("logits").is_none()
@@ -241,6 +246,15 @@ pub(super) fn trio(path: &Path, variant: Option<&str>) -> anyhow::Result<(ModelD
         })?,
         decoder,
         prompt,
+        heads: heads.and_then(heads_of),
     };
     Ok((dir, trio))
+}
+
+/// What the runtime is told of a cache's heads.
+pub(super) fn heads_of((count, width): (i64, i64)) -> Option<CacheHeads> {
+    Some(CacheHeads {
+        count: usize::try_from(count).ok()?,
+        width: usize::try_from(width).ok()?,
+    })
 }

@@ -6,6 +6,7 @@
 mod demo;
 mod inspect;
 mod load;
+mod plan;
 mod rewrite;
 mod run;
 mod runtime;
@@ -58,6 +59,8 @@ impl Global {
 enum Command {
     /// Show what is recognised in a model: tower, projector, decoder layers, drop points
     Inspect(inspect::Arguments),
+    /// Make a recipe for a budget of visual tokens
+    Plan(plan::Arguments),
     /// Rewrite a model with a recipe
     Rewrite(rewrite::Arguments),
     /// Answer a question about images with ONNX Runtime
@@ -113,6 +116,7 @@ pub fn main() -> ExitCode {
     let global = &cli.global;
     let outcome = match &cli.command {
         Command::Inspect(arguments) => inspect::run(arguments, global),
+        Command::Plan(arguments) => plan::run(arguments, global),
         Command::Rewrite(arguments) => rewrite::run(arguments, global),
         Command::Run(arguments) => run::run(arguments, global),
         Command::Validate(arguments) => validate::run(arguments, global),

@@ -127,7 +127,7 @@ fn token_counts(vlm: &Vlm, recipe: &Recipe) -> Option<(i64, i64)> {
         // An inner value need not state its shape.
         None => recipe.pass::<TokenMerge>()?.tokens_out(tower)?,
     };
-    (Some(after) != tower.features_per_image()).then_some((tower.patches()?, after))
+    (Some(after) != tower.features_per_image()).then_some((tower.candidates()?, after))
 }
 
 /// The first file with external data in a branch or another body.

@@ -121,7 +121,7 @@ fn open(arguments: &Arguments) -> anyhow::Result<VlmPipeline> {
         configs: dir.root,
     };
     let options = arguments.engine.options();
-    let pipeline = VlmPipeline::open(&files, &options)?;
+    let pipeline = VlmPipeline::open_with_heads(&files, &options, trio.heads)?;
     Ok(match trio.prompt {
         Some(prompt) => pipeline.with_prompt_decoder(&prompt, &options)?,
         None => pipeline,

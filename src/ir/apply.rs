@@ -103,6 +103,39 @@ impl Model {
                 target.edited = true;
                 self.touch(owner);
             }
+            Edit::Connect { node, slot, to } => {
+                if self.try_node(node).is_none() {
+                    return Err(format!("an input for {node}, which does not exist"));
+                }
+                let here = Use { node, slot };
+                if let Some(old) = self.node(node).input(slot) {
+                    self.values[old.index()].uses.retain(|u| *u != here);
+                }
+                self.values[to.index()].uses.push(here);
+                let owner = self.node(node).graph;
+                let target = self.node_mut(node);
+                if target.inputs.len() <= slot {
+                    target.inputs.resize(slot + 1, None);
+                }
+                target.inputs[slot] = Some(to);
+                target.edited = true;
+                self.touch(owner);
+            }
+            Edit::SetAttribute { node, attribute } => {
+                if self.try_node(node).is_none() {
+                    return Err(format!("an attribute for {node}, which does not exist"));
+                }
+                let owner = self.node(node).graph;
+                let target = self.node_mut(node);
+                let same = |a: &&mut super::Attribute| a.name == attribute.name;
+                match target.attributes.iter_mut().find(same) {
+                    Some(old) => *old = attribute,
+                    None => target.attributes.push(attribute),
+                }
+                // What the file says of the node is no longer so: it is written anew.
+                target.origin = None;
+                self.touch(owner);
+            }
             Edit::ReplaceOutput { index, to } => {
                 let Some(&old) = self.graphs[graph.index()].outputs.get(index) else {
                     return Err(format!("there is no graph output {index}"));

@@ -153,7 +153,11 @@ impl Patch<'_> {
             let inputs = node
                 .inputs
                 .iter()
-                .map(|input| input.map(|v| subst[&v]))
+                .map(|input| input.map(|v| (v, subst[&v])))
+                .collect::<Vec<_>>();
+            let inputs = inputs
+                .into_iter()
+                .map(|input| input.map(|(old, new)| self.own_weight(old, new)))
                 .collect();
             let outputs = self.copy_node(producer, inputs);
             for (old, new) in self.model().node(producer).outputs.iter().zip(outputs) {
@@ -164,5 +168,39 @@ impl Patch<'_> {
             }
         }
         Ok(subst[&target])
+    }
+
+    /// A shared weight that is stored in blocks of few bits gets a
+    /// `DequantizeLinear` and a tensor of its own (one that refers to the same bytes,
+    /// where they are external): ONNX Runtime fuses it with its `MatMul` only where
+    /// neither has another reader. Shared by original and clone, both would lose the
+    /// fusion, and with it the fused kernel's rounding of activations.
+    fn own_weight(&mut self, old: ValueId, new: ValueId) -> ValueId {
+        let model = self.model();
+        let Some(producer) = model.producer_of(old).filter(|_| old == new) else {
+            return new;
+        };
+        let node = model.node(producer);
+        let blocks = node.attr_int("block_size").unwrap_or(0) > 0;
+        if !node.is("DequantizeLinear") || !blocks {
+            return new;
+        }
+        let tensors: Option<Vec<_>> = node
+            .inputs
+            .iter()
+            .map(|input| match input {
+                Some(v) => Some(Some(model.value(*v).initializer.clone()?)),
+                None => Some(None),
+            })
+            .collect();
+        let Some(tensors) = tensors else {
+            return new;
+        };
+        let mut inputs = Vec::new();
+        for tensor in tensors {
+            inputs.push(tensor.map(|t| self.own_constant(t)));
+        }
+        let copies = self.copy_node(producer, inputs);
+        copies.first().copied().flatten().unwrap_or(new)
     }
 }

@@ -19,6 +19,15 @@ pub(in crate::ir) enum Edit {
         slot: usize,
         to: ValueId,
     },
+    Connect {
+        node: NodeId,
+        slot: usize,
+        to: ValueId,
+    },
+    SetAttribute {
+        node: NodeId,
+        attribute: Attribute,
+    },
     ReplaceOutput {
         index: usize,
         to: ValueId,
@@ -239,6 +248,15 @@ impl<'m> Patch<'m> {
         if let Some(&id) = key.as_ref().and_then(|k| self.constants.get(k)) {
             return id;
         }
+        let id = self.own_constant(tensor);
+        if let Some(key) = key {
+            self.constants.insert(key, id);
+        }
+        id
+    }
+
+    /// Adds a constant that is shared with nothing.
+    pub(in crate::ir) fn own_constant(&mut self, tensor: Tensor) -> ValueId {
         let scope = std::mem::take(&mut self.scope);
         let name = self.unique(if tensor.name.is_empty() {
             "const"
@@ -251,11 +269,7 @@ impl<'m> Patch<'m> {
             origin: None,
             ..tensor
         };
-        let id = self.push_value(name, Def::Initializer, Some(tensor));
-        if let Some(key) = key {
-            self.constants.insert(key, id);
-        }
-        id
+        self.push_value(name, Def::Initializer, Some(tensor))
     }
 
     /// Adds a graph input after the existing ones.
@@ -286,6 +300,17 @@ impl<'m> Patch<'m> {
     /// Makes input `slot` of a node of the model read `to`.
     pub fn rewire(&mut self, node: NodeId, slot: usize, to: ValueId) {
         self.edits.push(Edit::Rewire { node, slot, to });
+    }
+
+    /// Makes input `slot` of a node of the model read `to`, whether or not the node
+    /// had that (optional) input before.
+    pub fn connect(&mut self, node: NodeId, slot: usize, to: ValueId) {
+        self.edits.push(Edit::Connect { node, slot, to });
+    }
+
+    /// Sets an attribute of a node of the model.
+    pub fn set_attribute(&mut self, node: NodeId, attribute: Attribute) {
+        self.edits.push(Edit::SetAttribute { node, attribute });
     }
 
     /// Makes every node of the model that reads `from` read `to`.

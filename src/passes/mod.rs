@@ -6,6 +6,7 @@
 //! Adding a pass takes one file here, its `mod` line and its line in
 //! [`REGISTRY`].
 
+mod budget;
 mod error;
 mod manager;
 mod marker;
@@ -13,6 +14,7 @@ mod recipe;
 mod token_merge;
 mod visual_prune;
 
+pub use budget::{BudgetShape, Planned, plan};
 pub use error::PassError;
 pub use manager::{Change, Rewritten, earlier_recipe, rewrite};
 pub use marker::{Marker, VISUAL_MASK_INPUT};

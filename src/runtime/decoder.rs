@@ -63,6 +63,8 @@ pub struct Cache {
     values: Vec<Value>,
     /// Index of the axis that grows, for each value.
     axes: Vec<usize>,
+    /// Which of them are keys, in the order of the layers.
+    keys: Vec<usize>,
     /// `[B, tokens so far]`, 0 for padding.
     mask: Array2<i64>,
 }
@@ -73,6 +75,7 @@ impl Cache {
         Self {
             values: Vec::new(),
             axes: Vec::new(),
+            keys: Vec::new(),
             mask: Array2::ones((1, tokens)),
         }
     }
@@ -94,13 +97,8 @@ impl Cache {
 
     /// Length of each layer's cache (of its keys).
     pub fn lengths(&self) -> Vec<usize> {
-        let lengths = self
-            .values
-            .iter()
-            .zip(&self.axes)
-            .map(|(value, &axis)| value.shape()[axis]);
-        // Keys and values take turns.
-        lengths.step_by(2).collect()
+        let length = |&at: &usize| self.values[at].shape()[self.axes[at]];
+        self.keys.iter().map(length).collect()
     }
 
     /// Bytes of all keys and values.
@@ -169,6 +167,15 @@ struct Slot {
     axis: usize,
 }
 
+/// Heads of a cache, for decoders that do not declare them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheHeads {
+    /// Number of key/value heads.
+    pub count: usize,
+    /// Width of a head.
+    pub width: usize,
+}
+
 /// An open decoder.
 #[derive(Debug)]
 pub struct Decoder {
@@ -176,6 +183,8 @@ pub struct Decoder {
     /// The graph that runs first, where `session` only goes on from a cache.
     prompt: Option<Session>,
     slots: Vec<Slot>,
+    /// Which slots are keys, in the order of the layers.
+    keys: Vec<usize>,
 }
 
 impl Decoder {
@@ -185,6 +194,15 @@ impl Decoder {
     /// There are no logits, an input is not one of those that can be filled, a `past_key_values.*` has no
     /// `present.*`, or its head count or head size is not fixed.
     pub fn new(session: Session) -> Result<Self> {
+        Self::with_heads(session, None)
+    }
+
+    /// As [`new`](Self::new); `heads` stand in for a head count and head size that the model does not declare
+    /// (`[batch, heads, past, width]`, one of them or both left open).
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_heads(session: Session, heads: Option<CacheHeads>) -> Result<Self> {
         let wrong = |expected: &str, found: String| RuntimeError::Interface {
             model: session.model().to_string(),
             expected: expected.to_string(),
@@ -205,14 +223,16 @@ impl Decoder {
         let mut slots = Vec::new();
         for port in session.inputs() {
             if let Some(rest) = port.name.strip_prefix("past_key_values.") {
-                slots.push(slot(&session, port, rest)?);
+                slots.push(slot(&session, port, rest, heads)?);
             }
         }
         fillable(&session)?;
+        let keys = keys(&slots);
         Ok(Self {
             session,
             prompt: None,
             slots,
+            keys,
         })
     }
 
@@ -309,6 +329,7 @@ impl Decoder {
         Ok(Cache {
             values,
             axes,
+            keys: self.keys.clone(),
             mask: Array2::zeros((batch, 0)),
         })
     }
@@ -439,6 +460,7 @@ impl Decoder {
             cache: Cache {
                 values,
                 axes: cache.axes.clone(),
+                keys: cache.keys.clone(),
                 mask,
             },
             elapsed,
@@ -467,7 +489,7 @@ fn fillable(session: &Session) -> Result<()> {
 }
 
 /// The pair of a past input and its present output.
-fn slot(session: &Session, port: &Port, rest: &str) -> Result<Slot> {
+fn slot(session: &Session, port: &Port, rest: &str, heads: Option<CacheHeads>) -> Result<Slot> {
     let wrong = |expected: String, found: String| RuntimeError::Interface {
         model: session.model().to_string(),
         expected,
@@ -480,7 +502,11 @@ fn slot(session: &Session, port: &Port, rest: &str) -> Result<Slot> {
             ports(session.outputs()),
         ));
     }
-    let dims: Vec<Option<usize>> = port.dims.iter().map(|dim| dim.fixed()).collect();
+    let mut dims: Vec<Option<usize>> = port.dims.iter().map(|dim| dim.fixed()).collect();
+    if let (Some(heads), [_, count, _, width]) = (heads, dims.as_mut_slice()) {
+        count.get_or_insert(heads.count);
+        width.get_or_insert(heads.width);
+    }
     // What varies besides the rows is the number of tokens: the head count and head size are known.
     let mut growing = (1..dims.len()).filter(|&axis| dims[axis].is_none());
     let (Some(axis), None, Some(dtype)) = (growing.next(), growing.next(), port.dtype) else {
@@ -500,6 +526,21 @@ fn slot(session: &Session, port: &Port, rest: &str) -> Result<Slot> {
         dims,
         axis,
     })
+}
+
+/// Which slots hold keys, in the order of the layers that their names state. Interfaces list keys and values in
+/// turns, or all keys before all values.
+fn keys(slots: &[Slot]) -> Vec<usize> {
+    let layer =
+        |name: &str| -> Option<usize> { name.rsplit('.').find_map(|part| part.parse().ok()) };
+    let mut keys: Vec<(Option<usize>, usize)> = slots
+        .iter()
+        .enumerate()
+        .filter(|(_, slot)| slot.past.ends_with("key"))
+        .map(|(at, slot)| (layer(&slot.past), at))
+        .collect();
+    keys.sort();
+    keys.into_iter().map(|(_, at)| at).collect()
 }
 
 /// Position ids of the last `new` columns of a mask: the number of tokens before each, 0 for padding.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use ndarray::Array2;
 
-use super::decoder::{Cache, Decoder, StepInput};
+use super::decoder::{Cache, CacheHeads, Decoder, StepInput};
 use super::error::{Result, RuntimeError};
 use super::image::{ImageProcessor, Pixels};
 use super::salient::salient_mask;
@@ -156,6 +156,18 @@ impl VlmPipeline {
     /// # Errors
     /// A file is missing, does not load, or does not have the interface of its part.
     pub fn open(files: &VlmFiles, options: &SessionOptions) -> Result<Self> {
+        Self::open_with_heads(files, options, None)
+    }
+
+    /// As [`open`](Self::open), with the heads of a cache that the decoder does not declare.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with_heads(
+        files: &VlmFiles,
+        options: &SessionOptions,
+        heads: Option<CacheHeads>,
+    ) -> Result<Self> {
         let configs: &Path = &files.configs;
         // The cheap and most often wrong parts first.
         let text = TextProcessor::from_dir(configs)?;
@@ -163,7 +175,7 @@ impl VlmPipeline {
         Ok(Self {
             vision: VisionEncoder::new(Session::open(&files.vision_encoder, options)?)?,
             embedder: Embedder::new(Session::open(&files.embed_tokens, options)?)?,
-            decoder: Decoder::new(Session::open(&files.decoder, options)?)?,
+            decoder: Decoder::with_heads(Session::open(&files.decoder, options)?, heads)?,
             text,
             images,
         })

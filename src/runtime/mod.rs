@@ -40,7 +40,7 @@ pub mod whole;
 #[cfg(test)]
 mod test_models;
 
-pub use decoder::{Cache, Decoder, StepInput, StepOutput};
+pub use decoder::{Cache, CacheHeads, Decoder, StepInput, StepOutput};
 pub use error::RuntimeError;
 pub use generate::{
     GenerateOptions, Generation, Prepared, Stop, Timing, Token, VlmFiles, VlmPipeline,
@@ -53,5 +53,5 @@ pub use template::{ChatTemplate, Content, Message, Part};
 pub use tensor::{DType, Tensor, TensorData};
 pub use text::TextProcessor;
 pub use value::Value;
-pub use vision::{Embedder, VisionEncoder, scatter};
+pub use vision::{Embedder, VisionEncoder, pixel_mask, scatter};
 pub use whole::{WholeInput, WholeModel, WholeOutput, WholePipeline, WholePrompt};

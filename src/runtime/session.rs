@@ -43,6 +43,8 @@ pub struct SessionOptions {
     pub data_dir: Option<PathBuf>,
     /// Writes a profile; its path starts with this prefix. See [`Session::end_profiling`].
     pub profile: Option<PathBuf>,
+    /// Writes the graph as optimised for this machine to this file, for looking at.
+    pub optimized_model: Option<PathBuf>,
 }
 
 /// One dimension of a declared input or output.
@@ -337,6 +339,11 @@ fn builder(options: &SessionOptions, model: &str) -> Result<SessionBuilder> {
     if let Some(prefix) = &options.profile {
         builder = builder
             .with_profiling(prefix)
+            .map_err(|e| failed(e.to_string()))?;
+    }
+    if let Some(path) = &options.optimized_model {
+        builder = builder
+            .with_optimized_model_path(path)
             .map_err(|e| failed(e.to_string()))?;
     }
     for name in &options.providers {

@@ -3,7 +3,7 @@
 use ndarray::{Array2, Array3, Axis};
 
 use super::error::{Result, RuntimeError};
-use super::session::{Port, Session};
+use super::session::{Outputs, Port, Session};
 use super::tensor::{DType, Element, Tensor, TensorData};
 use super::value::Value;
 
@@ -12,6 +12,8 @@ use super::value::Value;
 pub struct VisionEncoder {
     session: Session,
     pixels: Port,
+    /// Which pixels are the image and which padding, for models that are told.
+    mask: Option<Port>,
 }
 
 impl VisionEncoder {
@@ -20,15 +22,29 @@ impl VisionEncoder {
     /// # Errors
     /// The model needs something else than one input of pixels.
     pub fn new(session: Session) -> Result<Self> {
+        let float = |port: &Port| port.dtype.is_some_and(DType::is_float);
+        let marks = |port: &Port| {
+            matches!(
+                port.dtype,
+                Some(DType::Bool | DType::I64 | DType::I32 | DType::U8)
+            ) && port.dims.len() >= 3
+        };
         match session.inputs() {
-            [pixels] if pixels.dtype.is_some_and(DType::is_float) => Ok(Self {
+            [pixels] if float(pixels) => Ok(Self {
                 pixels: pixels.clone(),
+                mask: None,
+                session,
+            }),
+            [pixels, mask] if float(pixels) && marks(mask) => Ok(Self {
+                pixels: pixels.clone(),
+                mask: Some(mask.clone()),
                 session,
             }),
             inputs => Err(RuntimeError::Interface {
                 model: session.model().to_string(),
                 expected:
-                    "a vision encoder with one input, pixel_values [images, 3, height, width]"
+                    "a vision encoder with one input, pixel_values [images, 3, height, width], and at most \
+                     a pixel_attention_mask [images, height, width]"
                         .into(),
                 found: describe(inputs),
             }),
@@ -73,14 +89,46 @@ impl VisionEncoder {
     /// # Errors
     /// The pixels do not fit the input, the run fails, or the output cannot be divided among the images.
     pub fn run(&mut self, pixels: Tensor) -> Result<Vec<Tensor>> {
+        Ok(self.run_with_outputs(pixels, None)?.0)
+    }
+
+    /// Whether the model is told which pixels are padding.
+    pub fn takes_mask(&self) -> bool {
+        self.mask.is_some()
+    }
+
+    /// The same, and all outputs of the model: a model that was opened up gives
+    /// more than features. `mask` `[images, height, width]` is 1 for pixels of the
+    /// image and 0 for padding; without one, nothing is padding. It is not read by
+    /// models that take none.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_with_outputs(
+        &mut self,
+        pixels: Tensor,
+        mask: Option<&Array3<u8>>,
+    ) -> Result<(Vec<Tensor>, Outputs)> {
+        let [height, width] = match pixels.shape() {
+            [.., height, width] => [*height, *width],
+            _ => [0, 0],
+        };
         let images = pixels.shape().first().copied().unwrap_or(0);
         let pixels = match self.pixels.dtype {
             Some(dtype) => pixels.cast_float(dtype)?,
             None => pixels,
         };
-        let outputs = self
-            .session
-            .run(&[(&self.pixels.name, &Value::new(pixels)?)])?;
+        let pixels = Value::new(pixels)?;
+        let mask = match &self.mask {
+            None => None,
+            Some(port) => {
+                let all = Array3::ones((images, height, width));
+                Some((port.name.as_str(), pixel_mask(mask.unwrap_or(&all), port)?))
+            }
+        };
+        let mut inputs = vec![(self.pixels.name.as_str(), &pixels)];
+        inputs.extend(mask.as_ref().map(|(name, value)| (*name, value)));
+        let outputs = self.session.run(&inputs)?;
         let output = outputs.first()?;
         let (rows, width) = match *output.shape() {
             [n, rows, width] if n == images => (rows, width),
@@ -96,8 +144,31 @@ impl VisionEncoder {
                 });
             }
         };
-        split(output.to_tensor()?, images, rows, width)
+        let features = split(output.to_tensor()?, images, rows, width)?;
+        Ok((features, outputs))
     }
+}
+
+/// A mask of pixels in the type that a model's input has.
+///
+/// # Errors
+/// The input takes no mask of rank 3, or another type than a boolean or integer.
+pub fn pixel_mask(mask: &Array3<u8>, port: &Port) -> Result<Value> {
+    let data = || mask.iter().copied();
+    let data = match port.dtype {
+        Some(DType::Bool) => TensorData::Bool(data().map(|m| m != 0).collect()),
+        Some(DType::I64) => TensorData::I64(data().map(i64::from).collect()),
+        Some(DType::I32) => TensorData::I32(data().map(i32::from).collect()),
+        Some(DType::U8) => TensorData::U8(data().collect()),
+        _ => {
+            return Err(RuntimeError::Tensor(format!(
+                "'{}' is no mask of pixels: expected booleans or integers",
+                port.name
+            )));
+        }
+    };
+    let (images, height, width) = mask.dim();
+    Value::new(Tensor::new([images, height, width], data)?)
 }
 
 /// Cuts features into one tensor for each image.

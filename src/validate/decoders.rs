@@ -1,11 +1,11 @@
 //! Which graphs are one decoder: a file, the branches of a merged file, or a file
 //! that starts a cache with one that goes on from it.
 
-use super::reference::{ReferenceDecoder, State, StepIn, StepOut};
+use super::reference::{Choice, ReferenceDecoder, State, StepIn, StepOut};
 use super::{ValidateError, probe};
 use crate::arch::{Decoder, Part, Role, Vlm};
 use crate::passes::VisualPrune;
-use crate::runtime::{DType, Decoder as RunDecoder, Session, SessionOptions};
+use crate::runtime::{CacheHeads, DType, Decoder as RunDecoder, Session, SessionOptions};
 
 /// Positions in [`Vlm::parts`] of one decoder's graphs.
 #[derive(Clone, Debug, Default)]
@@ -78,6 +78,16 @@ impl Reference {
         self.main.has_past()
     }
 
+    /// Why the unmodified decoder takes no several new tokens on top of a cache, if
+    /// it does not.
+    pub(super) fn continues(&mut self) -> Result<Option<String>, ValidateError> {
+        if self.main.has_past() {
+            self.main.continues()
+        } else {
+            Ok(None)
+        }
+    }
+
     /// Names of the key outputs of its layers, if it gives caches.
     pub(super) fn present_keys(&self) -> impl Iterator<Item = &str> {
         self.main.present_keys()
@@ -98,10 +108,11 @@ impl Reference {
         &mut self,
         state: &mut State,
         input: &StepIn,
+        choice: Option<Choice<'_>>,
     ) -> Result<StepOut, ValidateError> {
         match &mut self.prompt {
-            Some(prompt) if state.is_new() => prompt.step(state, input),
-            _ => self.main.step(state, input),
+            Some(prompt) if state.is_new() => prompt.step_with(state, input, choice),
+            _ => self.main.step_with(state, input, choice),
         }
     }
 }
@@ -149,7 +160,11 @@ pub(super) fn open(
             found.ok_or_else(|| ValidateError::Model(format!("{}: lost", file.display())))?;
         probe::open(&found.model, &file.display().to_string(), session)
     };
-    let mut run = RunDecoder::new(open(group.main)?)?;
+    let heads = CacheHeads {
+        count: usize::try_from(decoder.kv_heads).unwrap_or(1),
+        width: usize::try_from(decoder.head_dim).unwrap_or(1),
+    };
+    let mut run = RunDecoder::with_heads(open(group.main)?, Some(heads))?;
     if let Some(prompt) = group.prompt
         && rewritten.parts[prompt].file != rewritten.parts[group.main].file
     {

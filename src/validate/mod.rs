@@ -9,6 +9,7 @@ pub mod oracle;
 pub mod reference;
 pub mod scenario;
 pub mod structure;
+mod tally;
 
 mod decoders;
 mod error;

@@ -1,10 +1,11 @@
 //! Running the rewritten model beside the reference.
 
-use ndarray::{Array2, Array3, Array4, s};
+use ndarray::{Array2, Array3, Array4};
 
-use super::reference::{ReferenceVision, State, StepIn, StepOut};
+use super::reference::{Choice, Ranking, ReferenceVision, State, StepIn, Tolerance};
 use super::report::Report;
 use super::scenario::{Layout, Scenario, Seeded, lay_out, standard};
+use super::tally::Tally;
 use super::{ValidateError, decoders, probe, second, structure, whole};
 use crate::arch::{Role, Vlm};
 use crate::ir::{DataType, Model};
@@ -32,6 +33,16 @@ pub(super) fn tolerance(dtype: DataType, quantised: bool) -> f64 {
         DataType::Float16 => 2e-2,
         DataType::Bfloat16 => 1e-1,
         _ => 1e-4,
+    }
+}
+
+/// How close scores have to be for either of two tokens to be right.
+pub(super) fn ties(dtype: DataType, quantised: bool) -> Tolerance {
+    match dtype {
+        _ if quantised => Tolerance::QUANTISED,
+        DataType::Float16 => Tolerance::FP16,
+        DataType::Bfloat16 => Tolerance::BF16,
+        _ => Tolerance::FP32,
     }
 }
 
@@ -104,6 +115,11 @@ pub fn check(
                     }
                     scenario.decode = 0;
                 }
+                if let Some(why) = pair.beyond(&scenario) {
+                    let check = format!("{}{}", pair.label, scenario.name);
+                    report.add(check, true, format!("left out: {why}"));
+                    continue;
+                }
                 progress(scenario.name);
                 pair.compare(&scenario, options.seed, &mut report)?;
             }
@@ -122,6 +138,9 @@ pub fn check(
     Ok(report)
 }
 
+/// What the rewritten vision encoder ranks its tokens by, `[n, N]`.
+const SCORE: &str = "duet/token_merge/score";
+
 /// Both models, opened.
 struct Pair {
     label: String,
@@ -136,6 +155,10 @@ struct Pair {
     dtype: DataType,
     quantised: bool,
     salient: bool,
+    /// Whether rows may be padded on the left.
+    padding: bool,
+    /// Why a cache cannot be followed by several new tokens, if so.
+    single_steps: Option<String>,
     drops: usize,
     span: Option<crate::passes::StaticSpan>,
 }
@@ -166,12 +189,24 @@ pub(super) fn precision(model: &Model) -> DataType {
     lowest
 }
 
-/// Whether a graph computes with quantised numbers.
+/// The less precise of two types.
+fn lower(a: DataType, b: DataType) -> DataType {
+    match (a, b) {
+        (DataType::Bfloat16, _) | (_, DataType::Bfloat16) => DataType::Bfloat16,
+        (DataType::Float16, _) | (_, DataType::Float16) => DataType::Float16,
+        _ => DataType::Float,
+    }
+}
+
+/// Whether a graph computes with quantised numbers. (Weights that are only stored
+/// so count too: the runtime may fuse `DequantizeLinear` and `MatMul` into a kernel
+/// that rounds activations.)
 pub(super) fn quantised(model: &Model) -> bool {
     let ops = [
         "MatMulInteger",
         "MatMulNBits",
         "QuantizeLinear",
+        "DequantizeLinear",
         "DynamicQuantizeLinear",
     ];
     model
@@ -206,6 +241,8 @@ impl Pair {
             dtype: DataType::Float,
             quantised: false,
             salient: prune.is_some_and(|p| p.text == TextQueries::Salient),
+            padding: true,
+            single_steps: None,
             drops: prune.map_or(0, |p| p.drops.len()),
             span: recipe.context.span,
         };
@@ -218,13 +255,16 @@ impl Pair {
             match &old.role {
                 Role::Vision(tower) => {
                     let reference = ReferenceVision::open(&old.model, tower, merge, session)?;
-                    let run = VisionEncoder::new(probe::open(&new.model, &name, session)?)?;
+                    let score: Vec<_> = new.model.find(SCORE).into_iter().collect();
+                    let probed = probe::with_outputs(&new.model, &score)?;
+                    let run = VisionEncoder::new(probe::open(&probed, &name, session)?)?;
                     let size = |axis| fixed(&old.model, tower.pixels, axis);
                     let Some(dims) = size(2).zip(size(3)) else {
                         return Err(ValidateError::Model(format!(
                             "{name}: the image size is not fixed in the file; expected pixels [n, 3, height, width]"
                         )));
                     };
+                    pair.dtype = lower(pair.dtype, precision(&old.model));
                     pair.vision = Some((reference, run, [size(1).unwrap_or(3), dims.0, dims.1]));
                     if let Some(width) = tower.feature_width {
                         pair.width = width as usize;
@@ -236,18 +276,39 @@ impl Pair {
                     pair.embed = Some((reference, run));
                 }
                 Role::Decoder(decoder) => {
+                    pair.padding &= decoder.takes_padding();
                     pair.width = decoder.width.map_or(pair.width, |w| w as usize);
                     pair.vocabulary = decoder.vocabulary.unwrap_or(32);
-                    pair.dtype = precision(&old.model);
+                    pair.dtype = lower(pair.dtype, precision(&old.model));
                 }
                 // Whole models are compared on their own.
                 Role::Whole(_) | Role::Unknown(_) => {}
             }
         }
         if let Some(group) = group {
-            pair.decoder = Some(decoders::open(base, rewritten, group, prune, session)?);
+            let (mut reference, run) = decoders::open(base, rewritten, group, prune, session)?;
+            pair.single_steps = reference.continues()?;
+            pair.decoder = Some((reference, run));
         }
         Ok(pair)
+    }
+
+    /// Why the unmodified decoder cannot run a scenario, if it cannot.
+    fn beyond(&self, scenario: &Scenario) -> Option<String> {
+        if scenario.padded() && !self.padding {
+            return Some(
+                "the decoder's attention takes the length of each row but no mask \
+                 (GroupQueryAttention), so rows of a batch cannot be padded on the left"
+                    .into(),
+            );
+        }
+        let why = self
+            .single_steps
+            .as_ref()
+            .filter(|_| scenario.turns.len() > 1)?;
+        Some(format!(
+            "the unmodified decoder does not take several new tokens on top of a cache ({why})"
+        ))
     }
 
     /// Plain embeddings `[b, L, D]`, and those that the rewritten decoder reads.
@@ -284,8 +345,21 @@ impl Pair {
             let (mut plain, mut marked) = (Vec::new(), Vec::new());
             if let (true, Some((reference, run, [c, h, w]))) = (images > 0, &mut self.vision) {
                 let pixels: Array4<f32> = rng.images(images, *c, *h, *w);
-                let expected = reference.features(Tensor::from(pixels.clone()))?;
-                for (want, found) in expected.features.iter().zip(run.run(Tensor::from(pixels))?) {
+                let mask = run.takes_mask().then(|| rng.masks(images, *h, *w));
+                let (found, outputs) =
+                    run.run_with_outputs(Tensor::from(pixels.clone()), mask.as_ref())?;
+                let scores = match outputs.get(SCORE) {
+                    Ok(scores) => rows_of(scores)?,
+                    Err(_) => Vec::new(),
+                };
+                let ranking = Ranking {
+                    scores: &scores,
+                    tolerance: ties(self.dtype, self.quantised),
+                };
+                let expected =
+                    reference.features(Tensor::from(pixels), mask.as_ref(), Some(ranking))?;
+                tally.near_ties += expected.near_ties;
+                for (want, found) in expected.features.iter().zip(found) {
                     tally.features(want, &found, self.channel)?;
                     plain.push(Tensor::from(want.clone()));
                     marked.push(found);
@@ -351,7 +425,12 @@ impl Pair {
                 self.step(&mut state, &input, run_embeds, &mut tally)?;
             }
         }
-        tally.report(name, tolerance(self.dtype, self.quantised), report);
+        tally.report(
+            name,
+            tolerance(self.dtype, self.quantised),
+            ties(self.dtype, self.quantised),
+            report,
+        );
         Ok(())
     }
 
@@ -390,7 +469,6 @@ impl Pair {
         let Some((ref_state, cache)) = state else {
             return Ok(());
         };
-        let expected = reference.step(ref_state, input)?;
         let given = StepInput {
             embeds: Value::new(run_embeds.cast_float(reference.dtype())?)?,
             ids: None,
@@ -400,6 +478,11 @@ impl Pair {
             salient: Some(input.salient.clone()),
         };
         let (found, kept) = run_probed(run, &given, cache, self.drops)?;
+        let choice = Choice {
+            kept: &kept,
+            tolerance: ties(self.dtype, self.quantised),
+        };
+        let expected = reference.step(ref_state, input, Some(choice))?;
         let lengths = match reference.has_past() {
             true => found.cache.lengths(),
             // Given out all the same, for another file to go on from.
@@ -449,126 +532,11 @@ pub(super) fn kept_of(extra: &[(String, Value)], drops: usize) -> Result<Kept, V
     Ok(kept)
 }
 
-/// What a comparison has seen so far.
-#[derive(Default)]
-pub(super) struct Tally {
-    pub(super) logits: f64,
-    pub(super) feature: f64,
-    pub(super) steps: usize,
-    pub(super) kept: usize,
-    pub(super) problems: Vec<String>,
-}
-
-impl Tally {
-    /// The finding of a scenario.
-    pub(super) fn report(&self, name: String, limit: f64, report: &mut Report) {
-        report.worst_logits = report.worst_logits.max(self.logits);
-        report.worst_features = report.worst_features.max(self.feature);
-        let passed = self.problems.is_empty() && self.logits <= limit && self.feature <= limit;
-        let mut detail = format!(
-            "features {:.1e} σ, logits {:.1e} σ over {} steps, {} kept sets equal",
-            self.feature, self.logits, self.steps, self.kept
-        );
-        for problem in &self.problems {
-            detail.push_str("; ");
-            detail.push_str(problem);
-        }
-        report.add(name, passed, detail);
-    }
-
-    pub(super) fn features(
-        &mut self,
-        want: &Array2<f32>,
-        found: &Tensor,
-        channel: bool,
-    ) -> Result<(), ValidateError> {
-        let all = found.to_array()?.into_dimensionality::<ndarray::Ix2>();
-        let all = all.map_err(|e| ValidateError::Model(e.to_string()))?;
-        let width = all.ncols() - usize::from(channel);
-        if (all.nrows(), width) != want.dim() {
-            self.problems.push(format!(
-                "features are {:?}, expected {:?}",
-                all.dim(),
-                want.dim()
-            ));
-            return Ok(());
-        }
-        if channel
-            && all
-                .column(width)
-                .iter()
-                .any(|m| (*m - 1.0).abs() > f32::EPSILON)
-        {
-            self.problems
-                .push("the marker channel of a feature is not 1".into());
-        }
-        let (worst, _) = difference(want, &all.slice(s![.., ..width]).to_owned());
-        self.feature = self.feature.max(worst);
-        Ok(())
-    }
-
-    pub(super) fn step(
-        &mut self,
-        want: &StepOut,
-        logits: &Array2<f32>,
-        kept: &[Vec<Vec<usize>>],
-        lengths: &[usize],
-    ) {
-        self.steps += 1;
-        let (worst, finite) = difference(&want.logits, logits);
-        self.logits = self.logits.max(worst);
-        if !finite {
-            self.problems
-                .push(format!("step {}: logits are not finite", self.steps));
-        }
-        if want.lengths != lengths {
-            let problem = format!(
-                "step {}: cache lengths {lengths:?}, expected {:?}",
-                self.steps, want.lengths
-            );
-            self.problems.push(problem);
-        }
-        for (drop, (want, found)) in want.kept.iter().zip(kept).enumerate() {
-            if want == found {
-                self.kept += 1;
-            } else {
-                self.problems.push(format!(
-                    "step {}: another set is kept at drop {}",
-                    self.steps,
-                    drop + 1
-                ));
-            }
-        }
-        if want.kept.len() != kept.len() {
-            self.problems
-                .push("the kept indices cannot be read off the rewritten graph".into());
-        }
-    }
-}
-
-/// Largest difference in standard deviations of `want`, and whether all is
-/// finite.
-fn difference(want: &Array2<f32>, found: &Array2<f32>) -> (f64, bool) {
-    let mean = want.iter().map(|v| f64::from(*v)).sum::<f64>() / want.len().max(1) as f64;
-    let variance = want
-        .iter()
-        .map(|v| (f64::from(*v) - mean).powi(2))
-        .sum::<f64>();
-    let deviation = (variance / want.len().max(1) as f64).sqrt().max(1e-30);
-    let worst = want
-        .iter()
-        .zip(found)
-        .map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs())
-        .fold(0.0, f64::max);
-    let finite = found.iter().all(|v| v.is_finite());
-    (
-        if finite {
-            worst / deviation
-        } else {
-            f64::INFINITY
-        },
-        finite,
-    )
+/// The rows of a matrix.
+fn rows_of(value: &Value) -> Result<Vec<Vec<f32>>, ValidateError> {
+    let width = value.shape().last().copied().unwrap_or(0).max(1);
+    let all = value.f32s()?;
+    Ok(all.chunks(width).map(<[f32]>::to_vec).collect())
 }
 
 /// Transformers' position ids: how many tokens came before; 0 for padding.

@@ -15,8 +15,8 @@ pub(super) const INFERRED: ValueType = ValueType::Tensor {
 /// The model with further outputs, in a patch named `probe`.
 pub(super) fn with_outputs(model: &Model, values: &[ValueId]) -> Result<Model, ValidateError> {
     let mut patch = Patch::new(model, "probe");
-    for &value in values {
-        if !model.is_output(value) {
+    for (i, &value) in values.iter().enumerate() {
+        if !model.is_output(value) && !values[..i].contains(&value) {
             patch.add_output(value, INFERRED);
         }
     }

@@ -1,7 +1,7 @@
 //! What is asked of both models: seeded prompts and images of every kind that
 //! a client may send.
 
-use ndarray::{Array2, Array4};
+use ndarray::{Array2, Array3, Array4, s};
 
 /// One turn of a conversation: text before, between and after images.
 #[derive(Clone, Debug)]
@@ -30,6 +30,19 @@ pub struct Scenario {
     pub turns: Vec<Turn>,
     /// Decode steps after each turn.
     pub decode: usize,
+}
+
+impl Scenario {
+    /// Whether a row is shorter than another, and so padded on the left (images
+    /// have the same number of features each).
+    pub fn padded(&self) -> bool {
+        let length = |row: &Vec<Vec<i64>>| (row.len(), row.iter().map(Vec::len).sum::<usize>());
+        self.turns.iter().any(|turn| {
+            let mut lengths = turn.rows.iter().map(length);
+            let first = lengths.next();
+            lengths.any(|other| Some(other) != first)
+        })
+    }
 }
 
 /// A small generator of reproducible numbers (SplitMix64): the scenarios have to
@@ -69,6 +82,19 @@ impl Seeded {
     pub fn ids(&mut self, count: usize, vocabulary: i64) -> Vec<i64> {
         let below = vocabulary.max(1).unsigned_abs();
         (0..count).map(|_| (self.bits() % below) as i64).collect()
+    }
+
+    /// Which pixels of `n` images are not padding, `[n, height, width]`: a corner of
+    /// at least half of each edge, as a processor leaves it that pads below and to
+    /// the right.
+    pub fn masks(&mut self, n: usize, height: usize, width: usize) -> Array3<u8> {
+        let mut masks = Array3::zeros((n, height, width));
+        for mut image in masks.outer_iter_mut() {
+            let mut part = |edge: usize| edge - (self.uniform() * edge as f64 / 2.0) as usize;
+            let (h, w) = (part(height), part(width));
+            image.slice_mut(s![..h, ..w]).fill(1);
+        }
+        masks
     }
 
     /// Images of smooth blobs and noise, normalised: `[n, channels, height, width]`.
@@ -140,6 +166,10 @@ pub fn standard(vocabulary: i64, seed: u64) -> Vec<Scenario> {
             turns: vec![turn(&[&[5, 9]]), turn(&[&[4, 6]])],
             decode: 2,
         },
+        single(
+            "batch of two rows of one length",
+            turn(&[&[5, 9], &[3, 11]]),
+        ),
     ]
 }
 

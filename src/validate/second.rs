@@ -4,9 +4,9 @@
 use ndarray::Array2;
 
 use super::report::Report;
-use super::scenario::{Seeded, lay_out, standard};
+use super::scenario::{Scenario, Seeded, lay_out, standard};
 use super::{Options, ValidateError, probe};
-use crate::arch::{Decoder, Role, VisionTower, Vlm};
+use crate::arch::{Decoder, Layout, Projection, Role, VisionTower, Vlm};
 use crate::ir::cone::ancestors;
 use crate::ir::{DataType, Dim, Model, ValueId, ValueType, extract, verify};
 use crate::onnx::serialize;
@@ -98,11 +98,20 @@ fn tower_check(
     report: &mut Report,
 ) -> Result<(), ValidateError> {
     let name = |v: ValueId| old.name(v).to_owned();
-    let inputs = [
-        port(name(tower.hidden), 3, tower.dtype),
-        port(name(tower.site.query.root), 3, tower.dtype),
-        port(name(tower.site.key.root), 3, tower.dtype),
-    ];
+    let mut inputs = vec![port(name(tower.hidden), 3, tower.dtype)];
+    if tower.shuffle.is_some() {
+        inputs.push(port(name(tower.entry), 3, tower.dtype));
+    }
+    for operand in [&tower.site.query, &tower.site.key] {
+        for (value, rank, dtype) in operand.reads(old, tower.dtype) {
+            if inputs.iter().all(|p| p.name != name(value)) {
+                inputs.push(port(name(value), rank, dtype));
+            }
+        }
+    }
+    for (value, rank, dtype) in tower.site.mask_reads(old) {
+        inputs.push(port(name(value), rank, dtype));
+    }
     let outputs = [port("duet/token_merge/merged_tokens", 3, tower.dtype)];
     let check = format!("{label}tract: token_merge");
     compare(new, &inputs, &outputs, feed, &check, options, report)
@@ -122,7 +131,19 @@ fn tower_feed(
     let pixels = Tensor::from(rng.images(2, size(1).unwrap_or(3), h, w));
     let stated = ty.and_then(ValueType::dtype).unwrap_or(DataType::Float);
     let pixels = pixels.cast_float(dtype(stated))?;
-    Ok(Some(vec![(model.name(tower.pixels).to_owned(), pixels)]))
+    let mut feed = vec![(model.name(tower.pixels).to_owned(), pixels)];
+    // A mask of padded pixels, where the model takes one.
+    let others = model.graph().inputs.iter().copied();
+    for other in others.filter(|v| *v != tower.pixels) {
+        let kind = model.value(other).ty.as_ref().and_then(ValueType::dtype);
+        let mask = rng.masks(2, h, w).mapv(i64::from);
+        let mask = match kind {
+            Some(DataType::Bool) => Tensor::from(mask.mapv(|m| m != 0)),
+            _ => Tensor::from(mask),
+        };
+        feed.push((model.name(other).to_owned(), mask));
+    }
+    Ok(Some(feed))
 }
 
 /// Every drop point of one decoder.
@@ -137,11 +158,15 @@ fn decoder_check(
 ) -> Result<(), ValidateError> {
     for drop in 1..=prune.drops.len() {
         let scope = format!("duet/visual_prune/drop{drop}");
-        let boundary = decoder.layers[prune.drops[drop - 1].after_layer].boundary;
+        let layer = &decoder.layers[prune.drops[drop - 1].after_layer];
+        let rank = |projection: &Projection| match projection.layout {
+            Layout::Heads => 4,
+            Layout::Rows { .. } => 3,
+        };
         let mut inputs = vec![
-            port(format!("{scope}/query"), 4, decoder.dtype),
-            port(format!("{scope}/key"), 4, decoder.dtype),
-            port(old.name(boundary), 3, decoder.dtype),
+            port(format!("{scope}/query"), rank(&layer.query), decoder.dtype),
+            port(format!("{scope}/key"), rank(&layer.new_key), decoder.dtype),
+            port(old.name(layer.boundary[0]), 3, decoder.dtype),
             port("duet/visual_prune/entry/visual_mask", 2, DataType::Bool),
             port("duet/visual_prune/entry/real_mask", 2, DataType::Bool),
             port("duet/visual_prune/entry/text_mask", 2, DataType::Bool),
@@ -182,7 +207,12 @@ fn decoder_feed(
     decoder: &Decoder,
     rng: &mut Seeded,
 ) -> Result<Vec<(String, Tensor)>, ValidateError> {
-    let scenario = &standard(8, 1)[4];
+    // A batch, padded if the model takes padding.
+    let all = standard(8, 1);
+    let fits = |s: &&Scenario| s.turns[0].rows.len() == 2 && s.padded() == decoder.takes_padding();
+    let Some(scenario) = all.iter().find(fits) else {
+        return Err(ValidateError::Model("no scenario fits the decoder".into()));
+    };
     let layout = lay_out(&scenario.turns[0], &[24, 24]);
     let (b, l) = layout.ids.dim();
     let mut feed = Vec::new();
@@ -214,7 +244,8 @@ fn decoder_feed(
         } else if name == crate::passes::SALIENT_MASK_INPUT {
             Tensor::from(Array2::from_elem((b, l), false))
         } else {
-            let dims = [b, known(1).unwrap_or(1), 0, known(3).unwrap_or(1)];
+            let (heads, width) = (decoder.kv_heads as usize, decoder.head_dim as usize);
+            let dims = [b, known(1).unwrap_or(heads), 0, known(3).unwrap_or(width)];
             Tensor::zeros(dtype(decoder.dtype), dims)?
         };
         feed.push((name.to_owned(), tensor));

@@ -10,10 +10,11 @@
 
 use ndarray::{Array2, Array3};
 
-use super::numeric::{Options, Tally, array3, fixed, kept_of, precision, quantised, tolerance};
-use super::reference::{ReferenceDecoder, ReferenceVision, StepIn, per_image};
+use super::numeric::{Options, array3, fixed, kept_of, precision, quantised, ties, tolerance};
+use super::reference::{Choice, ReferenceDecoder, ReferenceVision, StepIn, per_image};
 use super::report::Report;
 use super::scenario::{Layout, Scenario, Seeded, lay_out, standard};
+use super::tally::Tally;
 use super::{ValidateError, probe};
 use crate::arch::{Decoder, Part, Role, VisionTower, Vlm, WholeModel};
 use crate::ir::{DataType, Dim, Model, Patch, ValueId, ValueType, extract};
@@ -262,7 +263,7 @@ impl Pair {
             report.add(name, true, format!("not compared: {why}"));
             return Ok(());
         }
-        let expected = self.vision.features(pixels.clone())?.features;
+        let expected = self.vision.features(pixels.clone(), None, None)?.features;
         let used = &expected[..images];
         let rows: Vec<usize> = used.iter().map(Array2::nrows).collect();
         let mut layout = lay_out(turn, &rows);
@@ -275,7 +276,12 @@ impl Pair {
             }
             self.step(&layout, &pixels, &expected, images, &mut tally)?;
         }
-        tally.report(name, tolerance(self.dtype, self.quantised), report);
+        tally.report(
+            name,
+            tolerance(self.dtype, self.quantised),
+            ties(self.dtype, self.quantised),
+            report,
+        );
         Ok(())
     }
 
@@ -340,8 +346,6 @@ impl Pair {
             salient: salient.clone(),
             ids: Some(layout.ids.clone()),
         };
-        let mut state = self.decoder.start(dim.0)?;
-        let want = self.decoder.step(&mut state, &input)?;
         let given = WholeInput {
             ids: layout.ids.clone(),
             pixels: pixels.clone(),
@@ -358,6 +362,12 @@ impl Pair {
             .map(|(_, value)| value.shape()[2])
             .collect();
         let kept = kept_of(&found.extra, self.drops)?;
+        let choice = Choice {
+            kept: &kept,
+            tolerance: ties(self.dtype, self.quantised),
+        };
+        let mut state = self.decoder.start(dim.0)?;
+        let want = self.decoder.step_with(&mut state, &input, Some(choice))?;
         tally.step(&want, &found.last_logits()?, &kept, &lengths);
         Ok(())
     }
@@ -446,8 +456,8 @@ fn decoder_alone(model: &Model, decoder: &Decoder) -> Result<(Model, Decoder), V
         }
     };
     moved(&mut alone.embeds);
-    alone.residuals.iter_mut().for_each(moved);
-    let boundaries = alone.layers.iter_mut().map(|l| &mut l.boundary);
+    alone.residuals.iter_mut().flatten().for_each(moved);
+    let boundaries = alone.layers.iter_mut().flat_map(|l| &mut l.boundary);
     boundaries.for_each(moved);
     Ok((cut, alone))
 }

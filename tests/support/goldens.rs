@@ -39,6 +39,14 @@ pub(crate) struct Case {
     pub(crate) turns: Vec<Turn>,
 }
 
+impl Case {
+    /// Whether a form can play it: GroupQueryAttention takes no padding on the left, and no second
+    /// prompt on a cache in a batch.
+    pub(crate) fn fits(&self, form: &super::forms::Form) -> bool {
+        !form.heading.contains("GenAI") || self.turns.iter().all(|t| t.images.len() < 2)
+    }
+}
+
 /// A prompt and the decode steps after it.
 #[derive(Deserialize)]
 pub(crate) struct Turn {

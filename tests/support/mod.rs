@@ -7,6 +7,7 @@
 )]
 
 pub(crate) mod conversation;
+pub(crate) mod forms;
 pub(crate) mod goldens;
 pub(crate) mod models;
 pub(crate) mod parts;

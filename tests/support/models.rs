@@ -41,8 +41,13 @@ pub(crate) fn root() -> PathBuf {
 
 /// The parts of a fixture, recognised.
 pub(crate) fn fixture(name: &str) -> Vlm {
-    let path = root().join("models/llava/fixtures").join(name);
-    let dir = ModelDir::open(&path).unwrap_or_else(|e| panic!("{name}: {e}"));
+    fixture_at(&root().join("models/llava/fixtures").join(name))
+}
+
+/// The parts of a model directory, recognised: one of each.
+pub(crate) fn fixture_at(path: &Path) -> Vlm {
+    let name = path.display();
+    let dir = ModelDir::open(path).unwrap_or_else(|e| panic!("{name}: {e}"));
     let mut models = Vec::new();
     for file in &dir.files {
         let at = dir.path(file);

@@ -20,6 +20,7 @@
 //! drop schedule is PyramidDrop's.
 
 mod rank;
+mod rotary;
 mod stage;
 
 use serde::Deserialize;
@@ -133,7 +134,9 @@ impl VisualPrune {
                 depth.saturating_sub(1)
             ));
         }
-        if self.positions == Positions::Keep && decoder.position_ids.is_none() {
+        // An attention that counts positions itself can be given kept ones.
+        let counts = decoder.layers.iter().all(|l| l.rotary.is_some());
+        if self.positions == Positions::Keep && decoder.position_ids.is_none() && !counts {
             return Err(
                 "positions: keep needs the input position_ids, and this decoder computes positions itself; \
                  use positions: renumber"

@@ -4,10 +4,18 @@
 //! The next layer's way from the residual tensor to its rotated queries and keys
 //! is cloned at the current length and positions. Scores are fp32 whatever the
 //! model's type; masks are built here, so no exporter's mask is relied on, and
-//! the cache is not consulted.
+//! the cache is not consulted. A window that the layer's attention may have
+//! (sliding-window layers, `local_window_size`) is not applied: the method ranks
+//! by what the text would pay each visual token, near or far. Nor is an attention
+//! sink, which is no token.
+//!
+//! Where the attention operator itself splits a packed projection or rotates
+//! queries and keys, that is done here with standard operators.
 
+use super::rotary::{self, Turn, clone};
 use super::stage::{Stage, last_real};
-use crate::arch::{Decoder, DecoderLayer};
+use crate::arch::{Decoder, DecoderLayer, Layout, Projection};
+use crate::ir::cone::ancestors;
 use crate::ir::{DataType, Model, Patch, Size, ValueId};
 
 /// Scores of masked keys: far below any product, still finite in fp32.
@@ -26,20 +34,14 @@ pub(super) struct Ranking<'a, 'm> {
 impl Ranking<'_, '_> {
     /// Score of every token, `[b, L]` fp32 (meaningful for visual ones): the
     /// attention probability, averaged over heads and over the tokens that ask.
-    pub(super) fn scores(mut self, boundary: ValueId) -> Result<ValueId, String> {
-        let (query, key) = self.projections(boundary)?;
+    pub(super) fn scores(mut self) -> Result<ValueId, String> {
         let number = self.number;
-        self.patch.name_value(query, &format!("drop{number}/query"));
-        self.patch.name_value(key, &format!("drop{number}/key"));
+        let (query, key) = self.projections()?;
         let heads = self.decoder.kv_heads;
         let width = self.decoder.head_dim;
         let length = self.stage.length;
         let rows = self.rows();
         let p = &mut *self.patch;
-        // Whatever precision the model computes in; runtimes remove the cast where
-        // there is nothing to do.
-        let query = p.cast(query, DataType::Float);
-        let key = p.cast(key, DataType::Float);
         let key = p.transpose(key, &[0, 1, 3, 2]);
         // Each key head serves its group of query heads: with groups both get an
         // axis for them, [b, Hkv, G, T, d] and [b, Hkv, 1, d, L].
@@ -66,7 +68,14 @@ impl Ranking<'_, '_> {
         #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
         let scale = p.f32(self.layer.scale as f32);
         let query = p.op("Mul", &[query, scale]);
-        let product = p.op("MatMul", &[query, key]);
+        let mut product = p.op("MatMul", &[query, key]);
+        if self.layer.softcap != 0.0 {
+            #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
+            let cap = p.f32(self.layer.softcap as f32);
+            let inside = p.op("Div", &[product, cap]);
+            let inside = p.op("Tanh", &[inside]);
+            product = p.op("Mul", &[inside, cap]);
+        }
         // Token t sees key j if j ≤ t and j is no padding: [b, 1, (1,) T, L].
         let places = p.iota(length);
         let queries = p.unsqueeze(queries, &[1]);
@@ -106,33 +115,82 @@ impl Ranking<'_, '_> {
         p.op("Or", &[self.stage.text, fallback])
     }
 
-    /// Rotated queries `[b, H, L, d]` and keys `[b, Hkv, L, d]` of the next layer.
-    fn projections(&mut self, boundary: ValueId) -> Result<(ValueId, ValueId), String> {
+    /// Rotated queries `[b, H, L, d]` and keys `[b, Hkv, L, d]` of the next layer,
+    /// fp32.
+    fn projections(&mut self) -> Result<(ValueId, ValueId), String> {
+        let (layer, number) = (self.layer, self.number);
         let mut subst = self.stage.subst.clone();
-        // The residual tensor itself is this stage's own, but what reads it will
-        // be reconnected: a new value makes its readers be cloned.
-        let hidden = self.patch.op("Identity", &[boundary]);
-        subst.insert(boundary, hidden);
-        let mut clone = |patch: &mut Patch<'_>, value: ValueId| {
-            patch.clone_cone(value, &mut subst).map_err(|at| {
-                format!("{at} holds a sub-graph between the residual stream and the keys of the next layer")
-            })
-        };
-        let query = clone(self.patch, self.layer.query)?;
-        let key = clone(self.patch, self.layer.new_key)?;
-        for (what, old, new) in [
-            ("query", self.layer.query, query),
-            ("key", self.layer.new_key, key),
-        ] {
-            if old == new {
+        // What enters the layer is this stage's own, but what reads it will be
+        // reconnected: a new value makes its readers be cloned.
+        let targets = [layer.query.value, layer.new_key.value];
+        let read = ancestors(self.model, &targets, false);
+        for &value in layer.boundary.iter().filter(|v| read.contains(v)) {
+            let hidden = self.patch.op("Identity", &[value]);
+            subst.insert(value, hidden);
+        }
+        let mut operands = Vec::new();
+        for (what, projection) in [("query", layer.query), ("key", layer.new_key)] {
+            let value = clone(self.patch, projection.value, &mut subst)?;
+            if value == projection.value {
                 return Err(format!(
                     "the {what} '{}' does not depend on '{}'",
-                    self.model.name(old),
-                    self.model.name(boundary)
+                    self.model.name(value),
+                    self.model.name(layer.boundary[0])
                 ));
             }
+            operands.push((what, projection, value));
         }
-        Ok((query, key))
+        let turn = match layer.rotary {
+            None => None,
+            Some(rotary) => {
+                let positions = match self.stage.rotary {
+                    Some(kept) => kept,
+                    None => rotary::places(self.patch, rotary, &mut subst, self.stage.length)?,
+                };
+                let width = self.decoder.head_dim;
+                Some(Turn::of(self.patch, rotary, width, positions, &mut subst)?)
+            }
+        };
+        // One tensor may hold both: then the keys' name is that of a copy.
+        if operands[0].2 == operands[1].2 {
+            operands[1].2 = self.patch.op("Identity", &[operands[1].2]);
+        }
+        let mut ready = operands.into_iter().map(|(what, projection, value)| {
+            self.patch
+                .name_value(value, &format!("drop{number}/{what}"));
+            let split = self.split(projection, value);
+            match &turn {
+                Some(turn) => turn.rotate(self.patch, split),
+                None => split,
+            }
+        });
+        match (ready.next(), ready.next()) {
+            (Some(query), Some(key)) => Ok((query, key)),
+            _ => Err("no queries and keys".into()),
+        }
+    }
+
+    /// The heads of a projection `[b, H, L, d]`, fp32.
+    fn split(&mut self, projection: Projection, value: ValueId) -> ValueId {
+        let width = self.decoder.head_dim;
+        let p = &mut *self.patch;
+        // Whatever precision the model computes in; runtimes remove the cast where
+        // there is nothing to do.
+        let value = p.cast(value, DataType::Float);
+        let Layout::Rows { start, heads } = projection.layout else {
+            return value;
+        };
+        let columns = |from: i64| (Size::Known(from), Size::Known(from + heads * width));
+        let (from, to) = columns(start);
+        let mut rows = p.slice(value, from, to, 2);
+        if let Some((bias, start)) = projection.bias {
+            let bias = p.cast(bias, DataType::Float);
+            let (from, to) = columns(start);
+            let bias = p.slice(bias, from, to, 0);
+            rows = p.op("Add", &[rows, bias]);
+        }
+        let rows = p.reshape(rows, &[0, 0, heads, width]);
+        p.transpose(rows, &[0, 2, 1, 3])
     }
 }
 

@@ -3,8 +3,9 @@
 use std::collections::{HashMap, HashSet};
 
 use super::rank::Ranking;
+use super::rotary;
 use super::{Drop, SALIENT_MASK_INPUT, TextQueries, VisualPrune, marker};
-use crate::arch::Decoder;
+use crate::arch::{Decoder, DecoderLayer};
 use crate::ir::cone::{descendants, descendants_up_to};
 use crate::ir::{
     DataType, Dim, Model, NodeId, Patch, PatchPlan, Size, Substitution, ValueId, ValueType,
@@ -19,8 +20,8 @@ const TOTAL_LENGTH: &str = "total_sequence_length";
 pub(super) struct Stage {
     /// First layer (from 0).
     pub(super) first: usize,
-    /// Residual tensor `[b, L, D]` that enters it.
-    pub(super) hidden: ValueId,
+    /// What enters it, `[b, L, D]` each: a value for each one of the boundary.
+    pub(super) hidden: Vec<ValueId>,
     /// Attention mask `[b, S]` in the graph's own type.
     mask: Option<ValueId>,
     /// Token ids `[b, L]`, in a whole model.
@@ -29,6 +30,9 @@ pub(super) struct Stage {
     pub(super) real: ValueId,
     /// Position ids `[b, L]`.
     positions: Option<ValueId>,
+    /// Positions of the rotary embedding inside the attention operators, int64
+    /// `[b, L]`, where they are carried through the drops (`positions: keep`).
+    pub(super) rotary: Option<ValueId>,
     /// Bool `[b, L]`.
     pub(super) visual: ValueId,
     /// Bool `[b, L]`: the tokens that ask.
@@ -65,11 +69,13 @@ pub(super) fn plan(
         plan.patch.rewire_all(decoder.embeds, entry.embeds);
     }
     let mut stages = vec![plan.entry(entry)];
+    plan.keep_places(&mut stages[0])?;
     let entered = plan.entered(&stages[0]);
     for (number, drop) in pass.drops.iter().enumerate() {
         let next = plan.drop(number + 1, drop, &stages[number], entered)?;
         stages.push(next);
         plan.rewire(number + 1, &mut stages[number + 1])?;
+        plan.unfuse(number + 1, &mut stages[number + 1])?;
     }
     plan.types(&stages);
     Ok(patch.finish())
@@ -103,9 +109,9 @@ impl Cuts {
         }
         let mut behind = Vec::new();
         for drop in drops {
-            let boundary = decoder.layers[drop.after_layer].boundary;
-            let mut set = descendants(model, &[boundary], false);
-            set.remove(&boundary);
+            let boundary = &decoder.layers[drop.after_layer].boundary;
+            let mut set = descendants(model, boundary, false);
+            set.retain(|v| !boundary.contains(v));
             behind.push(set);
         }
         Ok(Self { behind, data })
@@ -216,11 +222,12 @@ impl Plan<'_, '_> {
         }
         let mut stage = Stage {
             first: 0,
-            hidden: entry.embeds,
+            hidden: vec![entry.embeds],
             mask: decoder.attention_mask,
             ids: decoder.ids.map(|i| i.value),
             real,
             positions: decoder.position_ids,
+            rotary: None,
             visual,
             text,
             length,
@@ -277,7 +284,7 @@ impl Plan<'_, '_> {
         entered: ValueId,
     ) -> Result<Stage, String> {
         let first = drop.after_layer;
-        let boundary = self.decoder.layers[first].boundary;
+        let boundary = &self.decoder.layers[first].boundary;
         self.patch.scope(&format!("drop{number}"));
         // Each row could lose n − ⌊r·n⌋; all lose the smallest of these.
         let lost = {
@@ -299,7 +306,7 @@ impl Plan<'_, '_> {
             stage: before,
             number,
         }
-        .scores(boundary)?;
+        .scores()?;
         // Text and padding always stay: a probability never reaches 2.
         let p = &mut *self.patch;
         let two = p.f32(2.0);
@@ -307,8 +314,20 @@ impl Plan<'_, '_> {
         let (_, best) = p.top_k(scores, length, true);
         let kept = p.sort_ascending(best, length);
         p.name_value(kept, &format!("drop{number}/kept_indices"));
-        let hidden = p.gather_rows(boundary, kept);
-        p.name_value(hidden, &format!("drop{number}/hidden"));
+        let hidden: Vec<ValueId> = boundary
+            .iter()
+            .enumerate()
+            .map(|(i, &value)| {
+                let hidden = p.gather_rows(value, kept);
+                let name = if i == 0 {
+                    "hidden".into()
+                } else {
+                    format!("hidden_{}", i + 1)
+                };
+                p.name_value(hidden, &format!("drop{number}/{name}"));
+                hidden
+            })
+            .collect();
         let real = p.gather_rows(before.real, kept);
         let visual = p.gather_rows(before.visual, kept);
         let text = p.gather_rows(before.text, kept);
@@ -356,6 +375,7 @@ impl Plan<'_, '_> {
             ids,
             real,
             positions,
+            rotary: before.rotary.map(|r| p.gather_rows(r, kept)),
             visual,
             text,
             length,
@@ -378,13 +398,11 @@ impl Plan<'_, '_> {
         let subst = &mut stage.subst;
         if number > 0 {
             // Residual tensors of earlier stages are read for their shape only.
-            let boundary = decoder.layers[stage.first].boundary;
-            for &residual in &decoder.residuals {
-                subst.insert(residual, stage.hidden);
-                if residual == boundary {
-                    break;
-                }
+            let boundary = &decoder.layers[stage.first].boundary;
+            for cut in decoder.residuals.iter().take_while(|c| *c != boundary) {
+                subst.extend(cut.iter().map(|v| (*v, stage.hidden[0])));
             }
+            subst.extend(boundary.iter().copied().zip(stage.hidden.iter().copied()));
         }
         if let (Some(old), Some(new)) = (decoder.attention_mask, stage.mask) {
             subst.insert(old, new);
@@ -433,13 +451,87 @@ impl Plan<'_, '_> {
         Ok(())
     }
 
+    /// Layers of a stage.
+    fn layers(&self, number: usize) -> &[DecoderLayer] {
+        let at = |n: usize| self.pass.drops.get(n).map(|d| d.after_layer);
+        let first = number.checked_sub(1).and_then(at).unwrap_or(0);
+        let end = at(number).unwrap_or(self.decoder.depth());
+        &self.decoder.layers[first..end]
+    }
+
+    /// With `positions: keep`: the positions that attention operators count for
+    /// themselves, as they are before any drop.
+    fn keep_places(&mut self, stage: &mut Stage) -> Result<(), String> {
+        if self.pass.positions != Positions::Keep {
+            return Ok(());
+        }
+        let behind = self
+            .decoder
+            .layers
+            .iter()
+            .skip(self.pass.drops[0].after_layer);
+        if let Some(rotary) = behind.filter_map(|l| l.rotary).next() {
+            let mut subst = stage.subst.clone();
+            stage.rotary = Some(rotary::places(
+                self.patch,
+                rotary,
+                &mut subst,
+                stage.length,
+            )?);
+        }
+        Ok(())
+    }
+
+    /// With `positions: keep`: takes rotary embeddings out of the attention
+    /// operators of a stage.
+    fn unfuse(&mut self, number: usize, stage: &mut Stage) -> Result<(), String> {
+        let layers: Vec<DecoderLayer> = self.layers(number).to_vec();
+        let Some(positions) = stage
+            .rotary
+            .filter(|_| layers.iter().any(|l| l.rotary.is_some()))
+        else {
+            return Ok(());
+        };
+        let p = &mut *self.patch;
+        // Each row's length less 1, and the longest.
+        let past = p.size_value(stage.past);
+        let count = match stage.mask {
+            Some(mask) => {
+                let mask = p.cast(mask, DataType::Int64);
+                p.reduce_sum(mask, &[1], false)
+            }
+            None => {
+                let real = p.cast(stage.real, DataType::Int64);
+                let real = p.reduce_sum(real, &[1], false);
+                p.op("Add", &[real, past])
+            }
+        };
+        let one = p.i64s(&[1]);
+        let lengths = p.op("Sub", &[count, one]);
+        let lengths = p.cast(lengths, DataType::Int32);
+        let total = p.size_add(stage.past, stage.length);
+        let total = p.size_scalar(total);
+        let total = p.cast(total, DataType::Int32);
+        for layer in &layers {
+            rotary::unfuse(
+                p,
+                layer,
+                self.decoder.head_dim,
+                positions,
+                (lengths, total),
+                &mut stage.subst,
+            )?;
+        }
+        Ok(())
+    }
+
     /// Refuses what cutting the sequence would leave at the wrong length.
     fn allowed(&self, node: NodeId, value: ValueId, stage: &Stage) -> Result<(), String> {
         let model = self.model;
         if self.cuts.data.contains(&value) && !stage.subst.contains_key(&value) {
             return Err(format!(
                 "'{}', which {} reads, carries token data across the drop point after layer {} beside the \
-                 residual stream; expected one residual tensor",
+                 residual stream; expected the residual stream alone",
                 model.name(value),
                 model.describe(node),
                 stage.first
@@ -492,6 +584,8 @@ impl Plan<'_, '_> {
                 shape: Some(dims),
             }) = &model.value(value).ty
                 && axis < dims.len()
+                // (Logits of the last row only stay one row.)
+                && !matches!(dims[axis], Dim::Known(_))
             {
                 let mut dims = dims.clone();
                 dims[axis] = Dim::param(name);

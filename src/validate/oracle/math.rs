@@ -56,7 +56,7 @@ pub(super) fn check_finite(what: &'static str, scores: &[f32]) -> Result<(), Ora
 ///
 /// Scores must be finite. The sort is stable and starts from ascending indices, which is what
 /// settles the ties; 0.0 and -0.0 are equal.
-pub(super) fn descending(scores: &[f32]) -> Vec<usize> {
+pub(in crate::validate) fn descending(scores: &[f32]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|&a, &b| {
         scores[b]

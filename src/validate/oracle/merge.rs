@@ -137,6 +137,10 @@ pub struct MergeInput<'a> {
     pub key: ArrayView3<'a, f32>,
     /// Factor of the attention logits, usually `1 / √head_dim`.
     pub scale: f32,
+    /// Added to the scaled logits: 0 or a bias where a query sees a key, −∞ or a
+    /// huge negative number where not, `[heads, T, T]`; `None`: nothing is masked.
+    /// A query that sees no key at all (only −∞) gives no attention.
+    pub mask: Option<ArrayView3<'a, f32>>,
 }
 
 /// What the merge selected and emits. All indices are patch indices in `0..N`.
@@ -165,14 +169,84 @@ pub struct Merged {
 /// [`OracleError::Shape`] if the tensors do not fit together or a CLS token is announced and there
 /// is no token at all; [`OracleError::NotFinite`] if a score or the metric is NaN or infinite.
 pub fn merge(input: &MergeInput<'_>, params: &MergeParams) -> Result<Merged, OracleError> {
-    let first_patch = first_patch(input, params.cls)?;
     let scores = patch_scores(input, params.cls)?;
+    merge_by(input, scores, params)
+}
+
+/// [`merge()`] with patches ranked by the given scores `[N]`.
+///
+/// # Errors
+/// As [`merge()`].
+pub fn merge_by(
+    input: &MergeInput<'_>,
+    scores: Vec<f32>,
+    params: &MergeParams,
+) -> Result<Merged, OracleError> {
+    let first_patch = first_patch(input, params.cls)?;
     let received = match params.selector {
         Selector::Local => received_attention(input, params.cls)?,
         Selector::Attention | Selector::Uniform => Vec::new(),
     };
     let metric = metric(input.key.slice(s![.., first_patch.., ..]));
     merge_selected(input.hidden, scores, &received, metric.view(), params)
+}
+
+/// Stage 1 behind a pixel shuffle, on one image: `rows` `[tokens, r²·D]` are the
+/// shuffled tokens, and token i is made of the patches `groups[i]`. Score, received
+/// attention and metric of a token are the means over its patches; `scores`, if
+/// given, are those of the tokens. There is no CLS token among the rows, so with
+/// [`Cls::Keep`] this is an error.
+///
+/// # Errors
+/// As [`merge()`]; [`OracleError::Index`] for a patch that is not there.
+pub fn merge_shuffled(
+    input: &MergeInput<'_>,
+    rows: ArrayView2<'_, f32>,
+    groups: &[Vec<usize>],
+    scores: Option<Vec<f32>>,
+    params: &MergeParams,
+) -> Result<Merged, OracleError> {
+    if params.cls == Some(Cls::Keep) {
+        return Err(OracleError::Parameter {
+            what: "cls",
+            expected: "'drop' behind a pixel shuffle".into(),
+            found: "'keep'".into(),
+        });
+    }
+    let first_patch = first_patch(input, params.cls)?;
+    let of_patches = patch_scores(input, params.cls)?;
+    let known = |patch: &&usize| **patch >= of_patches.len();
+    if let Some(patch) = groups.iter().flatten().find(known) {
+        return Err(OracleError::Index {
+            what: "patches of a shuffled token",
+            expected: format!("patches below {}", of_patches.len()),
+            found: patch.to_string(),
+        });
+    }
+    let mean = |all: &[f32], group: &Vec<usize>| {
+        let sum: f64 = group.iter().map(|&p| f64::from(all[p])).sum();
+        (sum / group.len().max(1) as f64) as f32
+    };
+    let pooled = |all: &[f32]| groups.iter().map(|g| mean(all, g)).collect::<Vec<f32>>();
+    let received = match params.selector {
+        Selector::Local => pooled(&received_attention(input, params.cls)?),
+        Selector::Attention | Selector::Uniform => Vec::new(),
+    };
+    let of_patch = metric(input.key.slice(s![.., first_patch.., ..]));
+    let width = of_patch.ncols();
+    let mut of_tokens = Array2::zeros((groups.len(), width));
+    for (column, values) in of_patch.columns().into_iter().enumerate() {
+        let pooled = pooled(&values.to_vec());
+        of_tokens
+            .column_mut(column)
+            .assign(&ndarray::Array1::from(pooled));
+    }
+    let scores = scores.unwrap_or_else(|| pooled(&of_patches));
+    let params = MergeParams {
+        cls: None,
+        ..*params
+    };
+    merge_selected(rows, scores, &received, of_tokens.view(), &params)
 }
 
 /// Stage 1 from given scores, for towers whose scores and metric are pooled before selection.
@@ -338,6 +412,13 @@ fn attention_mass(input: &MergeInput<'_>, queries: usize) -> Vec<f64> {
             let q = input.query.slice(s![head, query, ..]);
             for (key, logit) in row.iter_mut().enumerate() {
                 *logit = f64::from(input.scale) * dot(q, input.key.slice(s![head, key, ..]));
+                if let Some(mask) = input.mask {
+                    // In f32, as the tower adds it: beside a huge number nothing is left.
+                    *logit = f64::from(*logit as f32 + mask[[head, query, key]]);
+                }
+            }
+            if row.iter().all(|l| *l == f64::NEG_INFINITY) {
+                continue;
             }
             softmax(&mut row);
             mass.iter_mut().zip(&row).for_each(|(m, p)| *m += p);
@@ -364,6 +445,13 @@ fn first_patch(input: &MergeInput<'_>, cls: Option<Cls>) -> Result<usize, Oracle
         });
     }
     expect_extent("hidden tokens", tokens, input.hidden.nrows())?;
+    if let Some(mask) = input.mask.filter(|m| m.dim() != (heads, tokens, tokens)) {
+        return Err(OracleError::Shape {
+            what: "attention mask",
+            expected: format!("[{heads}, {tokens}, {tokens}]"),
+            found: format!("{:?}", mask.shape()),
+        });
+    }
     let first_patch = usize::from(cls.is_some());
     if tokens < first_patch {
         return Err(OracleError::Shape {

@@ -20,15 +20,18 @@
 mod math;
 mod merge;
 mod prune;
+mod rotary;
 
+pub(in crate::validate) use math::descending as by_score;
 pub use merge::{
     Budget, ClampedBudget, Cls, MergeInput, MergeParams, Merged, Selector, clamp_budget, merge,
-    merge_selected, metric, patch_scores, received_attention,
+    merge_by, merge_selected, merge_shuffled, metric, patch_scores, received_attention,
 };
 pub use prune::{
-    Drop, Text, average_visual_tokens, carry_rows, check_schedule, drop_counts, rank, renumber,
-    select, text_rows, visual_tokens_per_layer,
+    Drop, Scaling, Text, average_visual_tokens, carry_rows, check_schedule, drop_counts, rank,
+    renumber, select, text_rows, visual_tokens_per_layer,
 };
+pub use rotary::rotate;
 
 /// Why the oracle cannot say what a stage must compute.
 ///

@@ -69,6 +69,24 @@ pub fn text_rows(
     Ok(rows)
 }
 
+/// How an attention scales its scores.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scaling {
+    /// Factor of the product q·k.
+    pub scale: f32,
+    /// Bound c on the scaled scores s, as c·tanh(s / c); 0 for none.
+    pub softcap: f32,
+}
+
+impl From<f32> for Scaling {
+    fn from(scale: f32) -> Self {
+        Self {
+            scale,
+            softcap: 0.0,
+        }
+    }
+}
+
 /// Score of every visual token, in position order: its attention probability, averaged over the
 /// query heads and then over the text rows.
 ///
@@ -84,11 +102,12 @@ pub fn text_rows(
 pub fn rank(
     query: ArrayView3<'_, f32>,
     key: ArrayView3<'_, f32>,
-    scale: f32,
+    scaling: impl Into<Scaling>,
     real: &[bool],
     rows: &[usize],
     visual: &[bool],
 ) -> Result<Vec<f32>, OracleError> {
+    let scaling = scaling.into();
     let (heads, length, head_dim) = query.dim();
     let (key_heads, key_length, key_dim) = key.dim();
     if key_length != length || key_dim != head_dim {
@@ -132,7 +151,12 @@ pub fn rank(
             let q = query.slice(s![head, row, ..]);
             for (at, logit) in probability.iter_mut().enumerate() {
                 *logit = if at <= row && real[at] {
-                    f64::from(scale) * dot(q, key.slice(s![head / group, at, ..]))
+                    let score =
+                        f64::from(scaling.scale) * dot(q, key.slice(s![head / group, at, ..]));
+                    match f64::from(scaling.softcap) {
+                        0.0 => score,
+                        cap => cap * (score / cap).tanh(),
+                    }
                 } else {
                     f64::NEG_INFINITY
                 };

@@ -1,11 +1,13 @@
 //! The decoder in stages, each the unmodified graph entered at a drop point.
 
-use ndarray::{Array2, Array3, Array4, Axis, s};
+use ndarray::{Array2, Array3, Axis, s};
 
 use super::super::oracle::{self, Text};
 use super::super::{ValidateError, probe};
+use super::operands::{Operands, Probe, Turn, array};
+use super::ties::{Choice, exchanged};
 use crate::arch::Decoder;
-use crate::ir::{Model, Patch};
+use crate::ir::{Dim, Model, Patch, ValueType};
 use crate::passes::{Positions, TextQueries, VisualPrune};
 use crate::runtime::{DType, Session, SessionOptions, Tensor, Value};
 
@@ -35,6 +37,8 @@ pub struct StepOut {
     pub kept: Vec<Vec<Vec<usize>>>,
     /// Length of every layer's cache, where the decoder gives caches.
     pub lengths: Vec<usize>,
+    /// Tokens that were exchanged because their scores tie as well as exactly.
+    pub near_ties: usize,
 }
 
 /// Caches and masks of a conversation.
@@ -44,6 +48,8 @@ pub struct State {
     caches: Vec<(Value, Value)>,
     /// Mask `[b, past]` of every stage.
     masks: Vec<Array2<i64>>,
+    /// A conversation of each row, where rows are run one by one.
+    alone: Vec<State>,
 }
 
 impl State {
@@ -77,8 +83,25 @@ struct Names {
     logits: String,
     past: Vec<(String, String)>,
     present: Vec<(String, String)>,
-    /// Residual tensor, query and key at each drop point.
-    probes: Vec<(String, String, String)>,
+    /// What each stage's entry reads besides the embeddings: a tensor for each
+    /// further value of its boundary.
+    extra: Vec<Vec<String>>,
+    /// What is looked at, at each drop point.
+    probes: Vec<Probe>,
+}
+
+/// What a stage is run on.
+struct Fed<'a> {
+    /// A tensor `[b, L, D]` for each value of the stage's boundary.
+    entry: &'a [Array3<f32>],
+    /// `[b, past + L]`.
+    mask: &'a Array2<i64>,
+    /// `[b, L]`.
+    positions: &'a Array2<i64>,
+    /// `[b, L]`, in a whole model.
+    ids: Option<&'a Array2<i64>>,
+    past: usize,
+    turn: Option<&'a Turn>,
 }
 
 impl ReferenceDecoder {
@@ -96,27 +119,58 @@ impl ReferenceDecoder {
             .map(|p| p.drops.iter().map(|d| d.after_layer).collect())
             .unwrap_or_default();
         let name = |v| model.name(v).to_owned();
-        let mut stages = Vec::new();
+        let (mut stages, mut extra, mut probes) = (Vec::new(), Vec::new(), Vec::new());
         for number in 0..=drops.len() {
             let first = if number == 0 { 0 } else { drops[number - 1] };
             let mut patch = Patch::new(model, "cut");
+            let mut more = Vec::new();
             if number > 0 {
-                let boundary = decoder.layers[first].boundary;
-                // In the residual stream's own type, which may not be the input's.
-                let hidden = match model.opset("") {
-                    Some(15..) => patch.op("CastLike", &[decoder.embeds, boundary]),
-                    _ => decoder.embeds,
-                };
-                patch.rewire_all(boundary, hidden);
+                for (i, &boundary) in decoder.layers[first].boundary.iter().enumerate() {
+                    let source = if i == 0 {
+                        decoder.embeds
+                    } else {
+                        more.push(format!("duet/cut/entry_{}", i + 1));
+                        let dims = vec![Dim::Unknown; 3];
+                        patch.add_input(&more[i - 1], ValueType::tensor(decoder.dtype, dims))
+                    };
+                    // In the residual stream's own type, which may not be the input's.
+                    let hidden = match model.opset("") {
+                        Some(15..) => patch.op("CastLike", &[source, boundary]),
+                        _ => source,
+                    };
+                    patch.rewire_all(boundary, hidden);
+                }
+                let keep = |p: &VisualPrune| p.positions == Positions::Keep;
+                if prune.is_some_and(keep) {
+                    Turn::inputs(&mut patch, decoder);
+                }
             }
-            let plan = patch.finish();
-            let cut = model.clone().apply(plan)?;
+            extra.push(more);
             let mut outputs = Vec::new();
             if let Some(&next) = drops.get(number) {
                 let layer = &decoder.layers[next];
-                outputs.extend([layer.boundary, layer.query, layer.new_key]);
+                outputs.extend(&layer.boundary);
+                outputs.extend([layer.query.value, layer.new_key.value]);
+                let mut copies = Vec::new();
+                // In a mixed graph, other layers' attention may count positions.
+                let any = decoder.layers.iter().find_map(|l| l.rotary);
+                if let Some(rotary) = layer.rotary.or(any) {
+                    // Copies: a table may be a weight, which cannot be given out.
+                    copies.extend([rotary.cos, rotary.sin, rotary.lengths]);
+                }
+                copies.extend(layer.query.bias.map(|b| b.0));
+                for value in copies {
+                    let copy = patch.op("Identity", &[value]);
+                    patch.add_output(copy, probe::INFERRED);
+                    outputs.push(copy);
+                }
             }
+            let plan = patch.finish();
+            let cut = model.clone().apply(plan)?;
             let cut = probe::with_outputs(&cut, &outputs)?;
+            if let Some(&next) = drops.get(number) {
+                probes.push(Probe::of(&cut, &decoder.layers[next], &outputs));
+            }
             let session =
                 probe::open(&cut, &format!("reference decoder, stage {number}"), options)?;
             stages.push(Stage { first, session });
@@ -137,13 +191,8 @@ impl ReferenceDecoder {
                 .iter()
                 .filter_map(|l| l.present.map(|(k, v)| (name(k), name(v))))
                 .collect(),
-            probes: drops
-                .iter()
-                .map(|&d| {
-                    let l = &decoder.layers[d];
-                    (name(l.boundary), name(l.query), name(l.new_key))
-                })
-                .collect(),
+            extra,
+            probes,
         };
         let dtype = stages[0]
             .session
@@ -196,8 +245,16 @@ impl ReferenceDecoder {
         for _ in &self.names.present {
             caches.push((self.zeros(batch, 0)?, self.zeros(batch, 0)?));
         }
+        let alone = if batch > 1 && self.turned() {
+            (0..batch)
+                .map(|_| self.start(1))
+                .collect::<Result<_, _>>()?
+        } else {
+            Vec::new()
+        };
         Ok(State {
             caches,
+            alone,
             masks: vec![Array2::zeros((batch, 0)); self.stages.len()],
         })
     }
@@ -216,13 +273,82 @@ impl ReferenceDecoder {
         )?)?)
     }
 
+    /// Whether the unmodified decoder takes several new tokens on top of a cache;
+    /// if not, what ONNX Runtime says.
+    ///
+    /// # Errors
+    /// ONNX Runtime refuses an input tensor.
+    pub fn continues(&mut self) -> Result<Option<String>, ValidateError> {
+        let (past, new) = (3, 2);
+        let width = self.decoder.width.unwrap_or(1) as usize;
+        let state = State {
+            caches: (0..self.depth())
+                .map(|_| Ok((self.zeros(1, past)?, self.zeros(1, past)?)))
+                .collect::<Result<_, ValidateError>>()?,
+            masks: Vec::new(),
+            alone: Vec::new(),
+        };
+        let fed = Fed {
+            entry: &[Array3::zeros((1, new, width))],
+            mask: &Array2::ones((1, past + new)),
+            positions: &Array2::from_shape_fn((1, new), |(_, i)| (past + i) as i64),
+            ids: None,
+            past,
+            turn: None,
+        };
+        let run = self.run(0, &state, &fed);
+        Ok(run.err().map(|e| e.to_string()))
+    }
+
     /// Runs new tokens through all stages.
+    ///
+    /// # Errors
+    /// A run fails, or scores are not finite.
+    pub fn step(&mut self, state: &mut State, input: &StepIn) -> Result<StepOut, ValidateError> {
+        self.step_with(state, input, None)
+    }
+
+    /// [`step`](Self::step), but where `choice` differs from the
+    /// oracle's only by near-ties, the choice is followed.
     ///
     /// A decoder without a past has to be given a state of its own for each step.
     ///
     /// # Errors
     /// A run fails, or scores are not finite.
-    pub fn step(&mut self, state: &mut State, input: &StepIn) -> Result<StepOut, ValidateError> {
+    pub fn step_with(
+        &mut self,
+        state: &mut State,
+        input: &StepIn,
+        choice: Option<Choice<'_>>,
+    ) -> Result<StepOut, ValidateError> {
+        let count = |row: ndarray::ArrayView1<'_, bool>| row.iter().filter(|v| **v).count();
+        let entered: Vec<usize> = input.visual.outer_iter().map(count).collect();
+        let schedule: Vec<oracle::Drop> = self
+            .prune
+            .iter()
+            .flat_map(|p| &p.drops)
+            .map(|d| oracle::Drop {
+                after_layer: d.after_layer,
+                keep: d.keep,
+            })
+            .collect();
+        let drops = oracle::drop_counts(&entered, &schedule)?;
+        if state.alone.is_empty() {
+            return self.advance(state, input, &drops, choice);
+        }
+        let found = self.step_alone(state, input, &drops, choice)?;
+        state.caches.clone_from(&state.alone[0].caches);
+        Ok(found)
+    }
+
+    /// Runs new tokens through all stages; `drops` are lost at each drop point.
+    fn advance(
+        &mut self,
+        state: &mut State,
+        input: &StepIn,
+        drops: &[usize],
+        choice: Option<Choice<'_>>,
+    ) -> Result<StepOut, ValidateError> {
         let batch = input.mask.nrows();
         let bools = |row: ndarray::ArrayView1<'_, bool>| row.to_vec();
         let mut visual: Vec<Vec<bool>> = input.visual.outer_iter().map(bools).collect();
@@ -237,21 +363,7 @@ impl ReferenceDecoder {
             };
             rows.push(oracle::text_rows(row_visual, &real, text)?);
         }
-        let entered: Vec<usize> = visual
-            .iter()
-            .map(|v| v.iter().filter(|x| **x).count())
-            .collect();
-        let schedule: Vec<oracle::Drop> = self
-            .prune
-            .iter()
-            .flat_map(|p| &p.drops)
-            .map(|d| oracle::Drop {
-                after_layer: d.after_layer,
-                keep: d.keep,
-            })
-            .collect();
-        let drops = oracle::drop_counts(&entered, &schedule)?;
-        let mut embeds = input.embeds.clone();
+        let mut entry = vec![input.embeds.clone()];
         let mut mask = input.mask.clone();
         let mut positions = input.positions.clone();
         let mut ids = input.ids.clone();
@@ -260,9 +372,12 @@ impl ReferenceDecoder {
             .as_ref()
             .is_none_or(|p| p.positions == Positions::Renumber);
         let mut kept_all = Vec::new();
+        let mut near_ties = 0;
         let mut logits = None;
+        let turned = self.turned();
+        let mut turn: Option<Turn> = None;
         // Behind the last stage nothing is dropped.
-        for (number, dropped) in drops.into_iter().chain([0]).enumerate() {
+        for (number, dropped) in drops.iter().copied().chain([0]).enumerate() {
             let first = self.stages[number].first;
             let end = self
                 .stages
@@ -272,16 +387,15 @@ impl ReferenceDecoder {
             let full_mask =
                 ndarray::concatenate(Axis(1), &[state.masks[number].view(), mask.view()])
                     .map_err(|e| ValidateError::Model(e.to_string()))?;
-            let outputs = self.run(
-                number,
-                state,
-                &embeds,
-                &full_mask,
-                &positions,
-                ids.as_ref(),
+            let fed = Fed {
+                entry: &entry,
+                mask: &full_mask,
+                positions: &positions,
+                ids: ids.as_ref(),
                 past,
-                batch,
-            )?;
+                turn: turn.as_ref(),
+            };
+            let outputs = self.run(number, state, &fed)?;
             let presents = self.names.present.iter().enumerate();
             for (layer, (key, value)) in presents.take(end).skip(first) {
                 state.caches[layer] = (outputs.get(key)?.clone(), outputs.get(value)?.clone());
@@ -291,23 +405,42 @@ impl ReferenceDecoder {
                 state.masks[number] = full_mask;
                 break;
             }
-            let (boundary, query, key) = &self.names.probes[number];
-            let hidden: Array3<f32> = array(outputs.get(boundary)?)?;
-            let query: Array4<f32> = array(outputs.get(query)?)?;
-            let key: Array4<f32> = array(outputs.get(key)?)?;
+            let probe = &self.names.probes[number];
+            let hidden: Vec<Array3<f32>> = probe
+                .boundary
+                .iter()
+                .map(|b| array(outputs.get(b)?))
+                .collect::<Result<_, ValidateError>>()?;
+            let operands = Operands {
+                layer: &self.decoder.layers[end],
+                width: self.decoder.head_dim as usize,
+                present: self.names.present.get(end).map(|(key, _)| key.as_str()),
+                positions: turned.then_some(&positions),
+            };
+            let (query, key, tables) = operands.read(probe, past, &outputs)?;
             let layer = &self.decoder.layers[end];
             let mut kept = Vec::new();
             for row in 0..batch {
                 let real: Vec<bool> = mask.row(row).iter().map(|m| *m != 0).collect();
                 let scores = if visual[row].iter().any(|v| *v) {
                     #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
-                    let scale = layer.scale as f32;
+                    let scaling = oracle::Scaling {
+                        scale: layer.scale as f32,
+                        softcap: layer.softcap as f32,
+                    };
                     let (q, k) = (query.index_axis(Axis(0), row), key.index_axis(Axis(0), row));
-                    oracle::rank(q, k, scale, &real, &rows[row], &visual[row])?
+                    oracle::rank(q, k, scaling, &real, &rows[row], &visual[row])?
                 } else {
                     Vec::new()
                 };
-                let keep = oracle::select(&scores, &visual[row], dropped)?;
+                let mut keep = oracle::select(&scores, &visual[row], dropped)?;
+                let found = choice.and_then(|c| Some((c.kept.get(number)?.get(row)?, c.tolerance)));
+                if let Some((found, tolerance)) = found
+                    && let Some(count) = exchanged(&keep, found, &scores, &visual[row], tolerance)
+                {
+                    near_ties += count;
+                    keep.clone_from(found);
+                }
                 rows[row] = oracle::carry_rows(&rows[row], &keep, &real)?;
                 kept.push(keep);
             }
@@ -317,7 +450,11 @@ impl ReferenceDecoder {
             let length = kept[0].len();
             let mut next_mask = Array2::zeros((batch, length));
             let mut next_positions = Array2::zeros((batch, length));
-            let mut next_embeds = Array3::zeros((batch, length, hidden.dim().2));
+            let width = |h: &Array3<f32>| h.dim().2;
+            let mut next_entry: Vec<Array3<f32>> = hidden
+                .iter()
+                .map(|h| Array3::zeros((batch, length, width(h))))
+                .collect();
             for (row, keep) in kept.iter().enumerate() {
                 let old = positions.row(row).to_vec();
                 let new = if renumber {
@@ -329,49 +466,109 @@ impl ReferenceDecoder {
                 for (slot, &from) in keep.iter().enumerate() {
                     next_mask[[row, slot]] = mask[[row, from]];
                     next_positions[[row, slot]] = new[slot];
-                    next_embeds
-                        .slice_mut(s![row, slot, ..])
-                        .assign(&hidden.slice(s![row, from, ..]));
+                    for (next, hidden) in next_entry.iter_mut().zip(&hidden) {
+                        next.slice_mut(s![row, slot, ..])
+                            .assign(&hidden.slice(s![row, from, ..]));
+                    }
                 }
                 visual[row] = keep.iter().map(|&i| visual[row][i]).collect();
             }
             ids = ids.map(|ids| {
                 Array2::from_shape_fn((batch, length), |(row, slot)| ids[[row, kept[row][slot]]])
             });
-            (mask, positions, embeds) = (next_mask, next_positions, next_embeds);
+            (mask, positions, entry) = (next_mask, next_positions, next_entry);
+            if let (true, Some(tables)) = (turned, tables) {
+                turn = Some(tables.at(next_past, &positions)?);
+            }
             kept_all.push(kept);
         }
         Ok(StepOut {
             logits: logits.ok_or_else(|| ValidateError::Model("no stage gave logits".into()))?,
             kept: kept_all,
             lengths: state.caches.iter().map(|(k, _)| k.shape()[2]).collect(),
+            near_ties,
         })
+    }
+
+    /// Whether kept positions have to be given to attention operators that would
+    /// count for themselves.
+    fn turned(&self) -> bool {
+        let keep = |p: &VisualPrune| p.positions == Positions::Keep;
+        self.prune.as_ref().is_some_and(keep)
+            && self.decoder.layers.iter().any(|l| l.rotary.is_some())
+    }
+
+    /// Runs the rows of a batch one by one, all losing what the batch does.
+    fn step_alone(
+        &mut self,
+        state: &mut State,
+        input: &StepIn,
+        drops: &[usize],
+        choice: Option<Choice<'_>>,
+    ) -> Result<StepOut, ValidateError> {
+        let mut all: Option<StepOut> = None;
+        for (row, state) in state.alone.iter_mut().enumerate() {
+            let one = row..row + 1;
+            let input = StepIn {
+                embeds: input.embeds.slice(s![one.clone(), .., ..]).to_owned(),
+                mask: input.mask.slice(s![one.clone(), ..]).to_owned(),
+                positions: input.positions.slice(s![one.clone(), ..]).to_owned(),
+                visual: input.visual.slice(s![one.clone(), ..]).to_owned(),
+                salient: input.salient.slice(s![one.clone(), ..]).to_owned(),
+                ids: input
+                    .ids
+                    .as_ref()
+                    .map(|ids| ids.slice(s![one, ..]).to_owned()),
+            };
+            let chosen: Option<Vec<Vec<Vec<usize>>>> = choice.map(|c| {
+                let own = |drop: &Vec<Vec<usize>>| drop.get(row).cloned().into_iter().collect();
+                c.kept.iter().map(own).collect()
+            });
+            let choice = choice
+                .zip(chosen.as_ref())
+                .map(|(c, kept)| Choice { kept, ..c });
+            let found = self.advance(state, &input, drops, choice)?;
+            match &mut all {
+                None => all = Some(found),
+                Some(all) => {
+                    all.logits
+                        .append(Axis(0), found.logits.view())
+                        .map_err(|e| ValidateError::Model(e.to_string()))?;
+                    all.near_ties += found.near_ties;
+                    for (kept, row) in all.kept.iter_mut().zip(found.kept) {
+                        kept.extend(row);
+                    }
+                }
+            }
+        }
+        all.ok_or_else(|| ValidateError::Model("a batch without rows".into()))
     }
 
     /// Runs one stage. Layers of other stages are fed caches of this stage's
     /// length, so that whatever the exporter reads lengths from agrees; what
     /// they compute is not used.
-    #[allow(clippy::too_many_arguments, reason = "the state of one stage")]
     fn run(
         &mut self,
         number: usize,
         state: &State,
-        embeds: &Array3<f32>,
-        mask: &Array2<i64>,
-        positions: &Array2<i64>,
-        ids: Option<&Array2<i64>>,
-        past: usize,
-        batch: usize,
+        fed: &Fed<'_>,
     ) -> Result<crate::runtime::Outputs, ValidateError> {
+        let (past, batch) = (fed.past, fed.mask.nrows());
         let first = self.stages[number].first;
         let end = self
             .stages
             .get(number + 1)
             .map_or(self.depth(), |s| s.first);
         let filler = self.zeros(batch, past)?;
-        let embeds = Value::new(Tensor::from(embeds.clone()).cast_float(self.dtype)?)?;
-        let mut feed: Vec<(&str, Value)> = vec![(&self.names.embeds, embeds)];
-        if let (Some(name), Some(ids)) = (&self.names.ids, ids) {
+        let mut feed: Vec<(&str, Value)> = Vec::new();
+        let names = [&self.names.embeds]
+            .into_iter()
+            .chain(&self.names.extra[number]);
+        for (name, tensor) in names.zip(fed.entry) {
+            let value = Value::new(Tensor::from(tensor.clone()).cast_float(self.dtype)?)?;
+            feed.push((name, value));
+        }
+        if let (Some(name), Some(ids)) = (&self.names.ids, fed.ids) {
             let narrow = self.stages[0].session.input(name).and_then(|p| p.dtype);
             let ids: Tensor = match narrow {
                 Some(DType::I32) => ids.map(|i| i32::try_from(*i).unwrap_or(i32::MAX)).into(),
@@ -381,10 +578,13 @@ impl ReferenceDecoder {
         }
         feed.extend(self.given.iter().map(|(n, v)| (n.as_str(), v.clone())));
         if let Some(name) = &self.names.mask {
-            feed.push((name, Value::new(Tensor::from(mask.clone()))?));
+            feed.push((name, Value::new(Tensor::from(fed.mask.clone()))?));
         }
         if let Some(name) = &self.names.positions {
-            feed.push((name, Value::new(Tensor::from(positions.clone()))?));
+            feed.push((name, Value::new(Tensor::from(fed.positions.clone()))?));
+        }
+        if let Some(turn) = fed.turn {
+            feed.extend(turn.feed(self.dtype)?);
         }
         for (layer, (key, value)) in self.names.past.iter().enumerate() {
             let own = (first..end).contains(&layer);
@@ -396,14 +596,6 @@ impl ReferenceDecoder {
         let inputs: Vec<(&str, &Value)> = feed.iter().map(|(n, v)| (*n, v)).collect();
         Ok(self.stages[number].session.run(&inputs)?)
     }
-}
-
-fn array<D: ndarray::Dimension>(value: &Value) -> Result<ndarray::Array<f32, D>, ValidateError> {
-    let found = value.shape().to_vec();
-    let array = value.to_tensor()?.to_array()?;
-    array.into_dimensionality().map_err(|_| {
-        ValidateError::Model(format!("an inner tensor has an unexpected rank: {found:?}"))
-    })
 }
 
 /// `[b, rows, vocabulary]` → `[b, vocabulary]`.

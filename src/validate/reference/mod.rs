@@ -11,8 +11,12 @@
 //! recipe says, in the precision that the base model has.
 
 mod decoder;
+mod operands;
+mod projection;
+mod ties;
 mod vision;
 
 pub use decoder::{ReferenceDecoder, State, StepIn, StepOut};
+pub use ties::{Choice, Ranking, Tolerance};
 pub(in crate::validate) use vision::per_image;
 pub use vision::{ReferenceFeatures, ReferenceVision};

@@ -4,10 +4,12 @@ use ndarray::{Array2, Array3, Axis, s};
 
 use super::super::oracle::{self, MergeInput, MergeParams, Merged};
 use super::super::{ValidateError, probe};
+use super::projection::Probes;
+use super::ties::{Ranking, reordered};
 use crate::arch::VisionTower;
 use crate::ir::{DataType, Dim, Model, ValueType, extract};
 use crate::passes::{Cls, Count, Selector, TokenMerge};
-use crate::runtime::{Session, SessionOptions, Tensor, Value};
+use crate::runtime::{Port, Session, SessionOptions, Tensor, Value, pixel_mask};
 
 /// What the reference gives for a batch of images.
 #[derive(Debug)]
@@ -16,6 +18,8 @@ pub struct ReferenceFeatures {
     pub features: Vec<Array2<f32>>,
     /// What the merge chose, for each image; empty without a merge.
     pub merged: Vec<Merged>,
+    /// Tokens that changed places because their scores tie as well as exactly.
+    pub near_ties: usize,
 }
 
 /// The unmodified vision encoder, opened up at the tower's end.
@@ -24,7 +28,11 @@ pub struct ReferenceVision {
     tower: VisionTower,
     session: Session,
     names: Names,
+    probes: Probes,
     merge: Option<(MergeParams, Session)>,
+    /// Patches of each token that a shuffle makes, by the base graph's own
+    /// operators.
+    groups: Option<Vec<Vec<usize>>>,
 }
 
 #[derive(Debug)]
@@ -32,8 +40,6 @@ struct Names {
     pixels: String,
     features: String,
     hidden: String,
-    query: String,
-    key: String,
     entry: String,
 }
 
@@ -48,8 +54,7 @@ impl ReferenceVision {
         merge: Option<&TokenMerge>,
         options: &SessionOptions,
     ) -> Result<Self, ValidateError> {
-        let (query, key) = (tower.site.query.root, tower.site.key.root);
-        let probed = probe::with_outputs(model, &[tower.hidden, query, key])?;
+        let (probed, probes) = Probes::new(model, tower, &[tower.hidden, tower.entry])?;
         let session = probe::open(&probed, "reference vision encoder", options)?;
         let merge = match merge {
             None => None,
@@ -71,27 +76,38 @@ impl ReferenceVision {
                 Some((params(merge, tower)?, projector))
             }
         };
+        let groups = match &tower.shuffle {
+            Some(_) => Some(shuffled(model, tower, options)?),
+            None => None,
+        };
         let name = |v| model.name(v).to_owned();
         Ok(Self {
+            groups,
             names: Names {
                 pixels: name(tower.pixels),
                 features: name(tower.features),
                 hidden: name(tower.hidden),
-                query: name(query),
-                key: name(key),
                 entry: name(tower.entry),
             },
             tower: tower.clone(),
             session,
+            probes,
             merge,
         })
     }
 
-    /// Features of `[n, C, H, W]` pixels.
+    /// Features of `[n, C, H, W]` pixels; `mask` `[n, H, W]` is for models that are
+    /// told which pixels are padding. Where `ranking` orders tokens otherwise
+    /// than the oracle only by near-ties, it is followed.
     ///
     /// # Errors
     /// The run fails or the tower gives something else than it was recognised as.
-    pub fn features(&mut self, pixels: Tensor) -> Result<ReferenceFeatures, ValidateError> {
+    pub fn features(
+        &mut self,
+        pixels: Tensor,
+        mask: Option<&Array3<u8>>,
+        ranking: Option<Ranking<'_>>,
+    ) -> Result<ReferenceFeatures, ValidateError> {
         let dtype = self.session.input(&self.names.pixels).and_then(|p| p.dtype);
         let pixels = match dtype.filter(|d| d.is_float()) {
             Some(dtype) => pixels.cast_float(dtype)?,
@@ -99,33 +115,58 @@ impl ReferenceVision {
         };
         let pixels = Value::new(pixels)?;
         let images = pixels.shape()[0];
-        let out = self.session.run(&[(&self.names.pixels, &pixels)])?;
+        let mut inputs: Vec<(&str, Value)> = vec![(&self.names.pixels, pixels)];
+        let other = |p: &&Port| p.name != self.names.pixels;
+        if let (Some(port), Some(mask)) = (self.session.inputs().iter().find(other), mask) {
+            inputs.push((&port.name, pixel_mask(mask, port)?));
+        }
+        let inputs: Vec<(String, Value)> =
+            inputs.into_iter().map(|(n, v)| (n.to_owned(), v)).collect();
+        let inputs: Vec<(&str, &Value)> = inputs.iter().map(|(n, v)| (n.as_str(), v)).collect();
+        let out = self.session.run(&inputs)?;
         let Some((params, projector)) = &mut self.merge else {
             let features = out.get(&self.names.features)?;
             return Ok(ReferenceFeatures {
                 features: per_image(features, images)?,
                 merged: Vec::new(),
+                near_ties: 0,
             });
         };
         let hidden = rank3(out.get(&self.names.hidden)?)?;
+        let entry = rank3(out.get(&self.names.entry)?)?;
         let (_, tokens, _) = hidden.dim();
-        let query = self
-            .tower
-            .heads_of(out.get(&self.names.query)?, images, tokens)?;
-        let key = self
-            .tower
-            .heads_of(out.get(&self.names.key)?, images, tokens)?;
+        let (query, key) = self.probes.heads(&out, &self.tower, images, tokens)?;
+        let masks = self.probes.masks(&out, &self.tower, images, tokens)?;
         #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
         let scale = self.tower.site.scale() as f32;
-        let (mut tokens, mut merged) = (Vec::new(), Vec::new());
+        let (mut tokens, mut merged, mut near_ties) = (Vec::new(), Vec::new(), 0);
         for image in 0..images {
             let input = MergeInput {
                 hidden: hidden.index_axis(Axis(0), image),
                 query: query[image].view(),
                 key: key[image].view(),
                 scale,
+                mask: masks.as_ref().map(|m| m[image].view()),
             };
-            let choice = oracle::merge(&input, params)?;
+            let rows = entry.index_axis(Axis(0), image);
+            let groups = self.groups.as_deref();
+            let choose = |scores: Option<Vec<f32>>| match (groups, scores) {
+                (Some(groups), scores) => {
+                    oracle::merge_shuffled(&input, rows, groups, scores, params)
+                }
+                (None, None) => oracle::merge(&input, params),
+                (None, Some(scores)) => oracle::merge_by(&input, scores, params),
+            };
+            let mut choice = choose(None)?;
+            let found = ranking.and_then(|r| Some((r.scores.get(image)?, r.tolerance)));
+            if let Some((found, tolerance)) = found {
+                let first = choice.dominant.len() + choice.pool.len();
+                let moved = reordered(&choice.scores, found, first, tolerance);
+                if let Some(moved @ 1..) = moved {
+                    near_ties += moved;
+                    choice = choose(Some(found.clone()))?;
+                }
+            }
             tokens.push(choice.tokens.clone().insert_axis(Axis(0)));
             merged.push(choice);
         }
@@ -134,11 +175,12 @@ impl ReferenceVision {
         let views: Vec<_> = tokens.iter().map(|t| t.view()).collect();
         let tokens = ndarray::concatenate(Axis(0), &views);
         let tokens = tokens.map_err(|e| ValidateError::Model(e.to_string()))?;
-        let entry = Tensor::from(tokens).cast_float(out.get(&self.names.hidden)?.dtype())?;
-        let projected = projector.run(&[(&self.names.entry, &Value::new(entry)?)])?;
+        let merged_rows = Tensor::from(tokens).cast_float(out.get(&self.names.hidden)?.dtype())?;
+        let projected = projector.run(&[(&self.names.entry, &Value::new(merged_rows)?)])?;
         Ok(ReferenceFeatures {
             features: per_image(projected.get(&self.names.features)?, images)?,
             merged,
+            near_ties,
         })
     }
 }
@@ -149,7 +191,7 @@ pub(in crate::validate) fn params(
     tower: &VisionTower,
 ) -> Result<MergeParams, ValidateError> {
     let patches = tower
-        .patches()
+        .candidates()
         .and_then(|n| usize::try_from(n).ok())
         .ok_or_else(|| ValidateError::Model("the tower's token count is not fixed".into()))?;
     let budget = |count: Count| match count {
@@ -173,29 +215,56 @@ pub(in crate::validate) fn params(
     })
 }
 
-impl VisionTower {
-    /// A projection as one `[heads, T, head_dim]` for each image.
-    fn heads_of(
-        &self,
-        projection: &Value,
-        images: usize,
-        tokens: usize,
-    ) -> Result<Vec<Array3<f32>>, ValidateError> {
-        let (heads, width) = (self.heads as usize, self.head_dim as usize);
-        let data = projection.f32s()?.into_owned();
-        let found = projection.shape().to_vec();
-        let split = ndarray::Array4::from_shape_vec((images, tokens, heads, width), data);
-        let split = split.map_err(|_| {
-            ValidateError::Model(format!(
-                "a projection of the tower is {found:?}; expected {images} × {tokens} × {heads} × {width} \
-                 elements"
-            ))
-        })?;
-        Ok(split
-            .outer_iter()
-            .map(|image| image.permuted_axes([1, 0, 2]).to_owned())
-            .collect())
+/// Runs the base graph's own re-arrangement on the numbers of the patches, digit
+/// by digit so that every element type holds them, and reads off which patches a
+/// token is made of.
+fn shuffled(
+    model: &Model,
+    tower: &VisionTower,
+    options: &SessionOptions,
+) -> Result<Vec<Vec<usize>>, ValidateError> {
+    const BASE: usize = 128;
+    let wrong = |what: &str| ValidateError::Model(format!("the pixel shuffle {what}"));
+    let size = |n: Option<i64>| n.and_then(|n| usize::try_from(n).ok());
+    let (Some(tokens), Some(shuffle)) = (size(tower.tokens), &tower.shuffle) else {
+        return Err(wrong("works on a number of tokens that is not fixed"));
+    };
+    let ty = ValueType::tensor(tower.dtype, vec![Dim::Unknown; 3]);
+    let part = extract(model, &[(tower.hidden, ty.clone())], &[(tower.entry, ty)])?;
+    let mut session = probe::open(&part, "reference pixel shuffle", options)?;
+    let port = session.inputs().first().and_then(|p| p.dtype);
+    let first = usize::from(tower.cls);
+    let width = size(tower.width).ok_or_else(|| wrong("works on rows of unknown width"))?;
+    let mut found: Vec<Vec<usize>> = Vec::new();
+    let (mut scale, mut digits) = (1, tokens);
+    while digits > 0 {
+        let numbers = Array3::from_shape_fn((1, tokens, width), |(_, token, _)| {
+            (token / scale % BASE) as f32
+        });
+        let mut numbers = Tensor::from(numbers);
+        if let Some(dtype) = port {
+            numbers = numbers.cast_float(dtype)?;
+        }
+        let out = session.run(&[(model.name(tower.hidden), &Value::new(numbers)?)])?;
+        let out = rank3(out.first()?)?;
+        let rows = out.index_axis(Axis(0), 0);
+        found.resize(rows.nrows(), vec![0; rows.ncols()]);
+        for (all, row) in found.iter_mut().zip(rows.outer_iter()) {
+            all.iter_mut()
+                .zip(row)
+                .for_each(|(n, digit)| *n += *digit as usize * scale);
+        }
+        (scale, digits) = (scale * BASE, digits / BASE);
     }
+    for row in &mut found {
+        row.sort_unstable();
+        row.dedup();
+        if row.len() as i64 != shuffle.per || row.first().is_some_and(|t| *t < first) {
+            return Err(wrong("does not make tokens of whole patches"));
+        }
+        row.iter_mut().for_each(|token| *token -= first);
+    }
+    Ok(found)
 }
 
 fn rank3(value: &Value) -> Result<Array3<f32>, ValidateError> {

@@ -84,6 +84,7 @@ fn cls_scores_sum_heads_and_leave_cls_out() {
         query: query.view(),
         key: key.view(),
         scale: 0.5,
+        mask: None,
     };
     close(
         &patch_scores(&input, Some(Cls::Keep)).unwrap(),
@@ -106,6 +107,7 @@ fn received_attention_counts_every_query() {
         query: query.view(),
         key: key.view(),
         scale: 1.0,
+        mask: None,
     };
     close(&patch_scores(&input, None).unwrap(), &[0.75, 1.25]);
     close(&received_attention(&input, None).unwrap(), &[1.5, 2.5]);
@@ -114,6 +116,75 @@ fn received_attention_counts_every_query() {
         &received_attention(&input, Some(Cls::Keep)).unwrap(),
         &[2.5],
     );
+}
+
+#[test]
+fn a_masked_key_gets_no_attention() {
+    // Weights 1:3 for query 0, of which the mask leaves the first; query 1 sees nothing.
+    let key = log_keys(&[&[1.0, 3.0]]);
+    let query = Array3::from_elem((1, 2, 1), 1.0);
+    let hidden = numbered(2, false);
+    let none = f32::NEG_INFINITY;
+    let score = |mask: Array3<f32>| {
+        let input = MergeInput {
+            hidden: hidden.view(),
+            query: query.view(),
+            key: key.view(),
+            scale: 1.0,
+            mask: Some(mask.view()),
+        };
+        patch_scores(&input, None)
+    };
+    close(
+        &score(array![[[0.0, none], [none, none]]]).unwrap(),
+        &[1.0, 0.0],
+    );
+    // A bias changes the weights to 3:3; beside a huge number nothing is left, so all are even.
+    let huge = f32::MIN;
+    close(
+        &score(array![[[3f32.ln(), 0.0], [huge, huge]]]).unwrap(),
+        &[1.0, 1.0],
+    );
+    assert!(matches!(
+        score(Array3::zeros((1, 2, 3))),
+        Err(OracleError::Shape { .. })
+    ));
+}
+
+#[test]
+fn shuffled_tokens_have_the_means_of_their_patches() {
+    // One head whose four patches get 1, 2, 3 and 2 eighths of every query's attention.
+    let key = log_keys(&[&[1.0, 2.0, 3.0, 2.0]]);
+    let query = Array3::from_elem((1, 4, 1), 1.0);
+    let hidden = numbered(4, false);
+    let input = MergeInput {
+        hidden: hidden.view(),
+        query: query.view(),
+        key: key.view(),
+        scale: 1.0,
+        mask: None,
+    };
+    let params = MergeParams {
+        dominant: 1,
+        contextual: 1,
+        cluster_width: 4,
+        selector: Selector::Attention,
+        cls: None,
+    };
+    let rows = array![[1.0f32, 2.0], [10.0, 20.0]];
+    let groups = [vec![0, 3], vec![1, 2]];
+    let merged = merge_shuffled(&input, rows.view(), &groups, None, &params).unwrap();
+    close(&merged.scores, &[0.75, 1.25]);
+    assert_eq!((merged.dominant, merged.anchors), (vec![1], vec![0]));
+    assert_eq!(merged.tokens, array![[10.0, 20.0], [1.0, 2.0]]);
+    let outside = merge_shuffled(&input, rows.view(), &[vec![0, 4]], None, &params);
+    assert!(matches!(outside, Err(OracleError::Index { .. })));
+    let kept = MergeParams {
+        cls: Some(Cls::Keep),
+        ..params
+    };
+    let kept = merge_shuffled(&input, rows.view(), &groups, None, &kept);
+    assert!(matches!(kept, Err(OracleError::Parameter { .. })));
 }
 
 #[test]
@@ -347,6 +418,7 @@ fn inputs_that_do_not_fit_are_errors() {
             query: query.view(),
             key: key.view(),
             scale: 1.0,
+            mask: None,
         };
         let params = MergeParams {
             cls: Some(Cls::Keep),
@@ -428,6 +500,7 @@ fn run(tower: &(Array2<f32>, Array3<f32>, Array3<f32>), params: &MergeParams) ->
         query: tower.1.view(),
         key: tower.2.view(),
         scale: 0.7,
+        mask: None,
     };
     merge(&input, params).unwrap()
 }
@@ -493,6 +566,7 @@ proptest! {
             query: tower.1.view(),
             key: tower.2.view(),
             scale: 1.3,
+            mask: None,
         };
         let (heads, tokens, _) = tower.1.dim();
         let sum = |scores: Vec<f32>| scores.iter().sum::<f32>();
@@ -529,6 +603,7 @@ proptest! {
             query: tower.1.view(),
             key: tower.2.view(),
             scale: 0.7,
+            mask: None,
         };
         for scores in [merged.scores.clone(), received_attention(&input, params.cls).unwrap()] {
             let mut scores = scores;

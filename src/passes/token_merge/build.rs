@@ -1,0 +1,301 @@
+//! The merge as operators: score, selection, contextual tokens.
+
+use super::{MergeBudget, Selector, TokenMerge};
+use crate::arch::{Mask, Operand, VisionTower};
+use crate::ir::{DataType, Patch, Size, ValueId, int};
+
+/// The construction for one tower. Shapes in comments: n images, T tokens with
+/// CLS, N patches, h heads, d head width, D tower width.
+pub(super) struct Build<'a, 'm> {
+    pub(super) merge: &'a TokenMerge,
+    pub(super) tower: &'a VisionTower,
+    pub(super) budget: MergeBudget,
+    pub(super) patch: &'a mut Patch<'m>,
+}
+
+impl Build<'_, '_> {
+    /// Rows of patch tokens only.
+    fn patches_only(&mut self, x: ValueId, axis: i64) -> ValueId {
+        if !self.tower.cls {
+            return x;
+        }
+        self.patch
+            .slice(x, Size::Known(1), Size::Known(i64::MAX), axis)
+    }
+
+    fn in_f32(&mut self, x: ValueId) -> ValueId {
+        if self.tower.dtype == DataType::Float {
+            return x;
+        }
+        self.patch.cast(x, DataType::Float)
+    }
+
+    /// A projection as `[n, T, h, d]`, fp32; with `first` only its first token.
+    fn heads(&mut self, operand: &Operand, first: bool) -> ValueId {
+        let (projection, done) = operand.build(self.patch, first);
+        let tokens = match done {
+            true => 1,
+            false => self.tower.tokens.unwrap_or(-1),
+        };
+        let dims = [-1, tokens, self.tower.heads, self.tower.head_dim];
+        let mut split = self.patch.reshape(projection, &dims);
+        if first && !done {
+            split = self.patch.slice(split, Size::Known(0), Size::Known(1), 1);
+        }
+        self.in_f32(split)
+    }
+
+    /// The merged tokens `[n, K, D]`.
+    pub(super) fn tokens(&mut self) -> ValueId {
+        let tower = self.tower;
+        self.patch.scope("score");
+        let needs_all = !tower.cls || self.merge.selector == Selector::Local;
+        let q = self.heads(&tower.site.query, !needs_all);
+        let k = self.heads(&tower.site.key, false);
+        // [n, h, T, T] or, for the CLS row alone, [n, h, 1, T]
+        let probabilities = self.attention(q, k, needs_all);
+        let of_patches = if tower.cls {
+            let row = if needs_all {
+                self.patch
+                    .slice(probabilities, Size::Known(0), Size::Known(1), 2)
+            } else {
+                probabilities
+            };
+            let summed = self.patch.reduce_sum(row, &[1, 2], false);
+            self.patches_only(summed, 1)
+        } else {
+            let received = self.patch.reduce_sum(probabilities, &[2], false);
+            self.patch.reduce("ReduceMean", received, &[1], false)
+        };
+        let score = self.pooled(of_patches, &[]);
+        self.patch.name_value(score, "score");
+        let mut parts = Vec::new();
+        if self.budget.cls {
+            parts.push(
+                self.patch
+                    .slice(tower.hidden, Size::Known(0), Size::Known(1), 1),
+            );
+        }
+        let (dominant, pool) = self.select(score);
+        if let Some(dominant) = dominant {
+            self.patch.name_value(dominant, "dominant_indices");
+            parts.push(self.rows(dominant));
+        }
+        if let Some(pool) = pool {
+            let contextual = match self.merge.selector {
+                Selector::Attention | Selector::Uniform => self.assigned(k, pool),
+                Selector::Local => self.neighbours(k, pool, probabilities),
+            };
+            parts.push(contextual);
+        }
+        self.patch.scope("gather");
+        let merged = self.patch.concat(&parts, 1);
+        self.patch.name_value(merged, "merged_tokens");
+        merged
+    }
+
+    /// softmax(q · kᵀ · scale, masked as the tower's own): all rows or the CLS row.
+    fn attention(&mut self, q: ValueId, k: ValueId, all: bool) -> ValueId {
+        let q = self.patch.transpose(q, &[0, 2, 1, 3]);
+        #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
+        let scale = self.patch.f32(self.tower.site.scale() as f32);
+        let q = self.patch.op("Mul", &[q, scale]);
+        let k = self.patch.transpose(k, &[0, 2, 3, 1]);
+        let mut scores = self.patch.op("MatMul", &[q, k]);
+        let masks = &self.tower.site.masks;
+        for mask in masks {
+            let mut of_rows = mask.value();
+            if !all {
+                // The axis of the queries, which may be broadcast.
+                let (from, to) = (Size::Known(0), Size::Known(1));
+                of_rows = self.patch.slice(of_rows, from, to, -2);
+            }
+            scores = match *mask {
+                Mask::Added(_) => {
+                    let of_rows = self.patch.cast(of_rows, DataType::Float);
+                    self.patch.op("Add", &[scores, of_rows])
+                }
+                Mask::Chosen { when, fill, .. } => {
+                    let fill = match fill {
+                        Some(fill) => self.patch.cast(fill, DataType::Float),
+                        None => self.patch.f32(f32::NEG_INFINITY),
+                    };
+                    let (yes, no) = if when { (scores, fill) } else { (fill, scores) };
+                    self.patch.op("Where", &[of_rows, yes, no])
+                }
+            };
+        }
+        let probabilities = self.patch.softmax(scores);
+        if masks.is_empty() {
+            return probabilities;
+        }
+        // A query that sees no key gives nothing.
+        let undefined = self.patch.op("IsNaN", &[probabilities]);
+        let zero = self.patch.f32(0.0);
+        self.patch.op("Where", &[undefined, zero, probabilities])
+    }
+
+    /// Indices among the patches: dominant `[n, k₁]` ascending, and the residual
+    /// tokens that take part `[n, P]`, by falling score or by position.
+    fn select(&mut self, score: ValueId) -> (Option<ValueId>, Option<ValueId>) {
+        let b = self.budget;
+        self.patch.scope("select");
+        let (_, order) = self
+            .patch
+            .top_k(score, Size::Known(b.dominant + b.pool), true);
+        let dominant = (b.dominant > 0).then(|| {
+            let best = self
+                .patch
+                .slice(order, Size::Known(0), Size::Known(b.dominant), 1);
+            self.patch.sort_ascending(best, Size::Known(b.dominant))
+        });
+        let pool = (b.contextual > 0).then(|| {
+            let (from, to) = (Size::Known(b.dominant), Size::Known(b.dominant + b.pool));
+            let pool = self.patch.slice(order, from, to, 1);
+            match self.merge.selector {
+                Selector::Attention => pool,
+                Selector::Uniform | Selector::Local => {
+                    self.patch.sort_ascending(pool, Size::Known(b.pool))
+                }
+            }
+        });
+        (dominant, pool)
+    }
+
+    /// Mean over the patches of each shuffled token: `[n, patches, …]` →
+    /// `[n, N, …]`, `…` being `rest`. Without a shuffle, x itself.
+    fn pooled(&mut self, x: ValueId, rest: &[i64]) -> ValueId {
+        let Some(shuffle) = &self.tower.shuffle else {
+            return x;
+        };
+        let at = self.patch.i64s(&shuffle.patches);
+        let grouped = self.patch.gather(x, at, 1);
+        let mut dims = vec![-1, shuffle.tokens(), shuffle.per];
+        dims.extend(rest);
+        let grouped = self.patch.reshape(grouped, &dims);
+        self.patch.reduce("ReduceMean", grouped, &[2], false)
+    }
+
+    /// H at patch indices `[n, m]` → `[n, m, D]`.
+    fn rows(&mut self, indices: ValueId) -> ValueId {
+        if self.tower.shuffle.is_some() {
+            return self.patch.gather_rows(self.tower.entry, indices);
+        }
+        let indices = if self.tower.cls {
+            let one = self.patch.i64(1);
+            self.patch.op("Add", &[indices, one])
+        } else {
+            indices
+        };
+        self.patch.gather_rows(self.tower.hidden, indices)
+    }
+
+    /// Key metric of every patch, of unit length: `[n, N, d]`.
+    fn metric(&mut self, k: ValueId) -> ValueId {
+        let mean = self.patch.reduce("ReduceMean", k, &[2], false);
+        let metric = self.patches_only(mean, 1);
+        let metric = self.pooled(metric, &[self.tower.head_dim]);
+        let square = self.patch.op("Mul", &[metric, metric]);
+        let sum = self.patch.reduce_sum(square, &[2], true);
+        let norm = self.patch.op("Sqrt", &[sum]);
+        let tiny = self.patch.f32(1e-12);
+        let norm = self.patch.op("Max", &[norm, tiny]);
+        self.patch.op("Div", &[metric, norm])
+    }
+
+    /// Each pool member goes to its nearest anchor; H[anchor] + mean of members.
+    fn assigned(&mut self, k: ValueId, pool: ValueId) -> ValueId {
+        let b = self.budget;
+        self.patch.scope("contextual");
+        let step = (b.pool / b.contextual).max(1);
+        let anchors: Vec<i64> = (0..b.contextual).map(|i| i * step).collect();
+        let members: Vec<i64> = (0..b.pool).filter(|i| !anchors.contains(i)).collect();
+        let at = self.patch.i64s(&anchors);
+        let anchor = self.patch.gather(pool, at, 1);
+        self.patch.name_value(anchor, "anchor_indices");
+        let anchor_rows = self.rows(anchor);
+        if members.is_empty() {
+            return anchor_rows;
+        }
+        let at = self.patch.i64s(&members);
+        let member = self.patch.gather(pool, at, 1);
+        let metric = self.metric(k);
+        let anchor_metric = self.patch.gather_rows(metric, anchor);
+        let member_metric = self.patch.gather_rows(metric, member);
+        let anchor_metric = self.patch.transpose(anchor_metric, &[0, 2, 1]);
+        // [n, M, k₂]: the first anchor wins a tie (ArgMax's rule).
+        let similarity = self.patch.op("MatMul", &[member_metric, anchor_metric]);
+        let attributes = vec![int("axis", -1), int("keepdims", 0)];
+        let nearest = self.patch.op_with("ArgMax", &[similarity], attributes);
+        let nearest = self.patch.unsqueeze(nearest, &[1]);
+        let every: Vec<i64> = (0..b.contextual).collect();
+        let every = self.patch.i64s(&every);
+        let every = self.patch.reshape(every, &[1, -1, 1]);
+        let belongs = self.patch.op("Equal", &[nearest, every]);
+        let belongs = self.patch.cast(belongs, DataType::Float);
+        let member_rows = self.rows(member);
+        let member_rows = self.in_f32(member_rows);
+        let sum = self.patch.op("MatMul", &[belongs, member_rows]);
+        let count = self.patch.reduce_sum(belongs, &[2], true);
+        let one = self.patch.f32(1.0);
+        let count = self.patch.op("Max", &[count, one]);
+        let mean = self.patch.op("Div", &[sum, count]);
+        let anchor_rows = self.in_f32(anchor_rows);
+        let token = self.patch.op("Add", &[anchor_rows, mean]);
+        self.in_model_type(token)
+    }
+
+    /// Anchors by attention received, each averaged with its w nearest.
+    fn neighbours(&mut self, k: ValueId, residual: ValueId, probabilities: ValueId) -> ValueId {
+        let b = self.budget;
+        self.patch.scope("contextual");
+        let received = self.patch.reduce_sum(probabilities, &[1, 2], false);
+        let received = self.patches_only(received, 1);
+        let received = self.pooled(received, &[]);
+        let received = self.patch.gather_rows(received, residual);
+        let (_, place) = self.patch.top_k(received, Size::Known(b.contextual), true);
+        let anchor = self.patch.gather_rows(residual, place);
+        self.patch.name_value(anchor, "anchor_indices");
+        let anchor_rows = self.rows(anchor);
+        let width = self.merge.cluster_width.min(b.pool - 1);
+        if width == 0 {
+            return anchor_rows;
+        }
+        let metric = self.metric(k);
+        let residual_metric = self.patch.gather_rows(metric, residual);
+        let anchor_metric = self.patch.gather_rows(metric, anchor);
+        let residual_metric = self.patch.transpose(residual_metric, &[0, 2, 1]);
+        // [n, k₂, M]; an anchor is not its own neighbour.
+        let similarity = self.patch.op("MatMul", &[anchor_metric, residual_metric]);
+        let own = self.patch.unsqueeze(place, &[2]);
+        let every: Vec<i64> = (0..b.pool).collect();
+        let every = self.patch.i64s(&every);
+        let own = self.patch.op("Equal", &[own, every]);
+        let below = self.patch.f32(-4.0);
+        let similarity = self.patch.op("Where", &[own, below, similarity]);
+        let (_, nearest) = self.patch.top_k(similarity, Size::Known(width), true);
+        let flat = self.patch.reshape(nearest, &[0, b.contextual * width]);
+        let neighbour = self.patch.gather_rows(residual, flat);
+        let rows = self.rows(neighbour);
+        let rows = self.in_f32(rows);
+        // D is inferred: the file need not state the tower's width.
+        let batch = self.patch.size_of(rows, 0);
+        let batch = self.patch.size_value(batch);
+        let rest = self.patch.i64s(&[b.contextual, width, -1]);
+        let shape = self.patch.concat(&[batch, rest], 0);
+        let rows = self.patch.op("Reshape", &[rows, shape]);
+        let sum = self.patch.reduce_sum(rows, &[2], false);
+        let anchor_rows = self.in_f32(anchor_rows);
+        let sum = self.patch.op("Add", &[sum, anchor_rows]);
+        let count = self.patch.f32((width + 1) as f32);
+        let token = self.patch.op("Div", &[sum, count]);
+        self.in_model_type(token)
+    }
+
+    fn in_model_type(&mut self, x: ValueId) -> ValueId {
+        if self.tower.dtype == DataType::Float {
+            return x;
+        }
+        self.patch.cast(x, self.tower.dtype)
+    }
+}

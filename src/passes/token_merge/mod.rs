@@ -1,0 +1,321 @@
+//! V2V: merging the vision encoder's tokens into a few dominant and contextual
+//! ones, between tower and projector.
+//!
+//! ```text
+//!  before:  tower ─ H ─[drop CLS]─▶ projector ─▶ features [n, N, D]
+//!
+//!  after:   tower ─ H ──────────────┬───────────┐
+//!             └ q, k of the last    │           │
+//!               live attention      ▼           ▼
+//!                 └─▶ score ─▶ TopK ─▶ dominant, contextual ─▶ projector ─▶ [n, K, D]
+//! ```
+//!
+//! Score of patch j: the attention that CLS pays to it, summed over heads; for
+//! towers without CLS the attention it receives (sum over queries, mean over
+//! heads). Contextual token = H[anchor] + mean of the H of the pool members whose
+//! key metric is nearest to the anchor's (cosine). The tower's own attention is
+//! not touched: only the rows that are needed are computed again beside it.
+//!
+//! **Behind a pixel shuffle** (Idefics3, SmolVLM, InternVL) the merge works on the
+//! shuffled tokens `[n, N/r², r²·D]`: N in the budgets is N/r², H is the shuffled
+//! row, and score and metric of a token are the means over its r² patches, as
+//! Qwen2.5-VL's merge groups have them. Which patches make up a token is known
+//! from the re-arrangement itself (see [`Shuffle`](crate::arch::Shuffle)).
+//!
+//! **Masks** that the tower applies (images padded to a common size, position
+//! biases) apply to the scores too.
+//!
+//! Source: DUET-VLM (arXiv 2602.18846), section on vision-to-vision merging, and
+//! its public implementation, which adds the anchor to the mean.
+
+mod build;
+mod resize;
+
+use serde::Deserialize;
+
+use self::build::Build;
+use self::resize::{fixed_length, resize};
+use super::recipe::Count;
+use super::{Context, Entry, Pass, PassError};
+use crate::arch::{NoMatch, VisionTower, Vlm};
+use crate::ir::{Patch, PatchPlan};
+
+pub(super) const ENTRY: Entry = Entry {
+    name: "token_merge",
+    about: "merges the vision encoder's tokens into dominant and contextual ones (V2V)",
+    keys: &[
+        "dominant",
+        "contextual",
+        "cluster_width",
+        "selector",
+        "cls",
+        "placement",
+    ],
+    parse: super::parse::<TokenMerge>,
+    keep_everything: "{dominant: 1.0, contextual: 0, cls: drop}",
+};
+
+/// Which tokens become contextual, and of what they are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Selector {
+    /// DUET: anchors at even steps through the best-scored residual tokens.
+    #[default]
+    Attention,
+    /// VisionZip: anchors at even steps through all residual tokens.
+    Uniform,
+    /// The paper's text: anchors by attention received, nearest neighbours.
+    Local,
+}
+
+/// What happens to the CLS token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cls {
+    /// It goes to the language model and counts as dominant.
+    #[default]
+    Keep,
+    /// It is left out; `dominant` counts patches.
+    Drop,
+}
+
+/// Where the shorter list comes out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Placement {
+    /// The vision encoder gives fewer features.
+    #[default]
+    Encoder,
+    /// The vision encoder gives all features, the decoder drops them.
+    Decoder,
+}
+
+/// Parameters of the pass.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenMerge {
+    /// Tokens kept as they are (CLS counted where the tower has one and keeps it).
+    pub dominant: Count,
+    /// Tokens that the rest is merged into.
+    pub contextual: Count,
+    /// Residual tokens considered for each contextual token.
+    #[serde(default = "default_width")]
+    pub cluster_width: i64,
+    /// How contextual tokens are made.
+    #[serde(default)]
+    pub selector: Selector,
+    /// What happens to CLS.
+    #[serde(default)]
+    pub cls: Cls,
+    /// Where the shorter list comes out.
+    #[serde(default)]
+    pub placement: Placement,
+}
+
+fn default_width() -> i64 {
+    4
+}
+
+/// Token counts of a merge, clamped to what is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MergeBudget {
+    /// Tokens chosen among, N: the tower's patches, or what a shuffle made of them.
+    pub patches: i64,
+    /// Of these, tokens kept as they are.
+    pub dominant: i64,
+    /// Contextual tokens.
+    pub contextual: i64,
+    /// Whether CLS comes first.
+    pub cls: bool,
+    /// Residual tokens that take part.
+    pub pool: i64,
+}
+
+impl MergeBudget {
+    /// Tokens that come out.
+    pub fn total(&self) -> i64 {
+        i64::from(self.cls) + self.dominant + self.contextual
+    }
+}
+
+/// The counts for a tower of `patches` patch tokens.
+pub fn merge_budget(merge: &TokenMerge, patches: i64, has_cls: bool) -> MergeBudget {
+    let cls = has_cls && merge.cls == Cls::Keep;
+    let asked = merge.dominant.of(patches) - i64::from(cls);
+    let dominant = asked.clamp(0, patches);
+    let residual = patches - dominant;
+    let contextual = merge.contextual.of(patches).clamp(0, residual);
+    let pool = match merge.selector {
+        Selector::Attention => (merge.cluster_width.saturating_mul(contextual))
+            .max(1)
+            .min(residual),
+        Selector::Uniform | Selector::Local => residual,
+    };
+    MergeBudget {
+        patches,
+        dominant,
+        contextual,
+        cls,
+        pool: if contextual == 0 { 0 } else { pool },
+    }
+}
+
+impl TokenMerge {
+    /// Tokens that come out of `tower` per image, if their number is fixed.
+    pub fn tokens_out(&self, tower: &VisionTower) -> Option<i64> {
+        Some(merge_budget(self, tower.candidates()?, tower.cls).total())
+    }
+}
+
+impl Pass for TokenMerge {
+    fn name(&self) -> &'static str {
+        ENTRY.name
+    }
+
+    fn as_any(&self) -> &dyn std::any::Any {
+        self
+    }
+
+    fn requires(&self, vlm: &Vlm, _: &Context) -> Result<(), PassError> {
+        let fail = |problem: String| {
+            Err(PassError::Requires {
+                pass: ENTRY.name,
+                problem,
+            })
+        };
+        if self.cluster_width < 1 {
+            return fail(format!(
+                "cluster_width is {}; expected 1 or more",
+                self.cluster_width
+            ));
+        }
+        if self.placement == Placement::Decoder {
+            return fail("placement: decoder is not available yet; use placement: encoder".into());
+        }
+        if vlm.towers().next().is_none() {
+            let vision = |m: &NoMatch| m.looked_for.contains("vision");
+            let why = vlm.missing("vision tower", vision);
+            return fail(why.to_string());
+        }
+        for (index, tower) in vlm.towers() {
+            let file = vlm.parts[index].label();
+            if let Some(node) = &tower.grid {
+                return fail(format!(
+                    "{file}: behind the tower, {node} treats the tokens as a grid (pooling, convolution, \
+                     resizing), which fewer tokens do not fill; merging in front of it is not supported. \
+                     visual_prune alone works on such models"
+                ));
+            }
+            if tower.cls && tower.shuffle.is_some() && self.cls == Cls::Keep {
+                return fail(format!(
+                    "{file}: the projector receives tokens that a pixel shuffle made of several patches, so \
+                     the CLS token cannot go with them; use 'cls: drop'"
+                ));
+            }
+            let ids = vlm.decoders().find(|(i, _)| *i == index);
+            let ids = ids.and_then(|(_, decoder)| decoder.ids);
+            if let Some(ids) = ids.filter(|_| tower.features_index.is_none())
+                && let Some(length) = fixed_length(&vlm.parts[index].model, ids.value)
+            {
+                return fail(format!(
+                    "{file}: '{}' holds {length} tokens, always, and fewer features need fewer of them; export \
+                     with a sequence of any length (dynamic axes)",
+                    vlm.parts[index].model.name(ids.value)
+                ));
+            }
+            let Some(patches) = tower.candidates() else {
+                return fail(format!(
+                    "{file}: the number of patch tokens is not fixed in the file (neither by the shape of \
+                     '{}' nor by a position table or the image size)",
+                    vlm.parts[index].model.name(tower.features)
+                ));
+            };
+            if tower.cls && self.cls == Cls::Keep && self.dominant.of(patches) < 1 {
+                return fail(format!(
+                    "{file}: dominant is 0, but the CLS token counts as dominant; use 1 or more, or 'cls: drop'"
+                ));
+            }
+            let budget = merge_budget(self, patches, tower.cls);
+            if budget.total() == 0 {
+                return fail(format!(
+                    "{file}: dominant and contextual leave no token; keep at least one"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn plan(&self, vlm: &Vlm, _: &Context) -> Result<Vec<(usize, PatchPlan)>, PassError> {
+        let mut plans = Vec::new();
+        for (index, tower) in vlm.towers() {
+            let part = &vlm.parts[index];
+            let unsupported = |problem: String| PassError::Unsupported {
+                pass: ENTRY.name,
+                file: part.label(),
+                problem,
+            };
+            let patches = tower
+                .candidates()
+                .ok_or_else(|| unsupported("the token count is not fixed".into()))?;
+            let budget = merge_budget(self, patches, tower.cls);
+            let mut patch = Patch::new(&part.model, ENTRY.name);
+            let mut build = Build {
+                merge: self,
+                tower,
+                budget,
+                patch: &mut patch,
+            };
+            let merged = build.tokens();
+            patch.rewire_all(tower.entry, merged);
+            let embeds = vlm.decoders().find(|(i, _)| *i == index);
+            let embeds = embeds.map(|(_, decoder)| decoder.embeds);
+            resize(&mut patch, tower, embeds, budget.total()).map_err(unsupported)?;
+            plans.push((index, patch.finish()));
+        }
+        Ok(plans)
+    }
+
+    fn ensures(&self, vlm: &Vlm, _: &Context) -> Result<(), PassError> {
+        for (index, tower) in vlm.towers() {
+            let part = &vlm.parts[index];
+            let output = match tower.features_index {
+                Some(index) => part.model.graph().outputs[index],
+                None => tower.features,
+            };
+            let shape = part.model.value(output).ty.as_ref().and_then(|t| t.shape());
+            let want = self.tokens_out(tower);
+            let found = shape.filter(|s| s.len() == 3).map(|s| s[1].known());
+            if found.is_some_and(|f| f != want) {
+                return Err(PassError::Ensures {
+                    pass: ENTRY.name,
+                    file: part.label(),
+                    problem: format!("expected {want:?} features, the output says {found:?}"),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn summary(&self, vlm: &Vlm) -> String {
+        let lines: Vec<String> = vlm
+            .towers()
+            .filter_map(|(_, tower)| {
+                let b = merge_budget(self, tower.candidates()?, tower.cls);
+                let cls = if b.cls { "CLS + " } else { "" };
+                let kind = match &tower.shuffle {
+                    Some(shuffle) => format!("shuffled tokens ({} patches each)", shuffle.per),
+                    None => "patch tokens".into(),
+                };
+                Some(format!(
+                    "{} {kind} → {} ({cls}{} dominant + {} contextual) after block {}",
+                    b.patches,
+                    b.total(),
+                    b.dominant,
+                    b.contextual,
+                    tower.layers
+                ))
+            })
+            .collect();
+        lines.join("; ")
+    }
+}

@@ -1,0 +1,488 @@
+//! Vision towers in the forms that optimisers leave and that other families have, made from a fixture by
+//! small patches: each is recognised as the same tower, merged, and validated against the unmodified model.
+
+mod support;
+
+use bytes::Bytes;
+use duet_onnx::arch::{Role, VisionTower, Vlm};
+use duet_onnx::ir::{
+    Attribute, DataType, Dim, Model, Patch, Tensor, ValueId, ValueType, consts, extract, float,
+    int, verify,
+};
+use duet_onnx::onnx::{read_bytes, serialize};
+use duet_onnx::passes::rewrite;
+use duet_onnx::runtime::Value;
+use duet_onnx::validate::scenario::Seeded;
+use duet_onnx::validate::{Options, Report, check};
+
+use support::models::{fixture, open, options, recipe, recipe_text, rewritten, runtime};
+
+const MERGES: [&str; 3] = [
+    "{dominant: 30, contextual: 6}",
+    "{dominant: 12, contextual: 5, selector: uniform, cls: drop}",
+    "{dominant: 0.2, contextual: 4, selector: local, cls: drop}",
+];
+
+/// The tower of a fixture that has everything apart: MatMul, Add, Softmax, LayerNormalization.
+fn plain() -> (Model, VisionTower) {
+    let vlm = fixture("ts-sdpa-mha");
+    let (index, tower) = vlm.towers().next().expect("a tower");
+    (vlm.parts[index].model.clone(), tower.clone())
+}
+
+/// The model with a patch, written and read again: a file like any other.
+fn patched(model: &Model, change: impl FnOnce(&mut Patch<'_>)) -> Model {
+    let mut model = model.clone();
+    if model.opset("com.microsoft").is_none() {
+        model.opset_imports.push(("com.microsoft".into(), 1));
+    }
+    let mut patch = Patch::new(&model, "made");
+    change(&mut patch);
+    let plan = patch.finish();
+    let model = model.apply(plan).expect("the patch applies");
+    let mut bytes = serialize(verify(&model).unwrap_or_else(|e| panic!("{e}"))).to_vec();
+    // ModelProto.opset_import (field 8): domain "com.microsoft", version 1.
+    bytes.extend([0x42, 17, 0x0a, 13]);
+    bytes.extend(b"com.microsoft\x10\x01");
+    read_bytes("made", Bytes::from(bytes)).expect("a model")
+}
+
+fn alone(model: Model) -> Vlm {
+    Vlm::new(vec![("vision_encoder.onnx".into(), String::new(), model)])
+}
+
+fn tower_of(vlm: &Vlm) -> &VisionTower {
+    match &vlm.parts[0].role {
+        Role::Vision(tower) => tower,
+        Role::Unknown(why) => panic!("not recognised: {why:?}"),
+        other => panic!("recognised as {}", other.name()),
+    }
+}
+
+fn validated(base: &Vlm, merge: &str) -> Report {
+    runtime();
+    let text = recipe_text(&[("token_merge", merge)], "");
+    let options = Options {
+        session: options(),
+        seed: 11,
+    };
+    let report = check(
+        base,
+        &rewritten(base, &text),
+        &recipe(&text),
+        &options,
+        &mut |_| (),
+    );
+    report.unwrap_or_else(|e| panic!("{e}\n{text}"))
+}
+
+fn passes(base: &Vlm, merge: &str) {
+    let report = validated(base, merge);
+    let failed: Vec<_> = report.findings.iter().filter(|f| !f.passed).collect();
+    assert!(failed.is_empty(), "{merge}: {failed:#?}");
+    assert!(
+        report.findings.iter().any(|f| f.check.contains("tract")),
+        "{merge}"
+    );
+    assert!(report.worst_features < 1e-4, "{merge}");
+}
+
+fn refusal(base: Vlm, merge: &str) -> String {
+    let text = recipe_text(&[("token_merge", merge)], "");
+    rewrite(base, &recipe(&text))
+        .expect_err("a refusal")
+        .to_string()
+}
+
+/// A projection `x · W + b` as its parts: (x, W, b).
+fn linear(model: &Model, root: ValueId) -> (ValueId, ValueId, ValueId) {
+    let add = model
+        .producer_node(root)
+        .filter(|n| n.is("Add"))
+        .expect("a bias");
+    let (a, b) = (add.input(0).expect("left"), add.input(1).expect("right"));
+    let (bias, product) = if consts::constant(model, a).is_some() {
+        (a, b)
+    } else {
+        (b, a)
+    };
+    let product = model.producer_node(product).expect("a product");
+    (
+        product.input(0).expect("x"),
+        product.input(1).expect("W"),
+        bias,
+    )
+}
+
+/// Behind the softmax of the last block: (the value projection, what the output projection reads).
+fn around(model: &Model, tower: &VisionTower) -> (ValueId, ValueId) {
+    let reader = |v: ValueId| model.value(v).uses[0].node;
+    let softmax = model
+        .node(tower.site.node)
+        .output(0)
+        .expect("probabilities");
+    let product = model.node(reader(softmax));
+    let mut value = product.input(1).expect("values");
+    while let Some(node) = model.producer_node(value).filter(|n| !n.is("Add")) {
+        value = node.input(0).expect("an operand");
+    }
+    let mut end = product.output(0).expect("an output");
+    while !model.node(reader(end)).is("MatMul") {
+        end = model.node(reader(end)).output(0).expect("an output");
+    }
+    (value, end)
+}
+
+fn numbers(model: &Model, value: ValueId) -> Vec<f32> {
+    let tensor = consts::constant(model, value).expect("a constant");
+    let all = tensor.to_f64s(model.external()).expect("numbers");
+    all.into_iter().map(|n| n as f32).collect()
+}
+
+fn matrix(dims: &[i64], numbers: &[f32]) -> Tensor {
+    let bytes = numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
+    Tensor::raw("made", DataType::Float, dims.to_vec(), bytes)
+}
+
+/// The last attention as one operator: inputs and attributes from (x, packed weight, packed bias, [q, k, v]).
+fn fused(
+    op: &str,
+    inputs: impl Fn(&mut Patch<'_>, ValueId, ValueId, ValueId, [ValueId; 3]) -> Vec<Option<ValueId>>,
+    attributes: Vec<Attribute>,
+) -> Vlm {
+    let (model, tower) = plain();
+    let (value, end) = around(&model, &tower);
+    let roots = [tower.site.query.root, tower.site.key.root, value];
+    let parts = roots.map(|root| linear(&model, root));
+    let weights = parts.map(|p| numbers(&model, p.1));
+    let rows = weights[0].len() / 48;
+    let mut packed = Vec::new();
+    for row in 0..rows {
+        for weight in &weights {
+            packed.extend_from_slice(&weight[row * 48..(row + 1) * 48]);
+        }
+    }
+    let biases = parts.map(|p| numbers(&model, p.2)).concat();
+    alone(patched(&model, |patch| {
+        let weight = patch.constant(matrix(&[rows as i64, 144], &packed));
+        let bias = patch.constant(matrix(&[144], &biases));
+        let given = inputs(patch, parts[0].0, weight, bias, roots);
+        let mut all = vec![int("num_heads", 4)];
+        all.extend(attributes);
+        let out = patch.node("com.microsoft", op, &given, 1, all)[0];
+        patch.rewire_all(end, out);
+    }))
+}
+
+/// Every form says the same of itself as the tower it was made from.
+fn same_tower(vlm: &Vlm) {
+    let (_, want) = plain();
+    let found = tower_of(vlm);
+    assert_eq!(
+        (
+            found.layers,
+            found.heads,
+            found.head_dim,
+            found.cls,
+            found.tokens,
+            found.feature_width
+        ),
+        (
+            want.layers,
+            want.heads,
+            want.head_dim,
+            want.cls,
+            want.tokens,
+            want.feature_width
+        )
+    );
+}
+
+#[test]
+fn a_packed_attention_is_scored_from_its_weight() {
+    let vlm = fused(
+        "Attention",
+        |_, x, w, b, _| vec![Some(x), Some(w), Some(b)],
+        vec![],
+    );
+    same_tower(&vlm);
+    for merge in MERGES {
+        passes(&vlm, merge);
+    }
+}
+
+#[test]
+fn a_quantised_packed_attention_is_scored_from_its_integers() {
+    let vlm = fused(
+        "QAttention",
+        |patch, x, w, b, _| {
+            let weight = patch.value(w).initializer.clone().expect("a weight");
+            let all = weight.to_f64s(patch.model().external()).expect("numbers");
+            let scale = all.iter().fold(0.0, |m: f64, n| m.max(n.abs())) / 127.0;
+            let bytes = all
+                .iter()
+                .map(|n| ((n / scale).round() as i8) as u8)
+                .collect();
+            let weight = Tensor::raw("int8", DataType::Int8, weight.dims.clone(), bytes);
+            let weight = patch.constant(weight);
+            let scale = patch.f32(scale as f32);
+            let tokens = patch.node("", "DynamicQuantizeLinear", &[Some(x)], 3, vec![]);
+            let [x, x_scale, zero] = tokens[..] else {
+                panic!("three outputs");
+            };
+            let given = [x, weight, b, x_scale, scale];
+            [given.map(Some).as_slice(), &[None, Some(zero)]].concat()
+        },
+        vec![],
+    );
+    same_tower(&vlm);
+    for merge in MERGES {
+        passes(&vlm, merge);
+    }
+}
+
+#[test]
+fn a_stated_scale_and_a_position_bias_count() {
+    let bias = |patch: &mut Patch<'_>| {
+        let numbers: Vec<f32> = (0..4 * 82 * 82)
+            .map(|i| ((i * 37 % 101) as f32 - 50.0) / 20.0)
+            .collect();
+        patch.constant(matrix(&[1, 4, 82, 82], &numbers))
+    };
+    let vlm = fused(
+        "Attention",
+        |patch, x, w, b, _| vec![Some(x), Some(w), Some(b), None, None, Some(bias(patch))],
+        vec![float("scale", 0.5)],
+    );
+    same_tower(&vlm);
+    for merge in MERGES {
+        passes(&vlm, merge);
+    }
+}
+
+#[test]
+fn multi_head_attention_with_and_without_a_bias() {
+    let apart = fused(
+        "MultiHeadAttention",
+        |_, _, _, _, roots| roots.map(Some).to_vec(),
+        vec![],
+    );
+    same_tower(&apart);
+    passes(&apart, MERGES[0]);
+    let biased = fused(
+        "MultiHeadAttention",
+        |patch, _, _, bias, roots| {
+            let model = patch.model();
+            // Without their own bias, which the operator adds.
+            let bare = roots.map(|root| {
+                let (x, w, _) = linear(model, root);
+                Some(patch.op("MatMul", &[x, w]))
+            });
+            [bare.as_slice(), &[Some(bias)]].concat()
+        },
+        vec![],
+    );
+    same_tower(&biased);
+    for merge in MERGES {
+        passes(&biased, merge);
+    }
+}
+
+/// Scores and dominant patches of a merged model, without what is behind the tower: some layouts run on
+/// other devices only.
+fn ranked(base: &Vlm) -> (Vec<f32>, Vec<i64>) {
+    let text = recipe_text(&[("token_merge", MERGES[0])], "");
+    let merged = rewritten(base, &text);
+    let (model, pixels) = (&merged.parts[0].model, tower_of(base).pixels);
+    let typed = |name: &str, dtype| {
+        let value = model.find(name).unwrap_or_else(|| panic!("{name}"));
+        (value, ValueType::tensor(dtype, vec![Dim::Unknown; 2]))
+    };
+    let wanted = [
+        typed("duet/token_merge/score", DataType::Float),
+        typed("duet/token_merge/dominant_indices", DataType::Int64),
+    ];
+    let name = base.parts[0].model.name(pixels).to_owned();
+    let given = model.find(&name).expect("pixels");
+    let ty = model.value(given).ty.clone().expect("typed pixels");
+    let part = extract(model, &[(given, ty)], &wanted).expect("a part");
+    let mut session = open(&part, std::path::Path::new("ranked"));
+    let images = Seeded::new(3).images(2, 3, 126, 126);
+    let images = Value::new(images.into()).expect("pixels");
+    let out = session.run(&[(name.as_str(), &images)]).expect("runs");
+    let at = |i: usize| out.get(model.name(wanted[i].0)).expect("an output");
+    let dominant = at(1).to_tensor().expect("indices");
+    (
+        at(0).f32s().expect("scores").into_owned(),
+        dominant.i64s().expect("indices").to_vec(),
+    )
+}
+
+#[test]
+fn queries_and_keys_packed_with_values_are_taken_apart() {
+    let pack = |patch: &mut Patch<'_>, roots: &[ValueId]| {
+        let parts: Vec<ValueId> = roots
+            .iter()
+            .map(|root| patch.reshape(*root, &[-1, 82, 4, 1, 12]))
+            .collect();
+        let all = patch.concat(&parts, 3);
+        Some(patch.reshape(all, &[-1, 82, 4, parts.len() as i64, 12]))
+    };
+    let (model, _) = plain();
+    let want = ranked(&alone(model));
+    assert_eq!((want.0.len(), want.1.len()), (2 * 81, 2 * 29));
+    let all = fused(
+        "MultiHeadAttention",
+        |patch, _, _, _, roots| vec![pack(patch, &roots)],
+        vec![],
+    );
+    let keys = fused(
+        "MultiHeadAttention",
+        |patch, _, _, _, roots| vec![Some(roots[0]), pack(patch, &roots[1..])],
+        vec![],
+    );
+    for vlm in [all, keys] {
+        same_tower(&vlm);
+        let found = ranked(&vlm);
+        assert_eq!(found.1, want.1);
+        let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-6;
+        assert!(found.0.iter().zip(&want.0).all(near));
+    }
+}
+
+#[test]
+fn a_causal_fused_attention_is_refused() {
+    let vlm = fused(
+        "Attention",
+        |_, x, w, b, _| vec![Some(x), Some(w), Some(b)],
+        vec![int("unidirectional", 1)],
+    );
+    let message = refusal(vlm, MERGES[0]);
+    assert!(
+        message.contains("'unidirectional'") && message.contains("export without"),
+        "{message}"
+    );
+}
+
+/// The tower's last sum behind a normalisation, as one operator or two.
+fn normed(fused: bool) -> Vlm {
+    let (model, tower) = plain();
+    let sum = model.producer_node(tower.hidden).expect("a sum");
+    let summed: Vec<ValueId> = sum.inputs.iter().flatten().copied().collect();
+    let learned = |f: fn(usize) -> f32| matrix(&[48], &(0..48).map(f).collect::<Vec<f32>>());
+    alone(patched(&model, |patch| {
+        let weight = patch.constant(learned(|i| 0.5 + i as f32 / 40.0));
+        let bias = patch.constant(learned(|i| (i as f32 - 24.0) / 10.0));
+        let epsilon = vec![float("epsilon", 1e-5)];
+        let out = match fused {
+            true => {
+                let inputs = [Some(summed[0]), Some(summed[1]), Some(weight), Some(bias)];
+                let op = "SkipLayerNormalization";
+                patch.node("com.microsoft", op, &inputs, 1, epsilon)[0]
+            }
+            false => patch.op_with("LayerNormalization", &[tower.hidden, weight, bias], epsilon),
+        };
+        patch.rewire_all(tower.hidden, out);
+    }))
+}
+
+#[test]
+fn a_normalisation_at_the_end_belongs_to_the_tower() {
+    for fused in [false, true] {
+        let vlm = normed(fused);
+        same_tower(&vlm);
+        let tower = tower_of(&vlm);
+        let name = vlm.parts[0].model.name(tower.hidden).to_owned();
+        assert!(
+            name.contains("LayerNormalization") && name.starts_with("duet/made"),
+            "{name}"
+        );
+        passes(&vlm, MERGES[0]);
+    }
+}
+
+/// The fixture with its 9 × 9 patches shuffled into 3 × 3 tokens of 3 × 3 patches each, as Idefics3 does it.
+fn shuffled(pool: bool) -> Vlm {
+    let (model, tower) = plain();
+    let Some(ValueType::Tensor { dtype, .. }) = model.value(tower.features).ty else {
+        panic!("typed features");
+    };
+    let reader = model.value(tower.entry).uses[0].node;
+    let projection = numbers(&model, model.node(reader).input(1).expect("a weight"));
+    // [9 · 48, 32]: each patch with a weight of its own.
+    let wide: Vec<f32> = (0..9)
+        .flat_map(|part| {
+            projection
+                .iter()
+                .map(move |w| w * (1.0 + part as f32 / 4.0) / 9.0)
+        })
+        .collect();
+    alone(patched(&model, |patch| {
+        let mut x = patch.reshape(tower.entry, &[-1, 9, 9, 48]);
+        if pool {
+            x = patch.transpose(x, &[0, 3, 1, 2]);
+            let edge = |name| duet_onnx::ir::ints(name, &[3, 3]);
+            x = patch.op_with(
+                "AveragePool",
+                &[x],
+                vec![edge("kernel_shape"), edge("strides")],
+            );
+            x = patch.reshape(x, &[-1, 48, 9]);
+            x = patch.transpose(x, &[0, 2, 1]);
+            patch.rewire_all(tower.entry, x);
+        } else {
+            x = patch.reshape(x, &[-1, 9, 3, 144]);
+            x = patch.transpose(x, &[0, 2, 1, 3]);
+            x = patch.reshape(x, &[-1, 3, 3, 432]);
+            x = patch.transpose(x, &[0, 2, 1, 3]);
+            x = patch.reshape(x, &[-1, 9, 432]);
+            let wide = patch.constant(matrix(&[432, 32], &wide));
+            let projected = patch.op("MatMul", &[x, wide]);
+            let old = patch.model().node(reader).output(0).expect("an output");
+            patch.rewire_all(old, projected);
+        }
+        let dims = [None, Some(9), Some(32)];
+        let dim = |d: Option<i64>| d.map_or(duet_onnx::ir::Dim::Unknown, duet_onnx::ir::Dim::Known);
+        patch.set_type(
+            tower.features,
+            ValueType::tensor(dtype, dims.map(dim).to_vec()),
+        );
+    }))
+}
+
+#[test]
+fn tokens_behind_a_pixel_shuffle_are_merged() {
+    let vlm = shuffled(false);
+    let tower = tower_of(&vlm);
+    assert_eq!(
+        (
+            tower.patches(),
+            tower.candidates(),
+            tower.features_per_image()
+        ),
+        (Some(81), Some(9), Some(9))
+    );
+    let shuffle = tower.shuffle.as_ref().expect("a shuffle");
+    // Token 1 is the second square of 3 × 3 patches in the first row of squares.
+    assert_eq!(shuffle.per, 9);
+    assert_eq!(shuffle.patches[9..18], [3, 4, 5, 12, 13, 14, 21, 22, 23]);
+    for merge in [
+        "{dominant: 3, contextual: 2, cls: drop}",
+        "{dominant: 0.34, contextual: 2, selector: uniform, cls: drop}",
+        "{dominant: 2, contextual: 3, selector: local, cluster_width: 2, cls: drop}",
+        "{dominant: 1.0, contextual: 0, cls: drop}",
+    ] {
+        passes(&vlm, merge);
+    }
+    let message = refusal(vlm, "{dominant: 3, contextual: 2}");
+    assert!(message.contains("'cls: drop'"), "{message}");
+}
+
+#[test]
+fn merging_in_front_of_pooling_is_refused() {
+    let message = refusal(shuffled(true), "{dominant: 3, contextual: 2, cls: drop}");
+    assert!(
+        message.contains("as a grid") && message.contains("AveragePool"),
+        "{message}"
+    );
+}
