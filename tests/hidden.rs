@@ -69,7 +69,7 @@ fn run_of(vlm: &Vlm) -> Decoder {
     let files = vlm.files().unwrap();
     let file = files
         .iter()
-        .find(|f| f.file == PathBuf::from(DECODER))
+        .find(|f| f.file == std::path::Path::new(DECODER))
         .unwrap();
     Decoder::new(open(&file.model, &file.file)).unwrap()
 }
@@ -144,7 +144,7 @@ fn bytes(vlm: &Vlm) -> Vec<(PathBuf, Vec<u8>)> {
 fn decoder_bytes(vlm: &Vlm) -> Vec<u8> {
     let all = bytes(vlm);
     all.into_iter()
-        .find(|(f, _)| f == &PathBuf::from(DECODER))
+        .find(|(f, _)| f == std::path::Path::new(DECODER))
         .unwrap()
         .1
 }

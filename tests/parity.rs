@@ -313,7 +313,7 @@ fn positions_one_too_high_while_decoding(name: &str) {
             salient: Array2::from_elem((batch, length), false),
             ids: None,
         };
-        let want = reference.step(&mut state, &input, None).expect("reference");
+        let want = reference.step(&mut state, &input).expect("reference");
         let embeds = Handle::new(input.embeds.clone().into()).expect("embeddings");
         let mut given = StepInput::new(embeds);
         given.visual = Some(input.visual.clone());

@@ -218,7 +218,7 @@ impl<'a> Copier<'a> {
         id: NodeId,
         new: GraphId,
         names: &Names,
-        nodes: &mut dyn FnMut(&mut Self, GraphId, GraphId, &Names) -> Result<bool, IrError>,
+        nodes: &mut NodesOf<'_>,
     ) -> Result<(), IrError> {
         let from = self.from;
         let node = from.node(id);
@@ -284,7 +284,7 @@ impl<'a> Copier<'a> {
         old: GraphId,
         parent: GraphId,
         names: &Names,
-        nodes: &mut dyn FnMut(&mut Self, GraphId, GraphId, &Names) -> Result<bool, IrError>,
+        nodes: &mut NodesOf<'_>,
     ) -> Result<GraphId, IrError> {
         let new = self.into.graph(String::new(), GraphKind::Body { parent });
         self.head(old, new, names, |_| true)?;
@@ -297,6 +297,11 @@ impl<'a> Copier<'a> {
         Ok(new)
     }
 }
+
+/// Copies the nodes of a graph into another; says whether anything but names
+/// changed.
+pub(in crate::ir) type NodesOf<'f> =
+    dyn FnMut(&mut Copier<'_>, GraphId, GraphId, &Names) -> Result<bool, IrError> + 'f;
 
 /// Copies every node of a graph as it is; for [`Copier::node`].
 pub(in crate::ir) fn all(

@@ -59,8 +59,8 @@ impl Reference {
         choice: Option<Choice<'_>>,
     ) -> Result<StepOut, ValidateError> {
         match &mut self.prompt {
-            Some(prompt) if state.is_new() => prompt.step(state, input, choice),
-            _ => self.main.step(state, input, choice),
+            Some(prompt) if state.is_new() => prompt.step_with(state, input, choice),
+            _ => self.main.step_with(state, input, choice),
         }
     }
 }

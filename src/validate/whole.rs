@@ -368,7 +368,7 @@ impl Pair {
             tolerance: ties(self.dtype, self.quantised),
         };
         let mut state = self.decoder.start(dim.0)?;
-        let want = self.decoder.step(&mut state, &input, Some(choice))?;
+        let want = self.decoder.step_with(&mut state, &input, Some(choice))?;
         tally.step(&want, &found.last_logits()?, &kept, &lengths);
         Ok(())
     }

@@ -39,7 +39,9 @@ fn add(
         inputs: &reads,
         outputs: &[writes.to_owned()],
         attributes: attributes.collect(),
+        overload: String::new(),
         origin: None,
+        edited: false,
     };
     loader.node(graph, draft).unwrap();
 }
@@ -89,6 +91,7 @@ fn model() -> Model {
         overload: String::new(),
         opset_imports: vec![("ai.onnx".into(), 17)],
         body,
+        defaults: Vec::new(),
     });
     loader.finish()
 }

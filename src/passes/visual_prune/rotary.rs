@@ -15,8 +15,11 @@
 //! `com.microsoft`. (The operator's own input `position_ids` would not do: its CPU
 //! kernel reads only the first element of it in the first prompt.)
 
+use super::stage::{Plan, Stage};
 use crate::arch::{DecoderLayer, Layout, Rotary};
+use crate::ir::cone::descendants;
 use crate::ir::{DataType, Model, Patch, Size, Substitution, ValueId, int};
+use crate::passes::Positions;
 
 /// The clone of a value with a stage's roots.
 pub(super) fn clone(
@@ -154,11 +157,109 @@ fn floats(p: &mut Patch<'_>, values: &[f32]) -> ValueId {
     p.constant(crate::ir::Tensor::raw("", DataType::Float, dims, bytes))
 }
 
+impl Plan<'_, '_> {
+    /// Layers of a stage.
+    fn layers(&self, number: usize) -> &[DecoderLayer] {
+        let at = |n: usize| self.pass.drops.get(n).map(|d| d.after_layer);
+        let first = number.checked_sub(1).and_then(at).unwrap_or(0);
+        let end = at(number).unwrap_or(self.decoder.depth());
+        &self.decoder.layers[first..end]
+    }
+
+    /// With `positions: keep`: the positions that attention operators count for
+    /// themselves, as they are before any drop.
+    pub(super) fn keep_places(&mut self, stage: &mut Stage) -> Result<(), String> {
+        if self.pass.positions != Positions::Keep {
+            return Ok(());
+        }
+        let behind = self
+            .decoder
+            .layers
+            .iter()
+            .skip(self.pass.drops[0].after_layer);
+        if let Some(rotary) = behind.filter_map(|l| l.rotary).next() {
+            let mut subst = stage.subst.clone();
+            stage.rotary = Some(places(self.patch, rotary, &mut subst, stage.length)?);
+        }
+        Ok(())
+    }
+
+    /// With `positions: keep`: takes rotary embeddings out of the attention
+    /// operators of a stage.
+    pub(super) fn unfuse(&mut self, number: usize, stage: &mut Stage) -> Result<(), String> {
+        let layers: Vec<DecoderLayer> = self.layers(number).to_vec();
+        if self.pass.positions == Positions::Keep {
+            self.lengths_from_mask(&layers)?;
+        }
+        let Some(positions) = stage
+            .rotary
+            .filter(|_| layers.iter().any(|l| l.rotary.is_some()))
+        else {
+            return Ok(());
+        };
+        let p = &mut *self.patch;
+        // Each row's length less 1, and the longest.
+        let past = p.size_value(stage.past);
+        let count = match stage.mask {
+            Some(mask) => {
+                let mask = p.cast(mask, DataType::Int64);
+                p.reduce_sum(mask, &[1], false)
+            }
+            None => {
+                let real = p.cast(stage.real, DataType::Int64);
+                let real = p.reduce_sum(real, &[1], false);
+                p.op("Add", &[real, past])
+            }
+        };
+        let one = p.i64s(&[1]);
+        let lengths = p.op("Sub", &[count, one]);
+        let lengths = p.cast(lengths, DataType::Int32);
+        let total = p.size_add(stage.past, stage.length);
+        let total = p.size_scalar(total);
+        let total = p.cast(total, DataType::Int32);
+        for layer in &layers {
+            unfuse(
+                p,
+                layer,
+                self.decoder.head_dim,
+                positions,
+                (lengths, total),
+                &mut stage.subst,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Refuses kept positions where an attention takes its rows' lengths from them.
+    fn lengths_from_mask(&self, layers: &[DecoderLayer]) -> Result<(), String> {
+        let model = self.model;
+        let ids: Vec<ValueId> = self.decoder.position_ids.into_iter().collect();
+        let told = descendants(model, &ids, false);
+        let group = layers
+            .iter()
+            .filter(|l| l.rotary.is_none() && model.node(l.node).is_ms("GroupQueryAttention"));
+        for layer in group {
+            if model
+                .node(layer.node)
+                .input(5)
+                .is_some_and(|v| told.contains(&v))
+            {
+                return Err(format!(
+                    "{} reads lengths of rows that are computed from position_ids, which tell none once \
+                     positions are kept; use positions: renumber, or export with lengths from the mask",
+                    model.describe(layer.node)
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Takes the rotary embedding out of a layer's operator: queries and keys are
 /// rotated at `positions` (int64 `[b, L]`) before it. `lengths` (int32 `[b]`, each
 /// row's length less 1) and `total` (int32 scalar) replace the operator's own, which
 /// an exporter may have computed from position ids.
-pub(super) fn unfuse(
+fn unfuse(
     p: &mut Patch<'_>,
     layer: &DecoderLayer,
     width: i64,

@@ -3,9 +3,8 @@
 use std::collections::{HashMap, HashSet};
 
 use super::rank::Ranking;
-use super::rotary;
 use super::{Drop, SALIENT_MASK_INPUT, TextQueries, VisualPrune, marker};
-use crate::arch::{Decoder, DecoderLayer};
+use crate::arch::Decoder;
 use crate::ir::cone::{descendants, descendants_up_to};
 use crate::ir::{
     DataType, Dim, Model, NodeId, Patch, PatchPlan, Size, Substitution, ValueId, ValueType,
@@ -23,7 +22,7 @@ pub(super) struct Stage {
     /// What enters it, `[b, L, D]` each: a value for each one of the boundary.
     pub(super) hidden: Vec<ValueId>,
     /// Attention mask `[b, S]` in the graph's own type.
-    mask: Option<ValueId>,
+    pub(super) mask: Option<ValueId>,
     /// Token ids `[b, L]`, in a whole model.
     ids: Option<ValueId>,
     /// Bool `[b, L]`: no padding.
@@ -40,7 +39,7 @@ pub(super) struct Stage {
     /// L.
     pub(super) length: Size,
     /// Length of the stage's caches before this step.
-    past: Size,
+    pub(super) past: Size,
     /// Tokens dropped before this stage, in this step.
     lost: Size,
     /// Original value → this stage's.
@@ -136,11 +135,11 @@ fn known_roots(decoder: &Decoder) -> HashSet<ValueId> {
     known
 }
 
-struct Plan<'a, 'm> {
-    pass: &'a VisualPrune,
-    model: &'m Model,
-    decoder: &'a Decoder,
-    patch: &'a mut Patch<'m>,
+pub(super) struct Plan<'a, 'm> {
+    pub(super) pass: &'a VisualPrune,
+    pub(super) model: &'m Model,
+    pub(super) decoder: &'a Decoder,
+    pub(super) patch: &'a mut Patch<'m>,
     cuts: &'a Cuts,
 }
 
@@ -447,80 +446,6 @@ impl Plan<'_, '_> {
                     self.patch.rewire(id, slot, new);
                 }
             }
-        }
-        Ok(())
-    }
-
-    /// Layers of a stage.
-    fn layers(&self, number: usize) -> &[DecoderLayer] {
-        let at = |n: usize| self.pass.drops.get(n).map(|d| d.after_layer);
-        let first = number.checked_sub(1).and_then(at).unwrap_or(0);
-        let end = at(number).unwrap_or(self.decoder.depth());
-        &self.decoder.layers[first..end]
-    }
-
-    /// With `positions: keep`: the positions that attention operators count for
-    /// themselves, as they are before any drop.
-    fn keep_places(&mut self, stage: &mut Stage) -> Result<(), String> {
-        if self.pass.positions != Positions::Keep {
-            return Ok(());
-        }
-        let behind = self
-            .decoder
-            .layers
-            .iter()
-            .skip(self.pass.drops[0].after_layer);
-        if let Some(rotary) = behind.filter_map(|l| l.rotary).next() {
-            let mut subst = stage.subst.clone();
-            stage.rotary = Some(rotary::places(
-                self.patch,
-                rotary,
-                &mut subst,
-                stage.length,
-            )?);
-        }
-        Ok(())
-    }
-
-    /// With `positions: keep`: takes rotary embeddings out of the attention
-    /// operators of a stage.
-    fn unfuse(&mut self, number: usize, stage: &mut Stage) -> Result<(), String> {
-        let layers: Vec<DecoderLayer> = self.layers(number).to_vec();
-        let Some(positions) = stage
-            .rotary
-            .filter(|_| layers.iter().any(|l| l.rotary.is_some()))
-        else {
-            return Ok(());
-        };
-        let p = &mut *self.patch;
-        // Each row's length less 1, and the longest.
-        let past = p.size_value(stage.past);
-        let count = match stage.mask {
-            Some(mask) => {
-                let mask = p.cast(mask, DataType::Int64);
-                p.reduce_sum(mask, &[1], false)
-            }
-            None => {
-                let real = p.cast(stage.real, DataType::Int64);
-                let real = p.reduce_sum(real, &[1], false);
-                p.op("Add", &[real, past])
-            }
-        };
-        let one = p.i64s(&[1]);
-        let lengths = p.op("Sub", &[count, one]);
-        let lengths = p.cast(lengths, DataType::Int32);
-        let total = p.size_add(stage.past, stage.length);
-        let total = p.size_scalar(total);
-        let total = p.cast(total, DataType::Int32);
-        for layer in &layers {
-            rotary::unfuse(
-                p,
-                layer,
-                self.decoder.head_dim,
-                positions,
-                (lengths, total),
-                &mut stage.subst,
-            )?;
         }
         Ok(())
     }

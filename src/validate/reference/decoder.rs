@@ -300,14 +300,22 @@ impl ReferenceDecoder {
         Ok(run.err().map(|e| e.to_string()))
     }
 
-    /// Runs new tokens through all stages. Where `choice` differs from the
+    /// Runs new tokens through all stages.
+    ///
+    /// # Errors
+    /// A run fails, or scores are not finite.
+    pub fn step(&mut self, state: &mut State, input: &StepIn) -> Result<StepOut, ValidateError> {
+        self.step_with(state, input, None)
+    }
+
+    /// [`step`](Self::step), but where `choice` differs from the
     /// oracle's only by near-ties, the choice is followed.
     ///
     /// A decoder without a past has to be given a state of its own for each step.
     ///
     /// # Errors
     /// A run fails, or scores are not finite.
-    pub fn step(
+    pub fn step_with(
         &mut self,
         state: &mut State,
         input: &StepIn,

@@ -21,6 +21,10 @@ pub(super) struct Probe {
     bias: Option<String>,
 }
 
+/// Queries and keys `[b, heads, L, head_dim]`, and the tables of a rotary embedding
+/// inside the attention.
+pub(super) type Found = (Array4<f32>, Array4<f32>, Option<Tables>);
+
 /// Reads the operands of a layer's attention off a run.
 pub(super) struct Operands<'a> {
     pub(super) layer: &'a DecoderLayer,
@@ -34,14 +38,13 @@ pub(super) struct Operands<'a> {
 }
 
 impl Operands<'_> {
-    /// Queries and keys `[b, heads, L, head_dim]`, where `past` tokens came before;
-    /// and the tables of a rotary embedding inside the attention.
+    /// Reads them, where `past` tokens came before.
     pub(super) fn read(
         &self,
         probe: &Probe,
         past: usize,
         outputs: &Outputs,
-    ) -> Result<(Array4<f32>, Array4<f32>, Option<Tables>), ValidateError> {
+    ) -> Result<Found, ValidateError> {
         let layer = self.layer;
         let bias: Option<Array1<f32>> = match &probe.bias {
             Some(name) => Some(array(outputs.get(name)?)?),

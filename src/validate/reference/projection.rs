@@ -12,6 +12,9 @@ use crate::arch::{Mask, Operand, VisionTower};
 use crate::ir::{DataType, Model, Patch, ValueId, consts, int};
 use crate::runtime::{Outputs, Value};
 
+/// One `[heads, T, head_dim]` for each image.
+type Heads = Vec<Array3<f32>>;
+
 /// Where queries, keys and masks of a tower come out of the probed graph.
 #[derive(Debug)]
 pub(super) struct Probes {
@@ -94,7 +97,7 @@ impl Probes {
         tower: &VisionTower,
         images: usize,
         tokens: usize,
-    ) -> Result<(Vec<Array3<f32>>, Vec<Array3<f32>>), ValidateError> {
+    ) -> Result<(Heads, Heads), ValidateError> {
         let each = |p: &Projected| p.heads(outputs.get(&p.output)?, tower, images, tokens);
         Ok((each(&self.query)?, each(&self.key)?))
     }

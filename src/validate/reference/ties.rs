@@ -105,14 +105,14 @@ pub(super) fn exchanged(
     let kept = own.iter().filter_map(|&i| score_at[i]);
     let cut = kept.fold(f32::INFINITY, f32::min);
     let mut count = 0;
-    for place in 0..visual.len() {
+    for (place, score) in score_at.into_iter().enumerate() {
         let there = (
             own.binary_search(&place).is_ok(),
             found.binary_search(&place).is_ok(),
         );
         if there.0 != there.1 {
             // Text and padding have no score: they are not up for choice.
-            if !tolerance.covers(score_at[place]?, cut) {
+            if !tolerance.covers(score?, cut) {
                 return None;
             }
             count += usize::from(there.1);
