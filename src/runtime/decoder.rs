@@ -3,16 +3,18 @@
 //! Nothing here knows which model it is. Inputs named `past_key_values.*` are filled from the outputs named
 //! `present.*` of the run before, as they are; which other inputs there are decides what else is given.
 
+mod interface;
+
 use std::time::{Duration, Instant};
 
 use ndarray::{Array2, Axis, concatenate, s};
 
+use self::interface::{Ends, Slot, fillable, keys, slot};
 use super::error::{Result, RuntimeError};
 use super::session::{Port, Session};
 use super::tensor::{DType, Tensor};
 use super::value::Value;
 
-const EMBEDS: &str = "inputs_embeds";
 pub(super) const IDS: &str = "input_ids";
 pub(super) const MASK: &str = "attention_mask";
 pub(super) const POSITIONS: &str = "position_ids";
@@ -155,18 +157,6 @@ pub(super) fn last_rows(logits: &Value) -> Result<Array2<f32>> {
     Ok(out)
 }
 
-/// One pair of a past input and the present output that fills it.
-#[derive(Debug, Clone)]
-struct Slot {
-    past: String,
-    present: String,
-    dtype: DType,
-    /// Declared sizes; `None` where they vary.
-    dims: Vec<Option<usize>>,
-    /// The axis that grows.
-    axis: usize,
-}
-
 /// Heads of a cache, for decoders that do not declare them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheHeads {
@@ -187,40 +177,6 @@ pub struct Decoder {
     keys: Vec<usize>,
     /// Where data goes in and comes out of `session`.
     ends: Ends,
-}
-
-/// Names of what every decoder has, whatever an exporter called it.
-#[derive(Debug, Clone)]
-struct Ends {
-    /// The input of embeddings.
-    embeds: String,
-    /// The output of logits.
-    logits: String,
-}
-
-impl Ends {
-    /// Finds them by name, else by kind.
-    fn of(session: &Session) -> Result<Self> {
-        let wrong = |expected: &str, found: String| RuntimeError::Interface {
-            model: session.model().to_string(),
-            expected: expected.to_string(),
-            found,
-        };
-        let cached = |port: &Port| port.name.starts_with("present");
-        let Some(logits) = by_name_or_kind(session.outputs(), LOGITS, |p| !cached(p)) else {
-            return Err(wrong(
-                "a decoder with an output `logits`, or with one floating-point output besides the cache",
-                ports(session.outputs()),
-            ));
-        };
-        let Some(embeds) = by_name_or_kind(session.inputs(), EMBEDS, |p| p.dims.len() == 3) else {
-            return Err(wrong(
-                "a decoder with an input `inputs_embeds`, or with one floating-point input of rank 3",
-                ports(session.inputs()),
-            ));
-        };
-        Ok(Self { embeds, logits })
-    }
 }
 
 impl Decoder {
@@ -486,95 +442,6 @@ impl Decoder {
             elapsed,
         })
     }
-}
-
-/// The port of this name, or the only floating-point one that fits.
-fn by_name_or_kind(ports: &[Port], name: &str, fits: impl Fn(&Port) -> bool) -> Option<String> {
-    if ports.iter().any(|p| p.name == name) {
-        return Some(name.to_owned());
-    }
-    let float = |p: &&Port| p.dtype.is_some_and(DType::is_float) && fits(p);
-    let mut all = ports.iter().filter(float);
-    match (all.next(), all.next()) {
-        (Some(only), None) => Some(only.name.clone()),
-        _ => None,
-    }
-}
-
-/// Refuses inputs that nothing here can fill.
-fn fillable(session: &Session, ends: &Ends) -> Result<()> {
-    for port in session.inputs() {
-        let name = port.name.as_str();
-        let known = name == ends.embeds
-            || [IDS, MASK, POSITIONS, VISUAL, SALIENT, USE_CACHE].contains(&name)
-            || KEEP_LOGITS.contains(&name)
-            || name.starts_with("past_key_values.");
-        if !known {
-            return Err(RuntimeError::Interface {
-                model: session.model().to_string(),
-                expected: "inputs among inputs_embeds, input_ids, attention_mask, position_ids, \
-                           past_key_values.*, visual_token_mask, salient_token_mask"
-                    .into(),
-                found: format!("an input `{name}` {port}, which nothing here can fill"),
-            });
-        }
-    }
-    Ok(())
-}
-
-/// The pair of a past input and its present output.
-fn slot(session: &Session, port: &Port, rest: &str, heads: Option<CacheHeads>) -> Result<Slot> {
-    let wrong = |expected: String, found: String| RuntimeError::Interface {
-        model: session.model().to_string(),
-        expected,
-        found,
-    };
-    let present = format!("present.{rest}");
-    if session.output(&present).is_none() {
-        return Err(wrong(
-            format!("an output `{present}` for the input `{}`", port.name),
-            ports(session.outputs()),
-        ));
-    }
-    let mut dims: Vec<Option<usize>> = port.dims.iter().map(|dim| dim.fixed()).collect();
-    if let (Some(heads), [_, count, _, width]) = (heads, dims.as_mut_slice()) {
-        count.get_or_insert(heads.count);
-        width.get_or_insert(heads.width);
-    }
-    // What varies besides the rows is the number of tokens: the head count and head size are known.
-    let mut growing = (1..dims.len()).filter(|&axis| dims[axis].is_none());
-    let (Some(axis), None, Some(dtype)) = (growing.next(), growing.next(), port.dtype) else {
-        return Err(wrong(
-            format!(
-                "`{}` with a fixed head count and head size and one growing axis, like \
-                 float32[batch, 8, past, 64]",
-                port.name
-            ),
-            port.to_string(),
-        ));
-    };
-    Ok(Slot {
-        past: port.name.clone(),
-        present,
-        dtype,
-        dims,
-        axis,
-    })
-}
-
-/// Which slots hold keys, in the order of the layers that their names state. Interfaces list keys and values in
-/// turns, or all keys before all values.
-fn keys(slots: &[Slot]) -> Vec<usize> {
-    let layer =
-        |name: &str| -> Option<usize> { name.rsplit('.').find_map(|part| part.parse().ok()) };
-    let mut keys: Vec<(Option<usize>, usize)> = slots
-        .iter()
-        .enumerate()
-        .filter(|(_, slot)| slot.past.ends_with("key"))
-        .map(|(at, slot)| (layer(&slot.past), at))
-        .collect();
-    keys.sort();
-    keys.into_iter().map(|(_, at)| at).collect()
 }
 
 /// Position ids of the last `new` columns of a mask: the number of tokens before each, 0 for padding.
