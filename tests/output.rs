@@ -60,6 +60,7 @@ impl Place {
             models: vec![("onnx/decoder.onnx".into(), self.changed())],
             configs: vec![("config.json".into(), b"{\"new\": true}".to_vec())],
             data: BTreeSet::from(["onnx/decoder.data".into()]),
+            ..Default::default()
         }
     }
 

@@ -162,7 +162,9 @@ fn an_attention_that_is_no_layers_is_not_skipped() {
     let Role::Decoder(decoder) = Role::of(&model) else {
         panic!("a decoder");
     };
-    let at = decoder.layers[4].boundary;
+    let [at] = decoder.layers[4].boundary[..] else {
+        panic!("one residual tensor")
+    };
     let message = refusal(with_another_attention(model, at), PRUNE);
     assert!(
         message.contains("belongs to none of the 8 layers")

@@ -323,7 +323,9 @@ fn an_image_token_that_is_not_told_is_never_guessed() {
 fn an_attention_that_is_no_layer_is_not_skipped() {
     let vlm = whole_fixture("vlm-batch-dynamo18-gqa");
     let (model, found) = (&vlm.parts[0].model, whole(&vlm));
-    let x = found.decoder.layers[4].boundary;
+    let [x] = found.decoder.layers[4].boundary[..] else {
+        panic!("one residual tensor")
+    };
     let mut patch = Patch::new(model, "plant");
     let key = patch.transpose(x, &[0, 2, 1]);
     let scores = patch.op("MatMul", &[x, key]);

@@ -7,6 +7,7 @@
 use std::collections::HashSet;
 
 use super::attention::{Site, refused, sites};
+use super::decoder::CacheNames;
 use super::residual::articulations;
 use super::shuffle::{self, Shuffle};
 use super::{MIN_OPSET, NoMatch, hidden_network};
@@ -86,7 +87,7 @@ impl VisionTower {
         let fail = |found: String| Err(NoMatch::new(want, found));
         let graph = model.graph();
         let Some(pixels) = pixels_of(model) else {
-            return fail("no input of rank 4 or 5 that holds pixels (pixel_values)".into());
+            return fail(no_pixels(model));
         };
         if model.opset("").unwrap_or(0) < MIN_OPSET {
             let found = model.opset("").unwrap_or(0);
@@ -232,10 +233,27 @@ pub(super) fn pixels_of(model: &Model) -> Option<ValueId> {
             (dtype.is_float() || dtype == DataType::Uint8) && (4..=5).contains(&rank)
         };
         // Caches have the rank of images.
-        let cache = model.name(v).starts_with("past");
+        let cache = CacheNames::takes(model.name(v));
         !constant && !cache && rank(v).is_some_and(fits)
     };
     model.graph().inputs.iter().copied().find(is_image)
+}
+
+/// What is missing where there are no pixels.
+fn no_pixels(model: &Model) -> String {
+    let inputs = &model.graph().inputs;
+    let cached = inputs.iter().any(|v| CacheNames::takes(model.name(*v)));
+    let embeds = inputs.iter().any(|&v| {
+        let ty = model.value(v).ty.as_ref();
+        let float = ty.and_then(|t| t.dtype()).is_some_and(DataType::is_float);
+        float && ty.and_then(|t| t.shape()).is_some_and(|s| s.len() == 3)
+    });
+    let none = "no floating-point input of rank 4 or 5 (pixel_values)";
+    if cached && !embeds {
+        format!("{none}; a language model that takes input_ids and no pixels has no visual tokens")
+    } else {
+        none.into()
+    }
 }
 
 /// The first node between `entry` and the features that splits or reorders the

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::unfold::{Source, unfold};
-use super::{ArchError, Decoder, Embedding, NoMatch, VisionTower, WholeModel};
+use super::{ArchError, Decoder, Embedding, Kind, NoMatch, VisionTower, WholeModel};
 use crate::ir::{IrError, Model};
 
 /// What a model file is.
@@ -24,12 +24,17 @@ pub enum Role {
 impl Role {
     /// A word for messages.
     pub fn name(&self) -> &'static str {
+        self.kind().name()
+    }
+
+    /// The role without what was found.
+    pub fn kind(&self) -> Kind {
         match self {
-            Self::Vision(_) => "vision encoder",
-            Self::Embedding(_) => "token embedding",
-            Self::Decoder(_) => "decoder",
-            Self::Whole(_) => "whole model",
-            Self::Unknown(_) => "not recognised",
+            Self::Vision(_) => Kind::Vision,
+            Self::Embedding(_) => Kind::Embedding,
+            Self::Decoder(_) => Kind::Decoder,
+            Self::Whole(_) => Kind::Whole,
+            Self::Unknown(_) => Kind::Unknown,
         }
     }
 

@@ -68,7 +68,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     }
 
     heading("1. What was recognised");
-    let (dir, vlm) = load::vlm(&base, global)?;
+    let load::Selected { dir, vlm, .. } = load::select(&base, &[], global)?;
     for (_, t) in vlm.towers() {
         anstream::println!(
             "  vision tower   {} live blocks, {} heads, {}{} patches",
@@ -93,7 +93,12 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     let original = vlm.clone();
     let started = Instant::now();
     let done = rewrite(vlm, &recipe)?;
-    write_out(&dir, &outputs(&dir, &done, &recipe)?, &new, DataMode::Copy)?;
+    write_out(
+        &dir,
+        &outputs(&dir, &done, &recipe, None)?,
+        &new,
+        DataMode::Copy,
+    )?;
     let took = started.elapsed();
     for (pass, summary) in &done.summaries {
         anstream::println!("  {}{pass:<13}{}  {summary}", style::NEW, style::RESET);

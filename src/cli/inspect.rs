@@ -1,12 +1,11 @@
 //! `duet inspect`
 
-use std::path::Path;
-
 use serde_json::{Value, json};
 
 use super::{Global, ModelArgument, Outcome, load, print_json, style};
-use crate::arch::{Decoder, Part, Role, VisionTower};
+use crate::arch::{Decoder, FileSet, Part, Role, VisionTower, Vlm};
 use crate::ir::{Model, TensorData};
+use crate::onnx::ModelDir;
 use crate::passes::earlier_recipe;
 
 /// Arguments of `duet inspect`.
@@ -20,12 +19,37 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
-    let (_, vlm) = load::vlm(&arguments.model.path, global)?;
+    let (dir, vlm) = load::look(&arguments.model.path, global)?;
+    let sets = vlm.sets();
     if arguments.json {
         let files: Vec<Value> = vlm.parts.iter().map(describe).collect();
-        print_json(&json!({ "schema_version": 1, "files": files }))?;
+        let file = |index: Option<usize>| index.map(|i| vlm.parts[i].file.clone());
+        let sets: Vec<Value> = sets
+            .iter()
+            .map(|set| {
+                json!({
+                    "variant": load::variant_name(&set.variant),
+                    "vision": file(set.vision),
+                    "embedding": file(set.embedding),
+                    "decoder": file(set.decoder.map(|d| d.main)),
+                    "prompt_decoder": file(set.decoder.and_then(|d| d.prompt)),
+                    "whole": file(set.whole),
+                })
+            })
+            .collect();
+        let layout = dir.layout.word();
+        print_json(
+            &json!({ "schema_version": 1, "layout": layout, "sets": sets, "files": files }),
+        )?;
     } else {
-        print(&arguments.model.path, &vlm.parts);
+        anstream::println!(
+            "{}{}{}",
+            style::HEAD,
+            arguments.model.path.display(),
+            style::RESET
+        );
+        header(&dir, &vlm, &sets);
+        print(&vlm.parts);
     }
     let nothing = vlm.parts.iter().all(|p| matches!(p.role, Role::Unknown(_)));
     let rewritten = vlm.parts.iter().any(|p| earlier_recipe(&p.model).is_some());
@@ -57,19 +81,35 @@ fn sizes(model: &Model) -> (u64, u64) {
     (inline, external)
 }
 
-/// What a file is; a rewritten graph is told by its interface.
-fn role(part: &Part) -> &'static str {
-    if !matches!(part.role, Role::Unknown(_)) || earlier_recipe(&part.model).is_none() {
-        return part.role.name();
+/// How the files lie, which precisions there are, and what is used together.
+fn header(dir: &ModelDir, vlm: &Vlm, sets: &[FileSet]) {
+    anstream::println!("  layout     {}", dir.layout.name());
+    if sets.len() < 2 {
+        return;
     }
-    match (
-        part.model.output("logits"),
-        part.model.input("pixel_values"),
-    ) {
-        (Some(_), Some(_)) => "whole model",
-        (Some(_), None) => "decoder",
-        (None, Some(_)) => "vision encoder",
-        (None, None) => "token embedding",
+    let names: Vec<&str> = sets
+        .iter()
+        .map(|s| load::variant_name(&s.variant))
+        .collect();
+    anstream::println!("  variants   {}", names.join(", "));
+    for set in sets {
+        // Only what a variant lacks is worth a line.
+        let mut borrowed: Vec<String> = set
+            .files()
+            .map(|i| &vlm.parts[i])
+            .filter(|p| p.variant != set.variant)
+            .map(|p| p.file.display().to_string())
+            .collect();
+        borrowed.dedup();
+        if !borrowed.is_empty() {
+            anstream::println!(
+                "             {}{} is used with {}{}",
+                style::DIM,
+                load::variant_name(&set.variant),
+                borrowed.join(" and "),
+                style::RESET
+            );
+        }
     }
 }
 
@@ -84,7 +124,7 @@ fn describe(part: &Part) -> Value {
     let mut file = json!({
         "file": part.file,
         "variant": part.variant,
-        "role": role(part),
+        "role": part.kind().name(),
         "ir_version": model.ir_version,
         "opsets": opsets,
         "producer": model.producer,
@@ -102,7 +142,12 @@ fn describe(part: &Part) -> Value {
     }
     let found = match &part.role {
         Role::Vision(t) => tower(model, t),
-        Role::Embedding(e) => json!({ "width": e.width, "dtype": e.dtype.to_string() }),
+        Role::Embedding(e) => json!({
+            "width": e.width,
+            "dtype": e.dtype.to_string(),
+            "features_input": e.scatter.as_ref().map(|s| model.name(s.features)),
+            "image_token": e.scatter.as_ref().and_then(|s| s.placeholder),
+        }),
         Role::Decoder(d) => decoder(model, d),
         Role::Whole(w) => json!({
             "vision": tower(model, &w.tower),
@@ -193,8 +238,7 @@ fn prelude(model: &Model, decoder: &Decoder) -> usize {
         .count()
 }
 
-fn print(path: &Path, parts: &[Part]) {
-    anstream::println!("{}{}{}", style::HEAD, path.display(), style::RESET);
+fn print(parts: &[Part]) {
     for part in parts {
         let model = &part.model;
         let (inline, external) = sizes(model);
@@ -210,7 +254,7 @@ fn print(path: &Path, parts: &[Part]) {
             part.label(),
             style::RESET,
             style::DIM,
-            role(part),
+            part.kind().name(),
             model.graph().nodes.len(),
             style::bytes(inline),
             style::RESET
@@ -234,7 +278,15 @@ fn print(path: &Path, parts: &[Part]) {
         match &part.role {
             Role::Vision(t) => print_tower(model, t),
             Role::Embedding(e) => {
-                anstream::println!("  width      {}, {}", optional(e.width), e.dtype)
+                anstream::println!("  width      {}, {}", optional(e.width), e.dtype);
+                if let Some(scatter) = &e.scatter {
+                    let token = scatter.placeholder.map(|id| format!(" at token {id}"));
+                    anstream::println!(
+                        "  features   '{}' put in their places{}",
+                        model.name(scatter.features),
+                        token.unwrap_or_default()
+                    );
+                }
             }
             Role::Decoder(d) => print_decoder(model, d),
             Role::Whole(w) => {

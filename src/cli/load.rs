@@ -1,13 +1,14 @@
 //! Models and recipes as the command line names them.
 
-use std::path::{Path, PathBuf};
+use std::collections::BTreeSet;
+use std::path::{Component, Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 
 use super::Global;
-use crate::arch::{Role, Vlm, WholeModel, cache_heads};
-use crate::ir::{Model, ValueId, verify};
-use crate::onnx::{ModelDir, ModelFile, read};
+use crate::arch::{FileModel, Kind, NoMatch, Part, Role, Vlm, WholeModel, cache_heads};
+use crate::ir::{TensorData, verify};
+use crate::onnx::{ModelDir, read};
 use crate::passes::{Recipe, earlier_recipe};
 use crate::runtime::CacheHeads;
 
@@ -45,11 +46,27 @@ pub(super) fn recipe(name: &str) -> anyhow::Result<Recipe> {
     )
 }
 
-/// A file with its graph.
-pub(super) type Loaded = (ModelFile, Model);
+/// A model as the command line uses it.
+#[derive(Debug)]
+pub(super) struct Selected {
+    pub(super) dir: ModelDir,
+    /// The files that were chosen, and those that are no part of a model.
+    pub(super) vlm: Vlm,
+    /// Files of variants that were not chosen, with the reason.
+    pub(super) left_out: Vec<LeftOut>,
+}
 
-/// The directory and every graph in it, verified.
-pub(super) fn graphs(path: &Path) -> anyhow::Result<(ModelDir, Vec<Loaded>)> {
+/// A file that is not used.
+#[derive(Debug)]
+pub(super) struct LeftOut {
+    pub(super) file: PathBuf,
+    pub(super) why: &'static str,
+    /// Data files that it refers to, relative to the root.
+    pub(super) data: BTreeSet<PathBuf>,
+}
+
+/// The directory and every graph in it, verified and recognised.
+fn everything(path: &Path) -> anyhow::Result<(ModelDir, Vlm)> {
     if !path.exists() {
         bail!(
             "{} does not exist; expected a model directory or an .onnx file",
@@ -62,73 +79,280 @@ pub(super) fn graphs(path: &Path) -> anyhow::Result<(ModelDir, Vec<Loaded>)> {
         let at = dir.path(file);
         let model = read(&at)?;
         verify(&model).with_context(|| format!("{} is not a well-formed model", at.display()))?;
-        models.push((file.clone(), model));
+        models.push((file.relative.clone(), file.variant.clone(), model));
     }
-    Ok((dir, models))
-}
-
-/// The recognised parts of a model.
-///
-/// Files that an earlier `--beside` put next to their originals are left out
-/// where the original is there too.
-pub(super) fn vlm(path: &Path, global: &Global) -> anyhow::Result<(ModelDir, Vlm)> {
-    let (dir, models) = graphs(path)?;
-    let originals: Vec<String> = models
-        .iter()
-        .filter(|(_, m)| earlier_recipe(m).is_none())
-        .map(|(f, _)| stem(&f.relative))
-        .collect();
-    let mut parts = Vec::new();
-    for (file, model) in models {
-        let own = stem(&file.relative);
-        let beside = earlier_recipe(&model).is_some()
-            && originals
-                .iter()
-                .any(|o| own.len() > o.len() && own.starts_with(&format!("{o}_")));
-        if beside {
-            global.detail(format!(
-                "{}: rewritten before, left out",
-                file.relative.display()
-            ));
-            continue;
-        }
-        parts.push((file.relative, file.variant, model));
-    }
-    let vlm = Vlm::new(parts);
+    let mut vlm = Vlm::new(models);
+    vlm.set_strangers_aside();
+    name_besides(&mut vlm);
+    set_others_aside(&mut vlm);
     check_image_token(&dir, &vlm)?;
     Ok((dir, vlm))
+}
+
+/// Where a part of the model was rewritten, a file of the same kind that was not
+/// is another model's: it was carried over.
+fn set_others_aside(vlm: &mut Vlm) {
+    let rewritten: BTreeSet<Kind> = vlm
+        .parts
+        .iter()
+        .filter(|p| earlier_recipe(&p.model).is_some() && !is_beside(p, vlm))
+        .map(Part::kind)
+        .collect();
+    for part in &mut vlm.parts {
+        let kind = part.kind();
+        if earlier_recipe(&part.model).is_none() && rewritten.contains(&kind) {
+            part.role = Role::Unknown(vec![NoMatch {
+                looked_for: format!("a {} of this model", kind.name()),
+                found: "it was not rewritten, and another one here was".into(),
+            }]);
+        }
+    }
+}
+
+/// Files that an earlier `--beside` put next to their originals are variants of
+/// these, named after the suffix.
+fn name_besides(vlm: &mut Vlm) {
+    let originals: Vec<(PathBuf, String)> = vlm
+        .parts
+        .iter()
+        .filter(|p| earlier_recipe(&p.model).is_none())
+        .map(|p| (p.file.clone(), p.variant.clone()))
+        .collect();
+    for part in &mut vlm.parts {
+        if earlier_recipe(&part.model).is_none() {
+            continue;
+        }
+        let suffix = |original: &Path| {
+            let same_folder = original.parent() == part.file.parent();
+            let rest = stem(&part.file).strip_prefix(&stem(original))?.to_owned();
+            rest.strip_prefix('_')
+                .filter(|_| same_folder)
+                .map(str::to_owned)
+        };
+        let found = originals.iter().filter_map(|(o, v)| Some((suffix(o)?, v)));
+        // The longest original: vision_encoder_fp16, not vision_encoder.
+        if let Some((suffix, variant)) = found.min_by_key(|(suffix, _)| suffix.len()) {
+            part.variant = if variant.is_empty() {
+                suffix
+            } else {
+                format!("{variant}_{suffix}")
+            };
+        }
+    }
+}
+
+/// Whether a file was written by `--beside` next to an original that is there.
+fn is_beside(part: &Part, vlm: &Vlm) -> bool {
+    earlier_recipe(&part.model).is_some()
+        && vlm.parts.iter().any(|o| {
+            let own = stem(&part.file);
+            earlier_recipe(&o.model).is_none()
+                && o.file.parent() == part.file.parent()
+                && own.starts_with(&format!("{}_", stem(&o.file)))
+        })
+}
+
+/// The recognised parts of a model: all variants, or the named ones, each with
+/// what a client would pair it with.
+///
+/// Files that an earlier `--beside` put next to their originals are left out.
+///
+/// # Errors
+/// No such variant; files between which nothing decides; a variant of a module
+/// that is not recognised though others of the module are.
+pub(super) fn select(
+    path: &Path,
+    variants: &[String],
+    global: &Global,
+) -> anyhow::Result<Selected> {
+    let (dir, vlm) = look(path, global)?;
+    if let Some((kind, files)) = vlm.ambiguous() {
+        let names: Vec<String> = files
+            .iter()
+            .map(|i| vlm.parts[*i].file.display().to_string())
+            .collect();
+        bail!(
+            "{}: each of {} is a {}, and nothing says which belongs to the model; name one file, or put the \
+             model's own files into a directory of their own",
+            path.display(),
+            names.join(" and "),
+            kind.name()
+        );
+    }
+    let modules: BTreeSet<(Option<PathBuf>, String)> = vlm
+        .parts
+        .iter()
+        .filter(|p| p.kind() != Kind::Unknown)
+        .map(family)
+        .collect();
+    let chosen: Option<BTreeSet<usize>> = if variants.is_empty() {
+        None
+    } else {
+        let mut files = BTreeSet::new();
+        for name in variants {
+            let variant = variant(&vlm, name, path)?;
+            files.extend(vlm.set(&variant).files());
+            // One that is not recognised is chosen all the same, and refused below.
+            let own = vlm.parts.iter().enumerate();
+            files.extend(
+                own.filter(|(_, p)| p.variant == variant && modules.contains(&family(p)))
+                    .map(|(i, _)| i),
+            );
+        }
+        Some(files)
+    };
+    let left = |index: usize, part: &Part| {
+        let ours = part.kind() != Kind::Unknown || modules.contains(&family(part));
+        ours && chosen.as_ref().is_some_and(|c| !c.contains(&index))
+    };
+    if let Some((part, reasons)) = half_recognised(&vlm, &left) {
+        let reasons: Vec<String> = reasons.iter().map(ToString::to_string).collect();
+        bail!(
+            "{}: another precision of it is recognised, but this file is not, and rewritten and original \
+             files do not go together; choose others with --variant\n  {}",
+            part.label(),
+            reasons.join("\n  ")
+        );
+    }
+    let (mut kept, mut other) = (Vlm::default(), Vlm::default());
+    for (index, part) in vlm.parts.into_iter().enumerate() {
+        let to = if left(index, &part) {
+            &mut other
+        } else {
+            &mut kept
+        };
+        to.parts.push(part);
+    }
+    let left_out = other.files()?.into_iter().map(|file| LeftOut {
+        data: data_files(&file),
+        file: file.file,
+        why: "its variant was not chosen",
+    });
+    Ok(Selected {
+        dir,
+        vlm: kept,
+        left_out: left_out.collect(),
+    })
+}
+
+/// A file of a module of which other files are recognised. (Of the branches of one
+/// file, the passes say which they need.)
+fn half_recognised<'a>(
+    vlm: &'a Vlm,
+    left: &dyn Fn(usize, &Part) -> bool,
+) -> Option<(&'a Part, &'a [NoMatch])> {
+    vlm.parts.iter().enumerate().find_map(|(index, part)| {
+        let Role::Unknown(reasons) = &part.role else {
+            return None;
+        };
+        let mut others = vlm.parts.iter().filter(|p| p.file != part.file);
+        let half = part.kind() == Kind::Unknown
+            && !left(index, part)
+            && others.any(|p| p.kind() != Kind::Unknown && family(p) == family(part));
+        half.then_some((part, reasons.as_slice()))
+    })
+}
+
+/// Everything that can be recognised, whether it goes together or not.
+///
+/// Files that an earlier `--beside` put next to their originals are left out.
+pub(super) fn look(path: &Path, global: &Global) -> anyhow::Result<(ModelDir, Vlm)> {
+    let (dir, mut all) = everything(path)?;
+    drop_besides(&mut all, &mut |part| {
+        global.detail(format!(
+            "{}: rewritten before, left out",
+            part.file.display()
+        ));
+    });
+    Ok((dir, all))
+}
+
+fn drop_besides(vlm: &mut Vlm, each: &mut dyn FnMut(&Part)) {
+    let besides: Vec<bool> = vlm.parts.iter().map(|p| is_beside(p, vlm)).collect();
+    let mut beside = besides.into_iter();
+    vlm.parts.retain(|part| {
+        let leave = beside.next().unwrap_or(false);
+        if leave {
+            each(part);
+        }
+        !leave
+    });
+}
+
+/// The model that `rewritten` was made from. Only what `rewritten` holds has to
+/// be there; other precisions may be.
+pub(super) fn base_of(path: &Path, rewritten: &Vlm) -> anyhow::Result<Vlm> {
+    let (_, mut base) = everything(path)?;
+    drop_besides(&mut base, &mut |_| ());
+    let held: BTreeSet<&Path> = rewritten.parts.iter().map(|p| p.file.as_path()).collect();
+    if base.parts.iter().any(|p| held.contains(p.file.as_path())) {
+        base.parts.retain(|p| held.contains(p.file.as_path()));
+    }
+    Ok(base)
+}
+
+/// What the precisions of a module have in common.
+fn family(part: &Part) -> (Option<PathBuf>, String) {
+    (part.file.parent().map(Path::to_owned), part.module())
+}
+
+/// A variant by the name that people use.
+fn variant(vlm: &Vlm, name: &str, path: &Path) -> anyhow::Result<String> {
+    let named: BTreeSet<&str> = vlm.parts.iter().map(|p| p.variant.as_str()).collect();
+    if named.contains(name) {
+        return Ok(name.to_owned());
+    }
+    // As transformers.js calls them.
+    let meant = match name {
+        "fp32" | "default" | "plain" => "",
+        "q8" => "quantized",
+        other => other,
+    };
+    if vlm.variants().iter().any(|v| v == meant) || named.contains(meant) {
+        return Ok(meant.to_owned());
+    }
+    let names: Vec<&str> = named.iter().map(|v| variant_name(v)).collect();
+    bail!(
+        "{}: no file of variant '{name}'; there are {}",
+        path.display(),
+        names.join(", ")
+    )
+}
+
+/// A variant's name for people.
+pub(super) fn variant_name(variant: &str) -> &str {
+    if variant.is_empty() {
+        "default"
+    } else {
+        variant
+    }
+}
+
+/// External data files of a model file, relative to the model's root.
+pub(super) fn data_files(file: &FileModel) -> BTreeSet<PathBuf> {
+    let folder = file.file.parent().map(PathBuf::from).unwrap_or_default();
+    let model = &file.model;
+    let graphs = model.graphs().flat_map(|(_, g)| &g.initializers);
+    let initializers = graphs.filter_map(|&v| model.value(v).initializer.as_ref());
+    let nodes = model.graphs().flat_map(|(_, g)| &g.nodes);
+    let attributes = nodes.flat_map(|&n| &model.node(n).attributes);
+    let constants = attributes.filter_map(|a| match &a.value {
+        crate::ir::AttrValue::Tensor(tensor) => Some(tensor),
+        _ => None,
+    });
+    initializers
+        .chain(constants)
+        .filter_map(|t| match &t.data {
+            TensorData::External(reference) => Some(folder.join(&reference.location)),
+            _ => None,
+        })
+        .map(|p| p.components().filter(|c| *c != Component::CurDir).collect())
+        .collect()
 }
 
 fn stem(path: &Path) -> String {
     path.file_stem()
         .map_or(String::new(), |s| s.to_string_lossy().into_owned())
-}
-
-/// The file that holds the whole model, if the model is one file: it takes token
-/// ids and pixels and gives logits.
-pub(super) fn whole(
-    path: &Path,
-    variant: Option<&str>,
-) -> anyhow::Result<Option<(ModelDir, PathBuf)>> {
-    let (dir, models) = graphs(path)?;
-    let fits = |(file, model): &&Loaded| {
-        let own = stem(&file.relative);
-        WholeModel::has_interface(model)
-            && model.output("logits").is_some()
-            && match variant {
-                Some(v) => own.ends_with(&format!("_{v}")),
-                None => file.variant.is_empty(),
-            }
-    };
-    // Of a file and its rewritten copy beside it, the file.
-    let found = models
-        .iter()
-        .filter(fits)
-        .min_by_key(|(f, _)| stem(&f.relative).len());
-    let Some(file) = found.map(|(file, _)| dir.path(file)) else {
-        return Ok(None);
-    };
-    Ok(Some((dir, file)))
 }
 
 /// The image token of a whole model is told by its graph; a configuration that
@@ -160,7 +384,16 @@ fn check_image_token(dir: &ModelDir, vlm: &Vlm) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The three files that answer a question, chosen by what they take and give.
+/// What answers a question.
+#[derive(Debug)]
+pub(super) enum Runnable {
+    /// One file that takes token ids and pixels and gives logits.
+    Whole(PathBuf),
+    /// Files that work together.
+    Trio(Trio),
+}
+
+/// The three files that answer a question, chosen by what they are.
 #[derive(Debug)]
 pub(super) struct Trio {
     pub(super) vision: PathBuf,
@@ -172,83 +405,87 @@ pub(super) struct Trio {
     pub(super) heads: Option<CacheHeads>,
 }
 
-/// Whether a graph turns embeddings into logits.
-fn decodes(model: &Model) -> bool {
-    model.input("inputs_embeds").is_some() && model.output("logits").is_some()
+/// What a file is; where it was not recognised, what its interface is named for: it can
+/// be run all the same.
+fn runs_as(part: &Part) -> Kind {
+    let kind = part.kind();
+    if kind != Kind::Unknown {
+        return kind;
+    }
+    let model = &part.model;
+    let takes = |name: &str| model.input(name).is_some();
+    match model.output("logits") {
+        Some(_) if WholeModel::has_interface(model) => Kind::Whole,
+        Some(_) if takes("inputs_embeds") => Kind::Decoder,
+        None if takes("pixel_values") => Kind::Vision,
+        None if takes("input_ids") && model.graph().outputs.len() == 1 => Kind::Embedding,
+        _ => Kind::Unknown,
+    }
 }
 
-/// Whether a decoder goes on from a cache.
-fn takes_past(model: &Model) -> bool {
-    let past = |v: &ValueId| model.name(*v).starts_with("past_key_values.");
-    model.graph().inputs.iter().any(past)
-}
-
-/// Whether a decoder gives a cache for another graph to go on from.
-fn starts_cache(model: &Model) -> bool {
-    let present = |v: &ValueId| model.name(*v).starts_with("present.");
-    !takes_past(model) && model.graph().outputs.iter().any(present)
-}
-
-/// Finds the vision encoder, embedding and decoder of a variant.
-pub(super) fn trio(path: &Path, variant: Option<&str>) -> anyhow::Result<(ModelDir, Trio)> {
-    let (dir, models) = graphs(path)?;
-    let pick = |what: &str, fits: fn(&Model) -> bool| -> anyhow::Result<PathBuf> {
-        let all: Vec<&Loaded> = models.iter().filter(|(_, m)| fits(m)).collect();
-        let found = match variant {
-            Some(v) => all
-                .iter()
-                .find(|(f, _)| stem(&f.relative).ends_with(&format!("_{v}"))),
-            None => all.iter().find(|(f, m)| {
-                let shadowed = all.iter().any(|(o, _)| {
-                    let (o, own) = (stem(&o.relative), stem(&f.relative));
-                    own.len() > o.len()
-                        && own.starts_with(&format!("{o}_"))
-                        && earlier_recipe(m).is_some()
-                });
-                f.variant.is_empty() && !shadowed
-            }),
-        };
-        match found.or(if variant.is_none() { all.first() } else { None }) {
-            Some((file, _)) => Ok(dir.path(file)),
-            None => bail!(
-                "{}: no {what}{} among {}",
-                path.display(),
-                variant.map_or(String::new(), |v| format!(" of variant '{v}'")),
-                models
-                    .iter()
-                    .map(|(f, _)| f.relative.display().to_string())
-                    .collect::<Vec<_>>()
-                    .join(", ")
-            ),
+/// Finds the files of a variant (or of the suffix of an earlier `--beside`).
+pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(ModelDir, Runnable)> {
+    let (dir, vlm) = everything(path)?;
+    let wanted = match name {
+        Some(name) => variant(&vlm, name, path)?,
+        None => {
+            let plain = |p: &&Part| p.kind() != Kind::Unknown && !is_beside(p, &vlm);
+            let parts = vlm.parts.iter().filter(plain);
+            let all: BTreeSet<&str> = parts.map(|p| p.variant.as_str()).collect();
+            match all.iter().copied().collect::<Vec<_>>()[..] {
+                [] => String::new(),
+                [only] => only.to_owned(),
+                ["", ..] => String::new(),
+                _ => bail!(
+                    "{}: which variant? Choose with --variant among {}",
+                    path.display(),
+                    all.into_iter().collect::<Vec<_>>().join(", ")
+                ),
+            }
         }
     };
-    let what = "decoder (inputs_embeds → logits, present.*)";
-    // One graph for everything comes before two that share the work; of these,
-    // names tell which goes on (the exporters' convention).
-    let decoder = pick(what, |m| decodes(m) && takes_past(m)).or_else(|_| pick(what, decodes))?;
-    let prompt = if stem(&decoder).contains("with_past") {
-        let first =
-            "decoder for the prompt (inputs_embeds → logits, present.*, no past_key_values.*)";
-        Some(pick(first, |m| decodes(m) && starts_cache(m))?)
-    } else {
-        None
+    let set = vlm.set(&wanted);
+    let file = |index: usize| dir.root.join(&vlm.parts[index].file);
+    let find = |kind: Kind| {
+        let all = vlm.parts.iter().enumerate();
+        let mut named = all.filter(|(_, p)| p.variant == wanted && runs_as(p) == kind);
+        set.get(kind).or_else(|| named.next().map(|(i, _)| i))
     };
-    let chosen = models.iter().find(|(f, _)| dir.path(f) == decoder);
-    let heads = chosen.and_then(|(_, m)| cache_heads(m));
+    let whole = match set.decoder {
+        None => find(Kind::Whole),
+        Some(_) => set.whole,
+    };
+    if let Some(whole) = whole {
+        let file = file(whole);
+        return Ok((dir, Runnable::Whole(file)));
+    }
+    let pick = |kind: Kind, what: &str| -> anyhow::Result<usize> {
+        find(kind).ok_or_else(|| {
+            let each = vlm.parts.iter().map(|p| {
+                let found = match p.kind() {
+                    Kind::Unknown => "not recognised".to_owned(),
+                    kind => format!("the {}", kind.name()),
+                };
+                format!("{} ({found})", p.label())
+            });
+            anyhow!(
+                "{}: no {what} among {}; duet inspect says why",
+                path.display(),
+                each.collect::<Vec<_>>().join(", ")
+            )
+        })
+    };
+    let decoder = pick(Kind::Decoder, "decoder (embeddings → logits, cache)")?;
+    // The branches of one file choose by themselves.
+    let prompt = set.decoder.and_then(|d| d.prompt).map(file);
     let trio = Trio {
-        vision: pick("vision encoder (pixel_values → image_features)", |m| {
-            m.input("pixel_values").is_some() && m.output("logits").is_none()
-        })?,
-        embed: pick("token embedding (input_ids → inputs_embeds)", |m| {
-            m.input("input_ids").is_some()
-                && m.graph().outputs.len() == 1
-                && m.output("logits").is_none()
-        })?,
-        decoder,
-        prompt,
-        heads: heads.and_then(heads_of),
+        heads: cache_heads(&vlm.parts[decoder].model).and_then(heads_of),
+        vision: file(pick(Kind::Vision, "vision encoder (pixels → features)")?),
+        embed: file(pick(Kind::Embedding, "token embedding (ids → embeddings)")?),
+        prompt: prompt.filter(|p| *p != file(decoder)),
+        decoder: file(decoder),
     };
-    Ok((dir, trio))
+    Ok((dir, Runnable::Trio(trio)))
 }
 
 /// What the runtime is told of a cache's heads.

@@ -52,7 +52,7 @@ fn percent(text: &str) -> Result<f64, String> {
 
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
     let path = &arguments.model.path;
-    let (_, vlm) = load::vlm(path, global)?;
+    let vlm = load::select(path, &[], global)?.vlm;
     let shape = shape(&vlm).with_context(|| format!("{}", path.display()))?;
     let all = shape.features as f64;
     let budget = match (arguments.budget, arguments.reduction) {

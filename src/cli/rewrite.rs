@@ -1,16 +1,16 @@
 //! `duet rewrite`
 
-use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 
 use super::{Global, ModelArgument, Outcome, load, style};
 use crate::arch::{Part, Role, Vlm};
 use crate::ir::cone::holder_of;
 use crate::ir::{Model, TensorData, ValueId, verify};
 use crate::onnx::{
-    DataMode, Layout, ModelDir, Outputs, patch_processor, serialize, write_beside, write_out,
+    DataMode, Layout, ModelDir, Outputs, patch_genai, patch_processor, serialize, suffixed,
+    write_beside, write_out,
 };
 use crate::passes::{Recipe, Rewritten, TokenMerge, VisualPrune, rewrite};
 
@@ -32,6 +32,13 @@ pub(super) struct Arguments {
     /// Write NAME_SUFFIX.onnx next to the old files, sharing their data files
     #[arg(long, group = "target", value_name = "SUFFIX")]
     beside: Option<String>,
+    /// Precisions to rewrite: fp16, q4, quantized, …, or default for the files without a suffix
+    ///
+    /// May be repeated. Without it, every precision in the directory is rewritten. Modules of other
+    /// precisions are left out of the new directory: they would not go together with rewritten ones. Where
+    /// a precision has no file of a module, the one with the same element types is taken along.
+    #[arg(long, value_name = "NAME")]
+    variant: Vec<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -44,9 +51,14 @@ enum Data {
 
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
     let recipe = load::recipe(&arguments.recipe)?;
-    let (dir, vlm) = load::vlm(&arguments.model.path, global)?;
-    let done = rewrite(vlm, &recipe)?;
-    let outputs = outputs(&dir, &done, &recipe)?;
+    let selected = load::select(&arguments.model.path, &arguments.variant, global)?;
+    let dir = &selected.dir;
+    let done = rewrite(selected.vlm, &recipe)?;
+    let mut outputs = outputs(dir, &done, &recipe, arguments.beside.as_deref())?;
+    for left in &selected.left_out {
+        outputs.left_out.insert(left.file.clone());
+        outputs.left_out.extend(left.data.iter().cloned());
+    }
     if arguments.data == Data::Hardlink {
         if let Some(place) = data_in_bodies(&done.vlm)? {
             bail!(
@@ -62,13 +74,16 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     };
     match (&arguments.out, &arguments.beside) {
         (Some(out), None) => {
-            write_out(&dir, &outputs, out, mode)?;
+            write_out(dir, &outputs, out, mode)?;
             report(&done, &recipe, global);
+            for left in &selected.left_out {
+                global.say(format!("{}: left out, {}", left.file.display(), left.why));
+            }
             global.say(format!("wrote {}", out.display()));
         }
         (None, Some(suffix)) => {
             let only_changed = changed_only(outputs, &done);
-            let written = write_beside(&dir, &only_changed, suffix)?;
+            let written = write_beside(dir, &only_changed, suffix)?;
             report(&done, &recipe, global);
             for path in written {
                 global.say(format!("wrote {}", path.display()));
@@ -79,39 +94,68 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     Ok(Outcome::Done)
 }
 
-/// What is to be written for a rewritten model.
+/// What is to be written for a rewritten model, with `beside`'s suffix if the
+/// files are to lie next to the old ones.
 pub(super) fn outputs(
     dir: &ModelDir,
     done: &Rewritten,
     recipe: &Recipe,
+    beside: Option<&str>,
 ) -> anyhow::Result<Outputs> {
     let mut outputs = Outputs::default();
     for file in done.vlm.files()? {
         let text = serialize(verify(&file.model)?);
-        let folder = file.file.parent().map(PathBuf::from).unwrap_or_default();
-        for location in locations(&file.model) {
-            outputs.data.insert(folder.join(location));
-        }
+        outputs.data.extend(load::data_files(&file));
         outputs.models.push((file.file, text));
     }
-    if dir.layout == Layout::Directory
-        && let Some((before, after)) = token_counts(&done.vlm, recipe)
-    {
+    if !dir.layout.is_directory() {
+        return Ok(outputs);
+    }
+    let mut patch = |name: &str, patched: &dyn Fn(&str) -> Result<Option<String>, String>| {
+        let path = dir.root.join(name);
+        let Ok(text) = std::fs::read_to_string(&path) else {
+            return Ok(());
+        };
+        let new = patched(&text).map_err(|problem| anyhow!("{}: {problem}", path.display()))?;
+        if let Some(new) = new {
+            outputs
+                .configs
+                .push((PathBuf::from(name), new.into_bytes()));
+        }
+        anyhow::Ok(())
+    };
+    if let Some((before, after)) = token_counts(&done.vlm, recipe) {
         for name in ["processor_config.json", "config.json"] {
-            let path = dir.root.join(name);
-            let Ok(text) = std::fs::read_to_string(&path) else {
-                continue;
-            };
-            if let Some(patched) = patch_processor(name, &text, before, after)
-                .map_err(|problem| anyhow::anyhow!("{}: {problem}", path.display()))?
-            {
-                outputs
-                    .configs
-                    .push((PathBuf::from(name), patched.into_bytes()));
-            }
+            patch(name, &|text| patch_processor(name, text, before, after))?;
         }
     }
+    if dir.layout == Layout::GenAi {
+        let renamed = |file: &Path| {
+            let changed = done
+                .changes
+                .iter()
+                .any(|c| done.vlm.parts[c.part].file == *file);
+            beside
+                .filter(|_| changed)
+                .map(|suffix| suffixed(file, suffix))
+        };
+        let width = marked_width(done);
+        patch("genai_config.json", &|text| {
+            patch_genai(text, width, &renamed)
+        })?;
+    }
     Ok(outputs)
+}
+
+/// Width of the embeddings without the marker channel, if there is one now.
+fn marked_width(done: &Rewritten) -> Option<i64> {
+    let (index, embedding) = done.vlm.embeddings().next()?;
+    let width = embedding.width?;
+    let graph = done.vlm.parts[index].model.graph();
+    let output = *graph.outputs.first()?;
+    let ty = done.vlm.parts[index].model.value(output).ty.as_ref()?;
+    let now = ty.shape()?.last()?.known()?;
+    (now == width + 1).then_some(width)
 }
 
 /// (patch tokens of the tower, features per image now), if they differ.
@@ -147,20 +191,6 @@ fn data_in_bodies(vlm: &Vlm) -> anyhow::Result<Option<String>> {
         }
     }
     Ok(None)
-}
-
-fn locations(model: &Model) -> BTreeSet<String> {
-    let mut found = BTreeSet::new();
-    for (_, graph) in model.graphs() {
-        for &value in &graph.initializers {
-            if let Some(TensorData::External(reference)) =
-                model.value(value).initializer.as_ref().map(|t| &t.data)
-            {
-                found.insert(reference.location.clone());
-            }
-        }
-    }
-    found
 }
 
 /// `--beside` writes only what changed.

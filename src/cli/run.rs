@@ -8,7 +8,9 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use serde_json::json;
 
-use super::{Engine, Global, ModelArgument, Outcome, load, print_json};
+use super::load::{self, Runnable, Trio};
+use super::{Engine, Global, ModelArgument, Outcome, print_json};
+use crate::onnx::ModelDir;
 use crate::runtime::{
     GenerateOptions, Generation, Message, Pixels, Sampling, Stop, Token, VlmFiles, VlmPipeline,
     WholePipeline,
@@ -28,8 +30,8 @@ pub(super) struct Arguments {
     /// Tokens to generate at most
     #[arg(long, default_value_t = 128, value_name = "N")]
     max_new_tokens: usize,
-    /// Precision or other suffix of the files to use (fp16, q4, …)
-    #[arg(long, value_name = "SUFFIX")]
+    /// Precision of the files to use (fp16, q4, default, …), or the suffix of an earlier --beside
+    #[arg(long, value_name = "NAME")]
     variant: Option<String>,
     /// Sample with this temperature instead of taking the likeliest token
     #[arg(long, value_name = "T")]
@@ -51,7 +53,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
-    let whole = load::whole(&arguments.model.path, arguments.variant.as_deref())?;
+    let (dir, model) = load::runnable(&arguments.model.path, arguments.variant.as_deref())?;
     let images = arguments
         .image
         .iter()
@@ -85,15 +87,15 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         }
         ControlFlow::Continue(())
     };
-    let answer = match whole {
-        Some((dir, file)) => {
+    let answer = match model {
+        Runnable::Whole(file) => {
             let engine = arguments.engine.options();
             let mut pipeline = WholePipeline::open(&file, &dir.root, &engine)?;
             let prepared = pipeline.prepare(&messages, &images)?;
             pipeline.generate(&prepared, &options, &mut on_token)?
         }
-        None => {
-            let mut pipeline = open(arguments)?;
+        Runnable::Trio(trio) => {
+            let mut pipeline = open(dir, trio, &arguments.engine)?;
             let prepared = pipeline.prepare(&messages, &images)?;
             pipeline.generate(&prepared, None, &options, &mut on_token)?
         }
@@ -112,15 +114,14 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     Ok(Outcome::Done)
 }
 
-fn open(arguments: &Arguments) -> anyhow::Result<VlmPipeline> {
-    let (dir, trio) = load::trio(&arguments.model.path, arguments.variant.as_deref())?;
+fn open(dir: ModelDir, trio: Trio, engine: &Engine) -> anyhow::Result<VlmPipeline> {
     let files = VlmFiles {
         vision_encoder: trio.vision,
         embed_tokens: trio.embed,
         decoder: trio.decoder,
         configs: dir.root,
     };
-    let options = arguments.engine.options();
+    let options = engine.options();
     let pipeline = VlmPipeline::open_with_heads(&files, &options, trio.heads)?;
     Ok(match trio.prompt {
         Some(prompt) => pipeline.with_prompt_decoder(&prompt, &options)?,

@@ -19,6 +19,9 @@ pub(super) struct Arguments {
     /// Seed of the random images and prompts
     #[arg(long, default_value_t = 0, value_name = "N")]
     seed: u64,
+    /// Precisions to check (fp16, q4, default, …); all that the rewritten model has if left out
+    #[arg(long, value_name = "NAME")]
+    variant: Vec<String>,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
@@ -27,8 +30,8 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
-    let (_, base) = load::vlm(&arguments.base, global)?;
-    let (_, rewritten) = load::vlm(&arguments.rewritten, global)?;
+    let rewritten = load::select(&arguments.rewritten, &arguments.variant, global)?.vlm;
+    let base = load::base_of(&arguments.base, &rewritten)?;
     if let Some(part) = base
         .parts
         .iter()

@@ -2,17 +2,20 @@
 //!
 //! Which file is the vision encoder and which the decoder is not decided here:
 //! that is read off the graphs (`arch`). Names only tell *variants* (precisions)
-//! of one module apart, as transformers.js names them.
+//! of one module apart, as transformers.js names them. In a directory of ONNX
+//! Runtime GenAI the files are those that its config names.
 
 use std::path::{Path, PathBuf};
 
 use super::OnnxError;
+use super::genai;
 
 /// Suffixes that name a precision; the longest match wins.
 const VARIANTS: &[&str] = &[
     "_q4f16",
     "_q8f16",
     "_quantized",
+    "_fp32",
     "_fp16",
     "_bf16",
     "_uint8",
@@ -30,8 +33,39 @@ const VARIANTS: &[&str] = &[
 pub enum Layout {
     /// One `.onnx` file was named.
     SingleFile,
-    /// A directory: model files in it or in its `onnx/`, configs beside.
-    Directory,
+    /// Hugging Face: model files in `onnx/`, configs beside the folder.
+    HuggingFace,
+    /// Model files and configs in one folder.
+    Flat,
+    /// ONNX Runtime GenAI: `genai_config.json` names the model files.
+    GenAi,
+}
+
+impl Layout {
+    /// Whether it is more than one file.
+    pub fn is_directory(self) -> bool {
+        self != Self::SingleFile
+    }
+
+    /// Words for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::SingleFile => "single file",
+            Self::HuggingFace => "Hugging Face directory",
+            Self::Flat => "flat directory",
+            Self::GenAi => "ONNX Runtime GenAI directory",
+        }
+    }
+
+    /// One word, for JSON.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::SingleFile => "single-file",
+            Self::HuggingFace => "hugging-face",
+            Self::Flat => "flat",
+            Self::GenAi => "genai",
+        }
+    }
 }
 
 /// One `.onnx` file.
@@ -60,7 +94,8 @@ impl ModelDir {
     /// Lists the model files at `path`.
     ///
     /// # Errors
-    /// A path that does not exist, or holds no `.onnx` file.
+    /// A path that does not exist, or holds no `.onnx` file; a GenAI config that
+    /// cannot be read or names a file that is not there.
     pub fn open(path: &Path) -> Result<Self, OnnxError> {
         let meta = path.metadata().map_err(OnnxError::io(path))?;
         let problem = |problem: &str| OnnxError::Directory {
@@ -79,6 +114,13 @@ impl ModelDir {
                 root,
                 layout: Layout::SingleFile,
                 files: vec![model_file(PathBuf::from(name))],
+            });
+        }
+        if path.join(genai::CONFIG).is_file() {
+            return Ok(Self {
+                root: path.to_owned(),
+                layout: Layout::GenAi,
+                files: genai::files(path)?,
             });
         }
         let mut found = Vec::new();
@@ -104,7 +146,11 @@ impl ModelDir {
         }
         Ok(Self {
             root: path.to_owned(),
-            layout: Layout::Directory,
+            layout: if found.iter().any(|f| f.starts_with("onnx")) {
+                Layout::HuggingFace
+            } else {
+                Layout::Flat
+            },
             files: found.into_iter().map(model_file).collect(),
         })
     }

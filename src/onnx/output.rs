@@ -30,6 +30,9 @@ pub struct Outputs {
     pub configs: Vec<(PathBuf, Vec<u8>)>,
     /// External data files that the models refer to, relative to the root.
     pub data: BTreeSet<PathBuf>,
+    /// Files of the source that do not come along: models that were not chosen
+    /// and their data. What is in `data` comes along all the same.
+    pub left_out: BTreeSet<PathBuf>,
 }
 
 /// Writes a new, self-contained directory: the outputs, and whatever else the
@@ -72,16 +75,19 @@ pub fn write_out(
         .canonicalize()
         .map_err(OnnxError::io(&source.root))?;
     let real_parent = parent.canonicalize().map_err(OnnxError::io(parent))?;
-    if source.layout == Layout::Directory && real_parent.starts_with(&root) {
+    if source.layout.is_directory() && real_parent.starts_with(&root) {
         return Err(refuse(
             "it lies inside the model directory; name a directory outside it".into(),
         ));
     }
     let mut carried = BTreeSet::new();
     match source.layout {
-        Layout::Directory => list(&source.root, Path::new(""), &mut carried)?,
         Layout::SingleFile => carried.extend(outputs.data.iter().cloned()),
+        Layout::HuggingFace | Layout::Flat | Layout::GenAi => {
+            list(&source.root, Path::new(""), &mut carried)?;
+        }
     }
+    carried.retain(|path| !outputs.left_out.contains(path) || outputs.data.contains(path));
     for (path, _) in &outputs.models {
         carried.remove(path);
     }
@@ -179,7 +185,7 @@ fn list(root: &Path, at: &Path, into: &mut BTreeSet<PathBuf>) -> Result<(), Onnx
 }
 
 /// Path of `relative` with `_suffix` after its stem.
-pub(super) fn suffixed(relative: &Path, suffix: &str) -> PathBuf {
+pub fn suffixed(relative: &Path, suffix: &str) -> PathBuf {
     let stem = relative.file_stem().unwrap_or_default().to_string_lossy();
     let name = match relative.extension() {
         Some(ext) => format!("{stem}_{suffix}.{}", ext.to_string_lossy()),

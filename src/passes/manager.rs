@@ -2,7 +2,7 @@
 //! then the stamp.
 
 use super::{PassError, Recipe};
-use crate::arch::{Part, Vlm};
+use crate::arch::{Part, ROLE_KEY, Vlm};
 use crate::ir::{Model, Patch, verify};
 
 /// What a pass did to a file.
@@ -74,10 +74,12 @@ pub fn rewrite(mut vlm: Vlm, recipe: &Recipe) -> Result<Rewritten, PassError> {
     stamped.sort_unstable();
     stamped.dedup();
     for index in stamped {
+        let kind = vlm.parts[index].role.kind();
         change(&mut vlm.parts[index], "stamp", |model| {
             let mut patch = Patch::new(&model, "stamp");
             patch.metadata("duet.version", env!("CARGO_PKG_VERSION"));
             patch.metadata("duet.recipe", &recipe.text);
+            patch.metadata(ROLE_KEY, kind.word());
             let plan = patch.finish();
             model.apply(plan)
         })?;

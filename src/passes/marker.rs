@@ -12,13 +12,25 @@
 //!                      └─Slice──▶ > 0.5 ──▶ visual [b, L] bool
 //! ```
 //!
+//! An embedding graph that takes the features and puts them in their places
+//! itself (ONNX Runtime GenAI's) is widened inside: the features' channel is split
+//! off, and what moves the features moves the marks a second time, with zeros in
+//! place of the text. All four tensors between the files are then one wider, as
+//! GenAI needs, which allocates them all by one `hidden_size`:
+//!
+//! ```text
+//! embed:   features [n, K, D+1] ─┬─Slice──▶ [n, K, D] ──▶ the graph as it was ──▶ [b, L, D] ─┐
+//!                                └─Slice─▶ Expand ──▶ its copying nodes, again ──▶ [.., :1] ─┴─Concat─▶
+//! ```
+//!
 //! A whole model in one file sees the ids: visual is where they are the image
 //! token, the constant that the graph itself compares them with.
 
 use serde::{Deserialize, Serialize};
 
 use super::{Context, PassError};
-use crate::arch::{Decoder, Vlm};
+use crate::arch::{Decoder, Embedding, Vlm};
+use crate::ir::cone::Substitution;
 use crate::ir::{DataType, Dim, Model, Patch, Size, Tensor, ValueId, ValueType};
 
 /// Name of the extra decoder input with `marker: input`.
@@ -117,16 +129,67 @@ pub(super) fn append_channel(patch: &mut Patch<'_>, index: usize, mark: f64) {
     let value = patch.constant(Tensor::float_scalar("", dtype, mark));
     let channel = patch.op("Expand", &[value, channel_shape]);
     let marked = patch.concat(&[output, channel], -1);
-    let shape = shape.map(|mut dims| {
-        if let Some(last) = dims.last_mut() {
-            *last = match &*last {
-                Dim::Known(n) => Dim::Known(n + 1),
-                _ => Dim::Unknown,
-            };
-        }
-        dims
+    let ty = wider(&ValueType::Tensor { dtype, shape });
+    patch.replace_output(index, marked, ty);
+}
+
+/// The type with one more channel.
+fn wider(ty: &ValueType) -> ValueType {
+    let mut ty = ty.clone();
+    if let ValueType::Tensor {
+        shape: Some(dims), ..
+    } = &mut ty
+        && let Some(last) = dims.last_mut()
+    {
+        *last = match &*last {
+            Dim::Known(n) => Dim::Known(n + 1),
+            _ => Dim::Unknown,
+        };
+    }
+    ty
+}
+
+/// Makes an embedding graph give out the marker channel: 0 for every token that
+/// it looks up, and for features it takes in what they carry.
+///
+/// # Errors
+/// A node on the features' way that holds a sub-graph.
+pub(super) fn mark_embedding(patch: &mut Patch<'_>, embedding: &Embedding) -> Result<(), String> {
+    let Some(scatter) = &embedding.scatter else {
+        append_channel(patch, 0, 0.0);
+        return Ok(());
+    };
+    let model = patch.model();
+    let features = scatter.features;
+    let axis = i64::try_from(scatter.rank).unwrap_or(i64::MAX) - 1;
+    let width = Size::Known(-1);
+    let plain = patch.slice(features, Size::Known(0), width, axis);
+    let mark = patch.slice(features, width, Size::Known(i64::MAX), axis);
+    let shape = patch.op("Shape", &[plain]);
+    let marks = patch.op("Expand", &[mark, shape]);
+    let mut subst: Substitution = scatter.steering.iter().map(|&v| (v, v)).collect();
+    subst.insert(features, marks);
+    for &(other, dtype) in &scatter.others {
+        let zero = patch.constant(Tensor::float_scalar("", dtype, 0.0));
+        let shape = patch.op("Shape", &[other]);
+        subst.insert(other, patch.op("Expand", &[zero, shape]));
+    }
+    let placed = patch
+        .clone_cone(embedding.output, &mut subst)
+        .map_err(|node| format!("{node} holds a sub-graph on the image features' way"))?;
+    let channel = patch.slice(placed, Size::Known(0), Size::Known(1), 2);
+    let marked = patch.concat(&[embedding.output, channel], -1);
+    patch.rewire_all(features, plain);
+    if let Some(ty) = &model.value(features).ty {
+        patch.set_type(features, wider(ty));
+    }
+    let ty = model.value(embedding.output).ty.clone();
+    let ty = ty.unwrap_or(ValueType::Tensor {
+        dtype: embedding.dtype,
+        shape: None,
     });
-    patch.replace_output(index, marked, ValueType::Tensor { dtype, shape });
+    patch.replace_output(0, marked, wider(&ty));
+    Ok(())
 }
 
 /// Inserts the decoder's side and returns its new entry.
@@ -163,23 +226,8 @@ pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context)
             let flat = patch.squeeze(channel, &[2]);
             let half = patch.constant(Tensor::float_scalar("", decoder.dtype, 0.5));
             let visual = patch.op("Greater", &[flat, half]);
-            if let Some(ValueType::Tensor { dtype, shape }) = &model.value(embeds).ty {
-                let shape = shape.clone().map(|mut dims| {
-                    if let Some(last) = dims.last_mut() {
-                        *last = match &*last {
-                            Dim::Known(n) => Dim::Known(n + 1),
-                            _ => Dim::Unknown,
-                        };
-                    }
-                    dims
-                });
-                patch.set_type(
-                    embeds,
-                    ValueType::Tensor {
-                        dtype: *dtype,
-                        shape,
-                    },
-                );
+            if let Some(ty) = &model.value(embeds).ty {
+                patch.set_type(embeds, wider(ty));
             }
             Entry {
                 embeds: split,
@@ -196,17 +244,24 @@ pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context)
             let span = context
                 .span
                 .unwrap_or(super::StaticSpan { start: 0, count: 0 });
-            // Positions of the tokens processed now, counted from the start of
-            // the conversation: the span lies in the first prompt only.
-            let past = past_length(patch, decoder, 0);
+            // The span lies in the first prompt only: behind a cache there is
+            // none, also where the prompt was shorter than the span.
+            let first = decoder.layers[0].past.map(|(key, _)| {
+                let past = patch.size_of(key, 2);
+                let past = patch.size_value(past);
+                let zero = patch.i64(0);
+                patch.op("Equal", &[past, zero])
+            });
             let length = patch.size_of(embeds, 1);
-            let here = patch.iota(length);
-            let past = patch.size_value(past);
-            let at = patch.op("Add", &[here, past]);
+            let at = patch.iota(length);
             let (start, end) = (patch.i64(span.start), patch.i64(span.start + span.count));
             let from = patch.op("GreaterOrEqual", &[at, start]);
             let to = patch.op("Less", &[at, end]);
             let inside = patch.op("And", &[from, to]);
+            let inside = match first {
+                Some(first) => patch.op("And", &[inside, first]),
+                None => inside,
+            };
             let shape = patch.op("Shape", &[embeds]);
             let rows = patch.slice(shape, Size::Known(0), Size::Known(2), 0);
             let visual = patch.op("Expand", &[inside, rows]);

@@ -11,6 +11,7 @@ mod error;
 mod manager;
 mod marker;
 mod recipe;
+mod recount;
 mod token_merge;
 mod visual_prune;
 

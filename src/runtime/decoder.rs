@@ -181,10 +181,46 @@ pub struct CacheHeads {
 pub struct Decoder {
     session: Session,
     /// The graph that runs first, where `session` only goes on from a cache.
-    prompt: Option<Session>,
+    prompt: Option<(Session, Ends)>,
     slots: Vec<Slot>,
     /// Which slots are keys, in the order of the layers.
     keys: Vec<usize>,
+    /// Where data goes in and comes out of `session`.
+    ends: Ends,
+}
+
+/// Names of what every decoder has, whatever an exporter called it.
+#[derive(Debug, Clone)]
+struct Ends {
+    /// The input of embeddings.
+    embeds: String,
+    /// The output of logits.
+    logits: String,
+}
+
+impl Ends {
+    /// Finds them by name, else by kind.
+    fn of(session: &Session) -> Result<Self> {
+        let wrong = |expected: &str, found: String| RuntimeError::Interface {
+            model: session.model().to_string(),
+            expected: expected.to_string(),
+            found,
+        };
+        let cached = |port: &Port| port.name.starts_with("present");
+        let Some(logits) = by_name_or_kind(session.outputs(), LOGITS, |p| !cached(p)) else {
+            return Err(wrong(
+                "a decoder with an output `logits`, or with one floating-point output besides the cache",
+                ports(session.outputs()),
+            ));
+        };
+        let Some(embeds) = by_name_or_kind(session.inputs(), EMBEDS, |p| p.dims.len() == 3) else {
+            return Err(wrong(
+                "a decoder with an input `inputs_embeds`, or with one floating-point input of rank 3",
+                ports(session.inputs()),
+            ));
+        };
+        Ok(Self { embeds, logits })
+    }
 }
 
 impl Decoder {
@@ -203,36 +239,21 @@ impl Decoder {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn with_heads(session: Session, heads: Option<CacheHeads>) -> Result<Self> {
-        let wrong = |expected: &str, found: String| RuntimeError::Interface {
-            model: session.model().to_string(),
-            expected: expected.to_string(),
-            found,
-        };
-        if session.output(LOGITS).is_none() {
-            return Err(wrong(
-                "a decoder with an output `logits`",
-                ports(session.outputs()),
-            ));
-        }
-        if session.input(EMBEDS).is_none() {
-            return Err(wrong(
-                "a decoder with an input `inputs_embeds`",
-                ports(session.inputs()),
-            ));
-        }
+        let ends = Ends::of(&session)?;
         let mut slots = Vec::new();
         for port in session.inputs() {
             if let Some(rest) = port.name.strip_prefix("past_key_values.") {
                 slots.push(slot(&session, port, rest, heads)?);
             }
         }
-        fillable(&session)?;
+        fillable(&session, &ends)?;
         let keys = keys(&slots);
         Ok(Self {
             session,
             prompt: None,
             slots,
             keys,
+            ends,
         })
     }
 
@@ -248,10 +269,8 @@ impl Decoder {
             expected,
             found,
         };
-        let needed = [LOGITS]
-            .into_iter()
-            .chain(self.slots.iter().map(|s| s.present.as_str()));
-        for name in needed {
+        let ends = Ends::of(&prompt)?;
+        for name in self.slots.iter().map(|s| s.present.as_str()) {
             if prompt.output(name).is_none() {
                 return Err(wrong(
                     format!(
@@ -269,8 +288,8 @@ impl Decoder {
                 port.name.clone(),
             ));
         }
-        fillable(&prompt)?;
-        self.prompt = Some(prompt);
+        fillable(&prompt, &ends)?;
+        self.prompt = Some((prompt, ends));
         Ok(self)
     }
 
@@ -302,7 +321,7 @@ impl Decoder {
     /// Element type and width of the embeddings that the decoder reads; the width is `None` if the model does
     /// not declare it.
     pub fn embeds(&self) -> (Option<DType>, Option<usize>) {
-        let port = self.session.input(EMBEDS);
+        let port = self.session.input(&self.ends.embeds);
         let width = port.and_then(|port| port.dims.get(2)?.fixed());
         (port.and_then(|port| port.dtype), width)
     }
@@ -388,11 +407,11 @@ impl Decoder {
             .map_err(|e| RuntimeError::Tensor(e.to_string()))?;
 
         let first = cache.tokens() == 0 && self.prompt.is_some();
-        let session = match &mut self.prompt {
-            Some(prompt) if first => prompt,
-            _ => &mut self.session,
+        let (session, ends) = match &mut self.prompt {
+            Some((prompt, ends)) if first => (prompt, &*ends),
+            _ => (&mut self.session, &self.ends),
         };
-        let mut feed: Vec<(String, Value)> = vec![(EMBEDS.into(), input.embeds.clone())];
+        let mut feed: Vec<(String, Value)> = vec![(ends.embeds.clone(), input.embeds.clone())];
         for port in session.inputs() {
             let value = match port.name.as_str() {
                 IDS => {
@@ -448,14 +467,15 @@ impl Decoder {
             .iter()
             .map(|slot| outputs.get(&slot.present).cloned())
             .collect::<Result<_>>()?;
-        let known = |name: &str| name == LOGITS || self.slots.iter().any(|s| s.present == name);
+        let known =
+            |name: &str| name == ends.logits || self.slots.iter().any(|s| s.present == name);
         let extra = outputs
             .iter()
             .filter(|(name, _)| !known(name))
             .map(|(name, value)| (name.to_owned(), value.clone()))
             .collect();
         Ok(StepOutput {
-            logits: outputs.get(LOGITS)?.clone(),
+            logits: outputs.get(&ends.logits)?.clone(),
             extra,
             cache: Cache {
                 values,
@@ -468,11 +488,25 @@ impl Decoder {
     }
 }
 
+/// The port of this name, or the only floating-point one that fits.
+fn by_name_or_kind(ports: &[Port], name: &str, fits: impl Fn(&Port) -> bool) -> Option<String> {
+    if ports.iter().any(|p| p.name == name) {
+        return Some(name.to_owned());
+    }
+    let float = |p: &&Port| p.dtype.is_some_and(DType::is_float) && fits(p);
+    let mut all = ports.iter().filter(float);
+    match (all.next(), all.next()) {
+        (Some(only), None) => Some(only.name.clone()),
+        _ => None,
+    }
+}
+
 /// Refuses inputs that nothing here can fill.
-fn fillable(session: &Session) -> Result<()> {
+fn fillable(session: &Session, ends: &Ends) -> Result<()> {
     for port in session.inputs() {
         let name = port.name.as_str();
-        let known = [EMBEDS, IDS, MASK, POSITIONS, VISUAL, SALIENT, USE_CACHE].contains(&name)
+        let known = name == ends.embeds
+            || [IDS, MASK, POSITIONS, VISUAL, SALIENT, USE_CACHE].contains(&name)
             || KEEP_LOGITS.contains(&name)
             || name.starts_with("past_key_values.");
         if !known {
@@ -692,7 +726,7 @@ mod tests {
     fn other_models_are_refused_by_name() {
         let error = open(&models::top_two_rows()).unwrap_err().to_string();
         assert!(
-            error.contains("`logits`") && error.contains("kept"),
+            error.contains("inputs_embeds") && error.contains("`scores`"),
             "{error}"
         );
     }

@@ -302,10 +302,17 @@ impl VlmPipeline {
             .map(|&place| salient[place])
             .collect();
         let start = Instant::now();
-        let mut embeds = self.embedder.run_row(&expanded.ids)?;
-        if !features.is_empty() {
-            embeds = Value::new(scatter(embeds.to_tensor()?, &expanded.visual, &features)?)?;
-        }
+        let embeds = if self.embedder.takes_features() {
+            let ids =
+                Array2::from_shape_fn((1, expanded.ids.len()), |(_, i)| i64::from(expanded.ids[i]));
+            self.embedder.run_with(ids, &features)?
+        } else {
+            let embeds = self.embedder.run_row(&expanded.ids)?;
+            match features.as_slice() {
+                [] => embeds,
+                some => Value::new(scatter(embeds.to_tensor()?, &expanded.visual, some)?)?,
+            }
+        };
         Ok(Prepared {
             prompt,
             ids: expanded.ids,

@@ -12,8 +12,10 @@ pub mod structure;
 mod tally;
 
 mod decoders;
+mod embed;
 mod error;
 mod numeric;
+mod precision;
 mod probe;
 mod report;
 mod second;

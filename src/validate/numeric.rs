@@ -2,12 +2,13 @@
 
 use ndarray::{Array2, Array3, Array4};
 
-use super::reference::{Choice, Ranking, ReferenceVision, State, StepIn, Tolerance};
+use super::precision::{lower, precision, quantised, ties, tolerance};
+use super::reference::{Choice, Ranking, ReferenceVision, State, StepIn};
 use super::report::Report;
 use super::scenario::{Layout, Scenario, Seeded, lay_out, standard};
 use super::tally::Tally;
-use super::{ValidateError, decoders, probe, second, structure, whole};
-use crate::arch::{Role, Vlm};
+use super::{ValidateError, decoders, embed, probe, second, structure, whole};
+use crate::arch::{DecoderFiles, FileSet, Role, Vlm};
 use crate::ir::{DataType, Model};
 use crate::passes::{Marker, Recipe, TextQueries, TokenMerge, VisualPrune};
 use crate::runtime::{
@@ -22,28 +23,6 @@ pub struct Options {
     pub session: SessionOptions,
     /// Seed of the scenarios.
     pub seed: u64,
-}
-
-/// Largest allowed difference in units of the standard deviation. Quantised
-/// layers round activations, so that the last bit of an input can move a whole
-/// quantisation step.
-pub(super) fn tolerance(dtype: DataType, quantised: bool) -> f64 {
-    match dtype {
-        _ if quantised => 2e-1,
-        DataType::Float16 => 2e-2,
-        DataType::Bfloat16 => 1e-1,
-        _ => 1e-4,
-    }
-}
-
-/// How close scores have to be for either of two tokens to be right.
-pub(super) fn ties(dtype: DataType, quantised: bool) -> Tolerance {
-    match dtype {
-        _ if quantised => Tolerance::QUANTISED,
-        DataType::Float16 => Tolerance::FP16,
-        DataType::Bfloat16 => Tolerance::BF16,
-        _ => Tolerance::FP32,
-    }
 }
 
 /// Validates a rewritten model against its base.
@@ -61,17 +40,13 @@ pub fn check(
     let mut report = Report::new();
     progress("structure");
     structure::check(base, rewritten, recipe, &mut report)?;
-    let variants: Vec<String> = {
-        let mut all: Vec<String> = base.parts.iter().map(|p| p.variant.clone()).collect();
-        all.sort();
-        all.dedup();
-        all
-    };
-    for variant in variants {
-        let label = if variant.is_empty() {
-            String::new()
-        } else {
-            format!("{variant}: ")
+    let sets = base.sets();
+    for set in &sets {
+        let variant = set.variant.clone();
+        let label = match (sets.len(), variant.is_empty()) {
+            (1, true) => String::new(),
+            (_, true) => "default: ".to_owned(),
+            (_, false) => format!("{variant}: "),
         };
         whole::check(
             base,
@@ -83,17 +58,19 @@ pub fn check(
             progress,
             &mut report,
         )?;
-        let groups = decoders::groups(base, &variant);
-        let several = groups.len() > 1;
-        let each: Vec<Option<&decoders::Group>> = match groups.as_slice() {
+        let decoders = set.decoder.map_or_else(Vec::new, |d| {
+            base.decoder_files(&base.parts[d.main].variant)
+        });
+        let several = decoders.len() > 1;
+        let each: Vec<Option<&DecoderFiles>> = match decoders.as_slice() {
             [] => vec![None],
             some => some.iter().map(Some).collect(),
         };
-        for group in each {
-            let mut pair = Pair::open(base, rewritten, recipe, &variant, group, options)?;
+        for files in each {
+            let mut pair = Pair::open(base, rewritten, recipe, set, files, options)?;
             pair.label.clone_from(&label);
-            if let Some(group) = group.filter(|_| several) {
-                let file = base.parts[group.main].file.display();
+            if let Some(files) = files.filter(|_| several) {
+                let file = base.parts[files.main].file.display();
                 pair.label = format!("{label}{file}: ");
             }
             let vocabulary = pair.vocabulary;
@@ -149,7 +126,10 @@ struct Pair {
     decoder: Option<(decoders::Reference, RunDecoder)>,
     /// Plain width of embeddings.
     width: usize,
+    /// Features of an image where no tower says how many there are.
     features: usize,
+    /// Token that the embedding graph itself replaces by features.
+    placeholder: Option<i64>,
     vocabulary: i64,
     channel: bool,
     dtype: DataType,
@@ -171,58 +151,13 @@ pub(super) fn fixed(model: &Model, value: crate::ir::ValueId, axis: usize) -> Op
         .and_then(|n| usize::try_from(n).ok())
 }
 
-/// The lowest floating-point precision among a graph's weights.
-pub(super) fn precision(model: &Model) -> DataType {
-    let weights = model
-        .graph()
-        .initializers
-        .iter()
-        .filter_map(|&v| model.value(v).initializer.as_ref());
-    let mut lowest = DataType::Float;
-    for tensor in weights.filter(|t| t.dims.len() > 1) {
-        match tensor.dtype {
-            DataType::Bfloat16 => return DataType::Bfloat16,
-            DataType::Float16 => lowest = DataType::Float16,
-            _ => {}
-        }
-    }
-    lowest
-}
-
-/// The less precise of two types.
-fn lower(a: DataType, b: DataType) -> DataType {
-    match (a, b) {
-        (DataType::Bfloat16, _) | (_, DataType::Bfloat16) => DataType::Bfloat16,
-        (DataType::Float16, _) | (_, DataType::Float16) => DataType::Float16,
-        _ => DataType::Float,
-    }
-}
-
-/// Whether a graph computes with quantised numbers. (Weights that are only stored
-/// so count too: the runtime may fuse `DequantizeLinear` and `MatMul` into a kernel
-/// that rounds activations.)
-pub(super) fn quantised(model: &Model) -> bool {
-    let ops = [
-        "MatMulInteger",
-        "MatMulNBits",
-        "QuantizeLinear",
-        "DequantizeLinear",
-        "DynamicQuantizeLinear",
-    ];
-    model
-        .graph()
-        .nodes
-        .iter()
-        .any(|&n| ops.contains(&model.node(n).op_type.as_str()))
-}
-
 impl Pair {
     fn open(
         base: &Vlm,
         rewritten: &Vlm,
         recipe: &Recipe,
-        variant: &str,
-        group: Option<&decoders::Group>,
+        set: &FileSet,
+        files: Option<&DecoderFiles>,
         options: &Options,
     ) -> Result<Self, ValidateError> {
         let session = &options.session;
@@ -235,6 +170,7 @@ impl Pair {
             decoder: None,
             width: 0,
             features: 8,
+            placeholder: None,
             vocabulary: 32,
             channel: prune.is_some()
                 && !matches!(recipe.context.marker, Some(m) if m != Marker::Channel),
@@ -246,10 +182,14 @@ impl Pair {
             drops: prune.map_or(0, |p| p.drops.len()),
             span: recipe.context.span,
         };
-        for (old, new) in base.parts.iter().zip(&rewritten.parts) {
-            if old.variant != variant {
-                continue;
-            }
+        let decoder = files.map(|f| [f.prompt, Some(f.main)]);
+        let parts = [set.vision, set.embedding];
+        for index in parts
+            .into_iter()
+            .chain(decoder.into_iter().flatten())
+            .flatten()
+        {
+            let (old, new) = (&base.parts[index], &rewritten.parts[index]);
             let name = new.file.display().to_string();
             pair.quantised |= quantised(&old.model);
             match &old.role {
@@ -270,8 +210,14 @@ impl Pair {
                         pair.width = width as usize;
                     }
                 }
-                Role::Embedding(_) => {
-                    let reference = Embedder::new(probe::open(&old.model, &name, session)?)?;
+                Role::Embedding(embedding) => {
+                    if let Some(scatter) = &embedding.scatter {
+                        pair.placeholder = Some(embed::placeholder(scatter, &name)?);
+                        let stated = fixed(&old.model, scatter.features, 1);
+                        pair.features = stated.filter(|_| scatter.rank == 3).unwrap_or(8);
+                    }
+                    let plain = embed::any_count(&old.model, embedding)?;
+                    let reference = Embedder::new(probe::open(&plain, &name, session)?)?;
                     let run = Embedder::new(probe::open(&new.model, &name, session)?)?;
                     pair.embed = Some((reference, run));
                 }
@@ -285,8 +231,8 @@ impl Pair {
                 Role::Whole(_) | Role::Unknown(_) => {}
             }
         }
-        if let Some(group) = group {
-            let (mut reference, run) = decoders::open(base, rewritten, group, prune, session)?;
+        if let Some(files) = files {
+            let (mut reference, run) = decoders::open(base, rewritten, files, prune, session)?;
             pair.single_steps = reference.continues()?;
             pair.decoder = Some((reference, run));
         }
@@ -311,20 +257,31 @@ impl Pair {
         ))
     }
 
-    /// Plain embeddings `[b, L, D]`, and those that the rewritten decoder reads.
+    /// Plain embeddings `[b, L, D]`, and those that the rewritten decoder reads,
+    /// with the features of the images in their places.
     fn embeddings(
         &mut self,
         layout: &Layout,
+        plain: Vec<Tensor>,
+        marked: Vec<Tensor>,
         rng: &mut Seeded,
     ) -> Result<(Tensor, Tensor), ValidateError> {
+        let dtype = self.dtype_like();
+        let (plain, marked) = (cast(plain, &dtype)?, cast(marked, &dtype)?);
         if let Some((reference, run)) = &mut self.embed {
-            let plain = reference.run(layout.ids.clone())?.to_tensor()?;
-            return Ok((plain, run.run(layout.ids.clone())?.to_tensor()?));
+            let token = self.placeholder;
+            return Ok((
+                embed::embed(reference, layout, token, &plain)?,
+                embed::embed(run, layout, token, &marked)?,
+            ));
         }
         let (b, l) = layout.ids.dim();
-        let plain = Array3::from_shape_fn((b, l, self.width), |_| rng.normal());
-        let plain = Tensor::from(plain);
-        Ok((plain.clone(), plain))
+        let noise = Tensor::from(Array3::from_shape_fn((b, l, self.width), |_| rng.normal()));
+        let flat: Vec<bool> = layout.visual.iter().copied().collect();
+        Ok((
+            scatter(noise.clone(), &flat, &plain)?,
+            scatter(noise, &flat, &marked)?,
+        ))
     }
 
     #[allow(clippy::too_many_lines, reason = "one comparison, step by step")]
@@ -376,10 +333,7 @@ impl Pair {
             }
             let rows: Vec<usize> = plain.iter().map(|t| t.shape()[0]).collect();
             let layout = lay_out(turn, &rows);
-            let (base_embeds, run_embeds) = self.embeddings(&layout, &mut rng)?;
-            let flat: Vec<bool> = layout.visual.iter().copied().collect();
-            let base_embeds = scatter(base_embeds, &flat, &cast(plain, &self.dtype_like())?)?;
-            let run_embeds = scatter(run_embeds, &flat, &cast(marked, &self.dtype_like())?)?;
+            let (base_embeds, run_embeds) = self.embeddings(&layout, plain, marked, &mut rng)?;
             let past = seen.clone();
             seen = ndarray::concatenate(ndarray::Axis(1), &[seen.view(), layout.mask.view()])
                 .map_err(|e| ValidateError::Model(e.to_string()))?;
@@ -410,7 +364,8 @@ impl Pair {
                     source: Vec::new(),
                     ids,
                 };
-                let (base_embeds, run_embeds) = self.embeddings(&layout, &mut rng)?;
+                let (base_embeds, run_embeds) =
+                    self.embeddings(&layout, Vec::new(), Vec::new(), &mut rng)?;
                 let positions = positions_of(&seen, &layout.mask);
                 seen = ndarray::concatenate(ndarray::Axis(1), &[seen.view(), layout.mask.view()])
                     .map_err(|e| ValidateError::Model(e.to_string()))?;
@@ -447,8 +402,8 @@ impl Pair {
             return layout.visual.clone();
         };
         Array2::from_shape_fn(layout.visual.dim(), |(r, i)| {
-            let at = (past + i) as i64;
-            (span.start..span.start + span.count).contains(&at) && layout.mask[[r, i]] == 1
+            let inside = (span.start..span.start + span.count).contains(&(i as i64));
+            past == 0 && inside && layout.mask[[r, i]] == 1
         })
     }
 

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use super::ValidateError;
 use super::report::Report;
-use crate::arch::{Part, Role, Vlm};
+use crate::arch::{Kind, Part, Vlm};
 use crate::ir::{Dim, Model, TensorData, ValueId, ValueType, verify};
 use crate::onnx::serialize;
 use crate::passes::{Recipe, SALIENT_MASK_INPUT, VISUAL_MASK_INPUT, rewrite};
@@ -146,15 +146,14 @@ fn changed_weights(old: &Model, new: &Model) -> Result<Vec<String>, ValidateErro
 pub fn pair(base: Vlm, rewritten: Vlm) -> Result<(Vlm, Vlm), ValidateError> {
     let mut bases = Vec::new();
     for part in &rewritten.parts {
-        let kind = std::mem::discriminant(&part.role);
+        let kind = part.kind();
         let found = base.parts.iter().find(|b| b.is_piece(part)).or_else(|| {
             let mut same = base.parts.iter().filter(|b| {
-                std::mem::discriminant(&b.role) == kind
+                b.kind() == kind
                     && b.variant == part.variant
                     && b.source.branch == part.source.branch
             });
-            same.next()
-                .filter(|_| !matches!(part.role, Role::Unknown(_)))
+            same.next().filter(|_| kind != Kind::Unknown)
         });
         // Written beside its original, under its name with a suffix.
         let stem = |p: &Part| {

@@ -10,7 +10,8 @@
 
 use ndarray::{Array2, Array3};
 
-use super::numeric::{Options, array3, fixed, kept_of, precision, quantised, ties, tolerance};
+use super::numeric::{Options, array3, fixed, kept_of};
+use super::precision::{precision, quantised, ties, tolerance};
 use super::reference::{Choice, ReferenceDecoder, ReferenceVision, StepIn, per_image};
 use super::report::Report;
 use super::scenario::{Layout, Scenario, Seeded, lay_out, standard};

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::ir::{Model, ValueId};
 
 /// Key and value tensors of each layer, whatever order the interface has.
-pub(super) struct Caches {
+pub(in crate::arch) struct Caches {
     pub(super) present: BTreeMap<usize, (ValueId, ValueId)>,
     pub(super) past: BTreeMap<usize, (ValueId, ValueId)>,
 }
@@ -29,6 +29,11 @@ impl Caches {
             present: pairs(&graph.outputs, "present"),
             past: pairs(&graph.inputs, "past"),
         }
+    }
+
+    /// Whether an input is part of a cache.
+    pub(in crate::arch) fn takes(name: &str) -> bool {
+        cache_name(name, "past").is_some()
     }
 
     /// Whether an output is part of a cache.

@@ -17,6 +17,7 @@ use cache::Caches;
 use layer::Layer;
 use live::{Live, key_shape, uncached};
 
+pub(super) use cache::Caches as CacheNames;
 pub use layer::cache_heads;
 
 use super::residual::cuts;

@@ -36,7 +36,7 @@ use serde::Deserialize;
 use self::build::Build;
 use self::resize::{fixed_length, resize};
 use super::recipe::Count;
-use super::{Context, Entry, Pass, PassError};
+use super::{Context, Entry, Pass, PassError, recount};
 use crate::arch::{NoMatch, VisionTower, Vlm};
 use crate::ir::{Patch, PatchPlan};
 
@@ -272,6 +272,7 @@ impl Pass for TokenMerge {
             resize(&mut patch, tower, embeds, budget.total()).map_err(unsupported)?;
             plans.push((index, patch.finish()));
         }
+        plans.extend(recount::fed_embeddings(self, vlm));
         Ok(plans)
     }
 
@@ -297,7 +298,7 @@ impl Pass for TokenMerge {
     }
 
     fn summary(&self, vlm: &Vlm) -> String {
-        let lines: Vec<String> = vlm
+        let mut lines: Vec<String> = vlm
             .towers()
             .filter_map(|(_, tower)| {
                 let b = merge_budget(self, tower.candidates()?, tower.cls);
@@ -316,6 +317,8 @@ impl Pass for TokenMerge {
                 ))
             })
             .collect();
+        // The precisions of one tower say the same.
+        lines.dedup();
         lines.join("; ")
     }
 }

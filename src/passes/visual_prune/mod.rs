@@ -221,10 +221,17 @@ impl Pass for VisualPrune {
                 marker::append_channel(&mut patch, output, 1.0);
                 plans.push((index, patch.finish()));
             }
-            for (index, _) in vlm.embeddings() {
-                let mut patch = crate::ir::Patch::new(&vlm.parts[index].model, ENTRY.name);
+            for (index, embedding) in vlm.embeddings() {
+                let part = &vlm.parts[index];
+                let mut patch = crate::ir::Patch::new(&part.model, ENTRY.name);
                 patch.scope("marker");
-                marker::append_channel(&mut patch, 0, 0.0);
+                marker::mark_embedding(&mut patch, embedding).map_err(|problem| {
+                    PassError::Unsupported {
+                        pass: ENTRY.name,
+                        file: part.file.display().to_string(),
+                        problem,
+                    }
+                })?;
                 plans.push((index, patch.finish()));
             }
         }

@@ -1,0 +1,121 @@
+//! Token counts that an exporter baked into a graph, brought up to date.
+
+use super::TokenMerge;
+use crate::arch::Vlm;
+use crate::ir::cone::{ancestors, descendants};
+use crate::ir::{Dim, Model, Node, Patch, PatchPlan, ValueId, ValueType, consts};
+
+/// A number of tokens that changes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Recount {
+    /// Tokens as the exporter saw them.
+    pub(super) old: i64,
+    /// Tokens now.
+    pub(super) new: i64,
+    /// Width of a token, where it is known.
+    pub(super) width: Option<i64>,
+}
+
+impl Recount {
+    /// Shape targets, ends and parts of `node` with the new count, if it states
+    /// the old one; with the slot that they are in.
+    fn of(self, model: &Model, node: &Node) -> Option<(usize, Vec<i64>)> {
+        let slot = match node.op_type.as_str() {
+            // Where a list of features ends.
+            "Slice" => 2,
+            // A target shape; the parts that a list is cut into.
+            "Reshape" | "Expand" | "Split" => 1,
+            _ => return None,
+        };
+        let dims = consts::ints(model, node.input(slot)?)?;
+        let mut new = dims.clone();
+        if matches!(node.op_type.as_str(), "Reshape" | "Expand") {
+            // The last dimension is the width, which may happen to equal N; only a
+            // flat list of all elements has no other.
+            let wide = self.width.unwrap_or(0);
+            let rows = dims.len().saturating_sub(1);
+            if let Some(axis) = dims[..rows].iter().position(|d| *d == self.old) {
+                new[axis] = self.new;
+            } else if dims.len() == 1 && wide > 0 && dims[0] == self.old * wide {
+                new[0] = self.new * wide;
+            }
+        } else if token_axis(model, node) {
+            let end = |d: &i64| if *d == self.old { self.new } else { *d };
+            new = dims.iter().map(end).collect();
+        }
+        (new != dims).then_some((slot, new))
+    }
+
+    /// Replaces the count behind `entry`, and withdraws the types that the file
+    /// states there; with `until`, only on the way to it.
+    pub(super) fn behind(self, patch: &mut Patch<'_>, entry: ValueId, until: Option<ValueId>) {
+        let model: &Model = patch.model();
+        let mut behind = descendants(model, &[entry], false);
+        if let Some(until) = until {
+            let ahead = ancestors(model, &[until], false);
+            behind.retain(|v| ahead.contains(v) && *v != until);
+        }
+        patch.scope("shape");
+        for &id in &model.graph().nodes {
+            let node = model.node(id);
+            if !node.input(0).is_some_and(|v| behind.contains(&v)) {
+                continue;
+            }
+            if let Some((slot, dims)) = self.of(model, node) {
+                let dims = patch.i64s(&dims);
+                patch.rewire(id, slot, dims);
+            }
+        }
+        for &value in &behind {
+            if model.value(value).ty.is_some() && !model.is_output(value) && value != entry {
+                patch.forget_type(value);
+            }
+        }
+    }
+}
+
+/// Whether a `Slice` or `Split` works on the tokens: on axis 1 of features, or
+/// on axis 0 of a list of them.
+fn token_axis(model: &Model, node: &Node) -> bool {
+    let axis = match node.op_type.as_str() {
+        "Split" => Some(node.attr_int("axis").unwrap_or(0)),
+        _ => node.input(3).and_then(|a| consts::int(model, a)),
+    };
+    matches!(axis, Some(0 | 1))
+}
+
+/// Embedding graphs that take the features in and state how many of them an
+/// image has are told the number that `merge` leaves.
+pub(super) fn fed_embeddings(merge: &TokenMerge, vlm: &Vlm) -> Vec<(usize, PatchPlan)> {
+    let Some((_, tower)) = vlm.towers().next() else {
+        return Vec::new();
+    };
+    let (Some(old), Some(new)) = (tower.features_per_image(), merge.tokens_out(tower)) else {
+        return Vec::new();
+    };
+    let mut plans = Vec::new();
+    for (index, embedding) in vlm.embeddings() {
+        let model = &vlm.parts[index].model;
+        let Some(scatter) = &embedding.scatter else {
+            continue;
+        };
+        let Some(ValueType::Tensor {
+            dtype,
+            shape: Some(dims),
+        }) = &model.value(scatter.features).ty
+        else {
+            continue;
+        };
+        let mut dims = dims.clone();
+        if dims.len() != 3 || dims[1].known() != Some(old) || old == new {
+            continue;
+        }
+        let width = dims[2].known().or(embedding.width);
+        dims[1] = Dim::Known(new);
+        let mut patch = Patch::new(model, "token_merge");
+        Recount { old, new, width }.behind(&mut patch, scatter.features, None);
+        patch.set_type(scatter.features, ValueType::tensor(*dtype, dims));
+        plans.push((index, patch.finish()));
+    }
+    plans
+}
