@@ -13,7 +13,7 @@
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use duet_onnx::arch::{Role, Vlm};
 use duet_onnx::ir::{Model, TensorData, verify};
@@ -21,10 +21,8 @@ use duet_onnx::onnx::{ModelDir, read, serialize};
 use duet_onnx::passes::{VisualPrune, rewrite};
 use duet_onnx::runtime::{Optimization, Session};
 
-use support::models::{options, recipe, recipe_text, root, runtime};
-
-/// Folders of exported models.
-const FOLDERS: [&str; 2] = ["models/llava/fixtures", "models/forms/fixtures"];
+use support::forms;
+use support::models::{FIXTURES, options, recipe, recipe_text, root, runtime};
 
 /// Groups of fused operators; the counts of a group are added up.
 const GROUPS: [(&str, &[&str]); 5] = [
@@ -68,26 +66,24 @@ const GROUPS: [(&str, &[&str]); 5] = [
 /// Fusions of a sum with the norm behind it.
 const SKIPS: [&str; 2] = ["SkipLayerNormalization", "SkipSimplifiedLayerNormalization"];
 
-/// The models of every folder that the runtime and the passes take.
+/// Every fixture and every packed form that ONNX Runtime loads unmodified.
 fn bases() -> Vec<(String, Vlm)> {
+    let fixtures = FIXTURES.map(|name| {
+        (
+            name.to_owned(),
+            root().join("models/llava/fixtures").join(name),
+        )
+    });
+    let forms = forms::all().into_iter().filter(|f| f.error.is_none());
+    let forms = forms.map(|f| (f.name.clone(), f.directory()));
     let mut found = Vec::new();
-    for folder in FOLDERS {
-        let Ok(entries) = std::fs::read_dir(root().join(folder)) else {
-            continue;
-        };
-        let mut paths: Vec<PathBuf> = entries.map(|e| e.expect("an entry").path()).collect();
-        paths.retain(|p| p.is_dir());
-        paths.sort();
-        for path in paths {
-            let name = path.display().to_string();
-            let dir = ModelDir::open(&path).unwrap_or_else(|e| panic!("{name}: {e}"));
-            let parts = dir.files.iter().map(|file| {
-                let model = read(&dir.path(file)).unwrap_or_else(|e| panic!("{name}: {e}"));
-                (file.relative.clone(), file.variant.clone(), model)
-            });
-            let vlm = Vlm::new(parts.collect());
-            found.push((name, vlm));
-        }
+    for (name, path) in fixtures.into_iter().chain(forms) {
+        let dir = ModelDir::open(&path).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let parts = dir.files.iter().map(|file| {
+            let model = read(&dir.path(file)).unwrap_or_else(|e| panic!("{name}: {e}"));
+            (file.relative.clone(), file.variant.clone(), model)
+        });
+        found.push((name.clone(), Vlm::new(parts.collect())));
     }
     found
 }
@@ -186,7 +182,7 @@ fn what_the_runtime_fuses_it_still_fuses() {
         let drops = recipe.pass::<VisualPrune>().map_or(0, |p| p.drops.len());
         for (old, new) in base.parts.iter().zip(&done.vlm.parts) {
             let drops = match old.role {
-                Role::Decoder(_) => drops,
+                Role::Decoder(_) | Role::Whole(_) => drops,
                 Role::Vision(_) => 0,
                 _ => continue,
             };
@@ -214,7 +210,7 @@ fn what_the_runtime_fuses_it_still_fuses() {
         }
     }
     assert!(lost.is_empty(), "{lost:#?}");
-    assert!(compared >= 18, "only {compared} files were compared");
+    assert!(compared >= 90, "only {compared} files were compared");
     // Quantised models are not among the fixtures everywhere.
     for (group, _) in &GROUPS[..4] {
         assert!(

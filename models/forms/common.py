@@ -302,7 +302,7 @@ def write(out: Path, name: str, entry: dict) -> None:
     table.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 
 
-def arguments(doc: str, names: Iterable[str], out: Path = HERE / "fixtures") -> argparse.Namespace:
+def arguments(doc: str, names: Iterable[str], out: Path = HERE / "all") -> argparse.Namespace:
     names = list(names)
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--out", type=Path, default=out)

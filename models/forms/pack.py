@@ -1,6 +1,6 @@
-"""Chooses the forms that tests run on and packs them into fixtures/.
+"""Chooses the forms that tests run on and packs them into packed/.
 
-    python models/forms/pack.py --from DIR [--out models/forms/fixtures]
+    python models/forms/pack.py --from DIR [--out models/forms/packed]
 
 DIR is where the other scripts of this folder wrote all forms and forms.json. A packed form is a folder with
 `form.json` and the files that no fixture of llava/ and no form before it has, compressed; `files` says where
@@ -32,6 +32,7 @@ FORMS = {
         "vlm-ts-sdpa-mha": "mha",
         "function-dynamo18-mha": "mha",
         "vlm-batch-ts-sdpa-gqa": "gqa",
+        "vlm-batch-dynamo18-gqa": "gqa",
         "vlm-batch-dynamo23-mha": "mha",
     },
     "Towers without CLS": {
@@ -92,6 +93,8 @@ FORMS = {
 }
 # Headings under which a form is about its decoder.
 DECODERS = ("Decoders", "ONNX Runtime GenAI")
+# Unmodified, these do not take several new tokens on top of a cache.
+SINGLE_STEPS = ("genai09-mha-mha",)
 
 
 def digest(path: Path) -> str:
@@ -101,7 +104,7 @@ def digest(path: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--from", dest="source", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--out", type=Path, default=HERE / "fixtures")
+    parser.add_argument("--out", type=Path, default=HERE / "packed")
     args = parser.parse_args()
     known = json.loads((args.source / "forms.json").read_text())
     shutil.rmtree(args.out, ignore_errors=True)
@@ -140,6 +143,7 @@ def main() -> int:
                 "goldens": goldens,
                 # What keeps the unmodified files from running, if anything does.
                 "error": entry.get("error"),
+                "single_steps": name in SINGLE_STEPS,
                 "files": files,
             }
             (folder / "form.json").write_text(json.dumps(facts, indent=1) + "\n")

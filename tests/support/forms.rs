@@ -1,9 +1,10 @@
-//! The packed forms of `models/forms/fixtures`, put together as the directories that people have.
+//! The packed forms of `models/forms/packed`, put together as the directories that people have.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use serde::Deserialize;
 
@@ -23,12 +24,14 @@ pub(crate) struct Form {
     pub(crate) goldens: Option<String>,
     /// Why ONNX Runtime does not run the unmodified files, if it does not.
     pub(crate) error: Option<String>,
+    /// Whether the unmodified decoder takes one token at a time on top of a cache.
+    pub(crate) single_steps: bool,
     files: BTreeMap<PathBuf, PathBuf>,
 }
 
 /// Every packed form, by name.
 pub(crate) fn all() -> Vec<Form> {
-    let folder = root().join("models/forms/fixtures");
+    let folder = root().join("models/forms/packed");
     let mut names: Vec<String> = fs::read_dir(&folder)
         .unwrap_or_else(|e| panic!("{}: {e}", folder.display()))
         .map(|entry| {
@@ -46,7 +49,7 @@ pub(crate) fn all() -> Vec<Form> {
 /// One packed form.
 pub(crate) fn form(name: &str) -> Form {
     let path = root()
-        .join("models/forms/fixtures")
+        .join("models/forms/packed")
         .join(name)
         .join("form.json");
     let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
@@ -57,6 +60,19 @@ pub(crate) fn form(name: &str) -> Form {
 }
 
 impl Form {
+    /// The form's directory under `target/tmp`, of this test binary and unpacked once.
+    pub(crate) fn directory(&self) -> PathBuf {
+        static DONE: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+        let binary = std::env::current_exe().expect("a program");
+        let folder =
+            Path::new(env!("CARGO_TARGET_TMPDIR")).join(binary.file_stem().expect("a name"));
+        let mut done = DONE.lock().expect("no panic while unpacking");
+        if done.insert(self.name.clone()) {
+            self.unpack(&folder);
+        }
+        folder.join(&self.name)
+    }
+
     /// Writes the form's directory into `folder` and returns it.
     pub(crate) fn unpack(&self, folder: &Path) -> PathBuf {
         let target = folder.join(&self.name);

@@ -40,10 +40,24 @@ pub(crate) struct Case {
 }
 
 impl Case {
+    /// Whether tokens keep their positions.
+    pub(crate) fn keeps_positions(&self) -> bool {
+        let passes = self.recipe["passes"].as_array().expect("passes");
+        passes
+            .iter()
+            .any(|p| p["visual_prune"]["positions"] == "keep")
+    }
+
+    /// Whether the first prompt is one row with one image.
+    pub(crate) fn one_image(&self) -> bool {
+        matches!(self.turns[0].images.as_slice(), [images] if images.len() == 1)
+    }
+
     /// Whether a form can play it: GroupQueryAttention takes no padding on the left, and no second
-    /// prompt on a cache in a batch.
+    /// prompt on a cache in a batch; some decoders take one token at a time on a cache.
     pub(crate) fn fits(&self, form: &super::forms::Form) -> bool {
-        !form.heading.contains("GenAI") || self.turns.iter().all(|t| t.images.len() < 2)
+        let batch = self.turns.iter().any(|t| t.images.len() > 1);
+        !(form.heading.contains("GenAI") && batch || form.single_steps && self.turns.len() > 1)
     }
 }
 
