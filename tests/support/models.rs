@@ -328,7 +328,13 @@ impl Runner {
         visual: &Array2<bool>,
         features: &[Tensor],
     ) -> Value {
-        let embeds = self.embedder.borrow_mut().run(ids.clone());
+        let mut embedder = self.embedder.borrow_mut();
+        if embedder.takes_features() {
+            // ONNX Runtime GenAI's puts the features in their places itself.
+            let embeds = embedder.run_with(ids.clone(), features);
+            return embeds.unwrap_or_else(|e| panic!("{e}"));
+        }
+        let embeds = embedder.run(ids.clone());
         let embeds = embeds.and_then(|e| e.to_tensor()).expect("embeddings");
         let visual: Vec<bool> = visual.iter().copied().collect();
         let filled = scatter(embeds, &visual, features).unwrap_or_else(|e| panic!("{e}"));
