@@ -139,6 +139,7 @@ struct Checked {
     steps: usize,
     features: f64,
     logits: f64,
+    tolerance: f64,
     failed: Vec<String>,
 }
 
@@ -151,6 +152,7 @@ fn validate(base: &Path, new: &Path) -> Result<Checked, String> {
         passed: output.status.success(),
         features: report["worst_features"].as_f64().expect("a number"),
         logits: report["worst_logits"].as_f64().expect("a number"),
+        tolerance: report["tolerance"].as_f64().expect("a number"),
         ..Checked::default()
     };
     for finding in report["findings"].as_array().expect("findings") {
@@ -190,13 +192,12 @@ fn rewrite(base: &Path, recipe: &str, out: &Path) -> Result<(), String> {
     Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
 }
 
-/// The limit in σ that a difference keeps, of those that the tables name.
-fn within(difference: f64) -> &'static str {
-    match difference {
-        d if d <= 1e-4 => "≤ 1e-4 σ",
-        d if d <= 2e-2 => "≤ 2e-2 σ",
-        d if d <= 2e-1 => "≤ 0.2 σ",
-        _ => "far off",
+/// The limit that a difference keeps: the same on every machine, as the difference is not.
+fn within(difference: f64, limit: f64) -> String {
+    if difference <= limit {
+        format!("≤ {limit:.0e} σ")
+    } else {
+        format!("{difference:.0e} σ, expected {limit:.0e}")
     }
 }
 
@@ -256,7 +257,7 @@ fn row(form: &Form, folder: &Path) -> Row {
     match keep {
         Ok(keep) => {
             row.problems.extend(keep.failed.iter().cloned());
-            row.keep = within(keep.logits).into();
+            row.keep = within(keep.logits, keep.tolerance);
             row.measured = format!(
                 "features {:.1e}, logits {:.1e} σ; keep everything {:.1e} σ",
                 both.features, both.logits, keep.logits
@@ -266,7 +267,7 @@ fn row(form: &Form, folder: &Path) -> Row {
     }
     match &form.goldens {
         Some(set) => parity(form, set, &base, &mut row),
-        None => row.parity = format!("unmodified file, {}", within(both.logits)),
+        None => row.parity = format!("unmodified file, {}", within(both.logits, both.tolerance)),
     }
     fs::remove_dir_all(&out).ok();
     row
@@ -308,7 +309,7 @@ fn parity(form: &Form, set: &str, path: &Path, row: &mut Row) {
     row.measured += &format!("; PyTorch features {features:.1e}, logits {logits:.1e} σ");
     row.parity = format!(
         "PyTorch, {cases} cases, {sets} sets, {}",
-        within(features.max(logits))
+        within(features.max(logits), LIMIT)
     );
 }
 

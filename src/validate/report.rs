@@ -25,6 +25,8 @@ pub struct Report {
     pub worst_logits: f64,
     /// The same for merged features.
     pub worst_features: f64,
+    /// The limit that both were held to: of the least precise model, if there are several.
+    pub tolerance: f64,
 }
 
 impl Report {

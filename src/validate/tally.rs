@@ -21,6 +21,7 @@ pub(super) struct Tally {
 impl Tally {
     /// The finding of a scenario.
     pub(super) fn report(&self, name: String, limit: f64, ties: Tolerance, report: &mut Report) {
+        report.tolerance = report.tolerance.max(limit);
         report.worst_logits = report.worst_logits.max(self.logits);
         report.worst_features = report.worst_features.max(self.feature);
         let passed = self.problems.is_empty() && self.logits <= limit && self.feature <= limit;

@@ -129,7 +129,7 @@ impl VisualPrune {
         if let Some(drop) = self.drops.iter().find(|d| d.after_layer >= depth) {
             return Err(format!(
                 "a drop after layer {} was asked for, but the decoder has {depth} layers; the last drop \
-                 point is after layer {}",
+                 point is after layer {} ('duet plan' makes a recipe for this depth)",
                 drop.after_layer,
                 depth.saturating_sub(1)
             ));

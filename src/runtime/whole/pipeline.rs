@@ -57,7 +57,7 @@ impl WholePipeline {
         Ok(Self {
             text: TextProcessor::from_dir(configs)?,
             images: ImageProcessor::from_dir(configs)?,
-            placeholders: Placeholders::from_dir(configs)?,
+            placeholders: Placeholders::from_dir(configs, model)?,
             model: WholeModel::new(Session::open(model, options)?)?,
         })
     }
@@ -200,9 +200,21 @@ enum Placeholders {
 }
 
 impl Placeholders {
-    fn from_dir(dir: &Path) -> Result<Self> {
-        let processor = read_json(&dir.join("processor_config.json"))?;
-        let model = read_json(&dir.join("config.json"))?;
+    /// Of `model`, from the configurations of `dir`. A file that was written beside its original has patched
+    /// ones beside the originals as well, under the same suffix.
+    fn from_dir(dir: &Path, model: &Path) -> Result<Self> {
+        let stem = model.file_stem().unwrap_or_default().to_string_lossy();
+        let suffixes: Vec<&str> = stem.match_indices('_').map(|(i, _)| &stem[i..]).collect();
+        let config = |name: &str| {
+            let patched = suffixes.iter().map(|s| dir.join(format!("{name}{s}.json")));
+            let mut there = patched.filter(|p| p.is_file());
+            read_json(
+                &there
+                    .next()
+                    .unwrap_or_else(|| dir.join(format!("{name}.json"))),
+            )
+        };
+        let (processor, model) = (config("processor_config")?, config("config")?);
         Ok(Self::of(processor.as_ref(), model.as_ref()))
     }
 
