@@ -8,7 +8,7 @@ use crate::ir::{DataType, Model};
 /// quantisation step.
 pub(super) fn tolerance(dtype: DataType, quantised: bool) -> f64 {
     match dtype {
-        _ if quantised => 2e-1,
+        _ if quantised => 4e-1,
         DataType::Float16 => 2e-2,
         DataType::Bfloat16 => 1e-1,
         _ => 1e-4,
