@@ -53,5 +53,5 @@ pub use template::{ChatTemplate, Content, Message, Part};
 pub use tensor::{DType, Tensor, TensorData};
 pub use text::TextProcessor;
 pub use value::Value;
-pub use vision::{Embedder, VisionEncoder, pixel_mask, scatter};
+pub use vision::{Embedder, VisionEncoder, lay_out_pixels, pixel_mask, scatter};
 pub use whole::{WholeInput, WholeModel, WholeOutput, WholePipeline, WholePrompt};
