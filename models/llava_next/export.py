@@ -6,10 +6,10 @@ What people's exports have in common: the vision encoder gives the projected fea
 and no more. Laying the crops out as one picture, cutting the padding off and putting `image_newline` behind each
 row depends on the size of every picture, so clients do it:
 
-- optimum-intel's llava_next export runs tower and projector on crops, writes `image_newline` into config.json as a
-  list of D numbers (a weight that belongs to none of the graphs), and packs in Python
-  (`config.image_newline`, `pack_image_features` in optimum/intel/openvino/modeling_visual_language.py); OpenVINO
-  GenAI reads the same key (`m_vlm_config.image_newline`, src/cpp/src/visual_language/llava_next/classes.cpp);
+- optimum-intel's and OpenVINO GenAI's LLaVA-NeXT run tower and projector on crops; `image_newline`, a weight that
+  belongs to none of the graphs, is a list of D numbers in config.json, and the client packs (GenAI:
+  `m_vlm_config.image_newline` and `pack_image_features_llava_next` in its llava_next code; optimum-intel:
+  `torch.tensor(self.config.image_newline)` before `pack_image_features`);
 - a Triton/torchpipe serving of LLaVA-OneVision hands [5, 729, 896] features to a step of its own that loads
   `image_newline.pt` and packs;
 - transformers.js gives LLaVA-OneVision one crop, no newline, and takes its N features as they are.
@@ -26,88 +26,27 @@ import argparse
 import json
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import transformers
 from torch import nn
 
 HERE = Path(__file__).parent
 for folder in ("llava", "forms"):
     sys.path.insert(0, str(HERE.parent / folder))
 
-import build  # noqa: E402
 import check  # noqa: E402
 import export as llava  # noqa: E402
 import tokens  # noqa: E402
-import towers  # noqa: E402
-import variants  # noqa: E402
+from anyres import ASPECT, SIZES, model, pinpoints  # noqa: E402
 from export import Form  # noqa: E402
 
 FIXTURES = HERE / "fixtures"
-_GQA = replace(build.SIZES["gqa"], image=84)
-SIZES = {
-    "llava-next": replace(_GQA, seed=41),
-    "llava-onevision": replace(_GQA, vision_layers=3, layers=5, seed=42),
-}
 FORMS = {
     "llava-next": Form("llava-next", "sdpa", 17, False),
     "llava-onevision": Form("llava-onevision", "sdpa", 18, True),
 }
-
-
-def pinpoints(name: str) -> list[list[int]]:
-    """Resolutions (height, width) in crops as the published models have them, but for OneVision's largest."""
-    edge = SIZES[name].image
-    if name == "llava-next":
-        grid = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
-    else:
-        grid = [(h, w) for h in range(1, 4) for w in range(1, 4)]
-    return [[h * edge, w * edge] for h, w in grid]
-
-
-def model(name: str, attention: str = "eager") -> nn.Module:
-    """A LlavaNextForConditionalGeneration or LlavaOnevisionForConditionalGeneration, fp32, weights from a seed."""
-    size = SIZES[name]
-    plain = build.config(size)
-    shared = {
-        "image_token_index": tokens.IMAGE,
-        "image_grid_pinpoints": pinpoints(name),
-        "projector_hidden_act": "gelu",
-        "tie_word_embeddings": False,
-        "bos_token_id": tokens.BOS,
-        "eos_token_id": tokens.EOS,
-        "pad_token_id": tokens.PAD,
-    }
-    if name == "llava-next":
-        kind = transformers.LlavaNextForConditionalGeneration
-        cfg = transformers.LlavaNextConfig(
-            vision_config=plain.vision_config,
-            text_config=plain.text_config,
-            vision_feature_layer=-2,
-            vision_feature_select_strategy="default",
-            image_seq_length=size.patches,
-            architectures=[kind.__name__],
-            **shared,
-        )
-    else:
-        kind = transformers.LlavaOnevisionForConditionalGeneration
-        tower = towers.vision_config("siglip", size, transformers.SiglipVisionConfig)
-        # The pooling head is never run.
-        tower.vision_use_head = False
-        cfg = transformers.LlavaOnevisionConfig(
-            vision_config=tower,
-            text_config=variants.text_config(variants.Variant(size, "Qwen2Config")),
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-            vision_aspect_ratio="anyres_max_9",
-            video_token_index=tokens.UNK,
-            architectures=[kind.__name__],
-            **shared,
-        )
-    return variants.fill(kind, cfg, size.seed, attention)
 
 
 class Crops(nn.Module):
@@ -183,7 +122,7 @@ def configs(name: str, net: nn.Module, folder: Path) -> None:
         "processor_class": "LlavaOnevisionProcessor",
         "image_token": "<image>",
         "num_image_tokens": size.patches,
-        "vision_aspect_ratio": "anyres_max_9",
+        "vision_aspect_ratio": ASPECT,
         "vision_feature_select_strategy": "full",
     }
     tokens.dump(processor, folder / "processor_config.json")

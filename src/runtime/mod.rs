@@ -45,7 +45,7 @@ pub use error::RuntimeError;
 pub use generate::{
     GenerateOptions, Generation, Prepared, Stop, Timing, Token, VlmFiles, VlmPipeline,
 };
-pub use image::{ImageProcessor, Pixels};
+pub use image::{ImageProcessor, Packing, Pixels, concatenate};
 pub use library::{Library, Runtime, ensure};
 pub use sampling::{Sampler, Sampling};
 pub use session::{Dim, Optimization, Outputs, Port, Session, SessionOptions};

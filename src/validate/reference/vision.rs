@@ -9,9 +9,7 @@ use super::ties::{Ranking, reordered};
 use crate::arch::VisionTower;
 use crate::ir::{DataType, Dim, Model, ValueType, extract};
 use crate::passes::{Cls, Count, Selector, TokenMerge};
-use crate::runtime::{
-    Port, Session, SessionOptions, Tensor, Value, lay_out_pixels, pixel_mask,
-};
+use crate::runtime::{Port, Session, SessionOptions, Tensor, Value, lay_out_pixels, pixel_mask};
 
 /// What the reference gives for a batch of images.
 #[derive(Debug)]
