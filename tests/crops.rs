@@ -1,0 +1,159 @@
+//! LLaVA-NeXT and LLaVA-OneVision: images of several crops, against PyTorch and Transformers.
+
+#![allow(clippy::cast_precision_loss, reason = "counts are small")]
+
+mod support;
+
+use std::path::PathBuf;
+
+use duet_onnx::arch::Vlm;
+use duet_onnx::runtime::{
+    GenerateOptions, ImageProcessor, Message, Pixels, SessionOptions, VlmFiles, VlmPipeline,
+};
+
+use support::goldens::{Client, Goldens};
+use support::models::{Pool, fixture_at, rewritten, root, runtime};
+
+/// Largest allowed difference from PyTorch, in standard deviations of the reference's values (fp32).
+const LIMIT: f64 = 1e-4;
+
+fn folder(name: &str) -> PathBuf {
+    root().join("models/llava_next/fixtures").join(name)
+}
+
+fn goldens(name: &str) -> Goldens {
+    Goldens::read_crops(
+        root().join("models/llava_next/goldens").join(name),
+        &folder(name),
+    )
+}
+
+/// Every case gives PyTorch's index sets, cache lengths, features and logits, with the prompt's tokens packed
+/// by the code that `duet run` packs them with.
+fn reproduces_pytorch(name: &str) {
+    let base: Vlm = fixture_at(&folder(name));
+    let goldens = goldens(name);
+    let mut pool = Pool::default();
+    let (mut features, mut logits, mut sets) = (0f64, 0f64, 0);
+    let mut problems = Vec::new();
+    for case in &goldens.cases {
+        let runner = pool.open(&rewritten(&base, &case.recipe.to_string()));
+        let outcome = goldens.run(case, &runner, Client::default());
+        features = features.max(outcome.features);
+        logits = logits.max(outcome.logits);
+        sets += outcome.sets;
+        problems.extend(
+            outcome
+                .problems
+                .iter()
+                .map(|p| format!("{}: {p}", case.name)),
+        );
+        if !(outcome.features <= LIMIT && outcome.logits <= LIMIT) {
+            problems.push(format!(
+                "{}: features differ by {:.1e} and logits by {:.1e} standard deviations",
+                case.name, outcome.features, outcome.logits
+            ));
+        }
+    }
+    println!(
+        "{name}: {sets} index sets; features within {features:.1e}, logits within {logits:.1e}"
+    );
+    assert!(
+        goldens.cases.len() == 16 && sets > 60,
+        "{name}: {sets} sets"
+    );
+    assert!(problems.is_empty(), "{name}:\n{}", problems.join("\n"));
+}
+
+#[test]
+fn llava_next_reproduces_pytorch() {
+    reproduces_pytorch("llava-next");
+}
+
+#[test]
+fn llava_onevision_reproduces_pytorch() {
+    reproduces_pytorch("llava-onevision");
+}
+
+/// Part of a picture, from its upper left corner.
+fn corner(of: &Pixels, width: usize, height: usize) -> Pixels {
+    let rows = of.rgb().chunks(of.width() * 3).take(height);
+    let rgb: Vec<u8> = rows.flat_map(|row| row[..width * 3].to_vec()).collect();
+    Pixels::new(width, height, rgb).expect("a part of the picture")
+}
+
+/// Crops are those of Transformers' image processors: number, order, padding and pixel values, but for what
+/// Pillow's resize rounds otherwise (2 of 255, as `src/runtime/image` says).
+#[test]
+fn crops_are_those_of_transformers() {
+    let open = |name: &str| {
+        let file = root().join("models/llava/images").join(name);
+        Pixels::open(file).expect("a picture")
+    };
+    let street = open("street.png");
+    let pictures = [
+        ("street", street.clone()),
+        ("shapes", open("shapes.png")),
+        ("small", corner(&street, 84, 70)),
+        ("wide", corner(&street, 400, 110)),
+    ];
+    for name in ["llava-next", "llava-onevision"] {
+        let goldens = goldens(name);
+        let processor = ImageProcessor::from_dir(folder(name)).expect("an image processor");
+        let mut worst: f32 = 0.0;
+        for (picture, pixels) in &pictures {
+            let want = goldens.pixels(&[picture]);
+            let crops = processor.crops(pixels).expect("crops");
+            assert_eq!(crops.len(), want.shape()[0], "{name}, {picture}");
+            let found = crops.iter().flat_map(|c| c.iter().copied());
+            let want = want.f32s().expect("pixels");
+            assert_eq!(crops.iter().map(|c| c.len()).sum::<usize>(), want.len());
+            for (found, want) in found.zip(want.iter()) {
+                worst = worst.max((found - want).abs());
+            }
+        }
+        // 2 of 255, by the smallest deviation that pixels are divided by.
+        assert!(worst <= 2.01 / 255.0 / 0.26, "{name}: {worst}");
+        println!("{name}: pixel values within {worst:.1e}");
+    }
+}
+
+fn pipeline(dir: &std::path::Path, merged: bool) -> VlmPipeline {
+    runtime();
+    let onnx = |name: &str| dir.join("onnx").join(name);
+    let files = VlmFiles {
+        vision_encoder: onnx("vision_encoder.onnx"),
+        embed_tokens: onnx("embed_tokens.onnx"),
+        decoder: onnx("decoder_model_merged.onnx"),
+        configs: dir.to_owned(),
+    };
+    let pipeline = VlmPipeline::open(&files, &SessionOptions::default());
+    pipeline.expect("a model").with_merged_crops(merged)
+}
+
+/// A picture of five crops through the whole pipeline: as many visual tokens as the goldens' `baseline` has.
+#[test]
+fn pictures_are_packed_in_a_prompt() {
+    let street = Pixels::open(root().join("models/llava/images/street.png")).expect("a picture");
+    let options = GenerateOptions {
+        max_new_tokens: 4,
+        ..Default::default()
+    };
+    for (name, want) in [("llava-next", 166), ("llava-onevision", 106)] {
+        let mut pipeline = pipeline(&folder(name), false);
+        let prepared = pipeline.prepare(
+            &[Message::user(1, "What is it?")],
+            std::slice::from_ref(&street),
+        );
+        let prepared = prepared.expect("a prompt");
+        assert_eq!(prepared.features_per_image, [want], "{name}");
+        let answer = pipeline.generate(&prepared, None, &options, &mut |_| {
+            std::ops::ControlFlow::Continue(())
+        });
+        assert_eq!(answer.expect("an answer").visual_tokens, want, "{name}");
+        // Told that they are merged, crops follow each other.
+        let mut pipeline = pipeline.with_merged_crops(true);
+        let rows = pipeline.encode_images(std::slice::from_ref(&street));
+        assert_eq!(rows.expect("features")[0].shape()[0], 5 * 36, "{name}");
+    }
+}
