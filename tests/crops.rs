@@ -2,10 +2,12 @@
 
 #![allow(clippy::cast_precision_loss, reason = "counts are small")]
 
+mod commands;
 mod support;
 
 use std::path::PathBuf;
 
+use commands::duet;
 use duet_onnx::arch::Vlm;
 use duet_onnx::runtime::{
     GenerateOptions, ImageProcessor, Message, Pixels, SessionOptions, VlmFiles, VlmPipeline,
@@ -155,5 +157,72 @@ fn pictures_are_packed_in_a_prompt() {
         let mut pipeline = pipeline.with_merged_crops(true);
         let rows = pipeline.encode_images(std::slice::from_ref(&street));
         assert_eq!(rows.expect("features")[0].shape()[0], 5 * 36, "{name}");
+    }
+}
+
+/// `duet rewrite` marks the newline vector as visual, and `duet run` answers with what came out: packed after
+/// pruning alone, one crop after the other after a merge. Names and shapes of the processor stay.
+#[test]
+fn rewritten_models_answer() {
+    let place = tempfile::tempdir().expect("a folder");
+    let street = root().join("models/llava/images/street.png");
+    let street = street.to_str().expect("a path");
+    let prune = "{drops: [{after_layer: 2, keep: 0.5}, {after_layer: 4, keep: 0.25}]}";
+    let merge = "{dominant: 12, contextual: 3}";
+    for (name, all) in [("llava-next", 166), ("llava-onevision", 106)] {
+        let base = folder(name);
+        let newline = |dir: &std::path::Path| {
+            let text = std::fs::read_to_string(dir.join("config.json")).expect("config.json");
+            let config: serde_json::Value = serde_json::from_str(&text).expect("config.json");
+            config["image_newline"].as_array().expect("a list").clone()
+        };
+        // Visual tokens of a picture of five crops, and how many of them the last layer sees.
+        for (passes, visual, last) in [
+            (vec![("visual_prune", prune)], all, all / 4),
+            (vec![("token_merge", merge)], 75, 75),
+            (
+                vec![("token_merge", merge), ("visual_prune", prune)],
+                75,
+                18,
+            ),
+        ] {
+            let recipe = place.path().join("recipe.yaml");
+            let out = place.path().join(format!("{name}-{}-{last}", passes.len()));
+            std::fs::write(&recipe, support::models::recipe_text(&passes, "")).expect("written");
+            let path = |p: &std::path::Path| p.to_str().expect("a path").to_owned();
+            let (from, to) = (path(&base), path(&out));
+            let ran = duet(&["rewrite", &from, "--recipe", &path(&recipe), "--out", &to]);
+            assert_eq!(ran.code, 0, "{}", ran.stderr);
+            let merged = passes[0].0 == "token_merge";
+            assert_eq!(
+                ran.stderr.contains("several crops"),
+                merged,
+                "{}",
+                ran.stderr
+            );
+            let mut want = newline(&base);
+            if passes.iter().any(|(pass, _)| *pass == "visual_prune") {
+                want.push(1.0.into());
+            }
+            assert_eq!(newline(&out), want, "{name} {passes:?}");
+            let answer = duet(&[
+                "run",
+                &to,
+                "--image",
+                street,
+                "--prompt",
+                "What is it?",
+                "--max-new-tokens",
+                "3",
+                "--json",
+            ]);
+            let answer = answer.json();
+            let lengths = answer["cache_lengths"].as_array().expect("lengths");
+            let length = |at: usize| lengths[at].as_u64().expect("a length");
+            let text = answer["prompt_tokens"].as_u64().expect("a count") - visual;
+            assert_eq!(answer["visual_tokens"], visual, "{name} {passes:?}");
+            assert_eq!(length(0), visual + text, "{name} {passes:?}");
+            assert_eq!(length(lengths.len() - 1), last + text, "{name} {passes:?}");
+        }
     }
 }

@@ -161,16 +161,23 @@ pub(super) fn outputs(
     Ok(outputs)
 }
 
-/// What clients of images of any resolution have to know of merged crops.
+/// What the counts mean for images of any resolution, and what their clients do.
 fn crops_note(dir: &ModelDir, recipe: &Recipe) -> Option<&'static str> {
-    recipe.pass::<TokenMerge>()?;
+    let merge = recipe.pass::<TokenMerge>();
     let text = std::fs::read_to_string(dir.root.join("config.json")).ok()?;
     let config: serde_json::Value = serde_json::from_str(&text).ok()?;
     config.get("image_grid_pinpoints")?;
-    Some(
-        "images of several crops: clients put the crops' merged tokens one after the other, the base crop's first, \
-         without newline tokens (duet run does); the processor's own count of placeholders is for unmerged crops",
-    )
+    Some(match merge {
+        Some(_) => {
+            "images of several crops: the counts above are of one crop. Clients put the crops' merged tokens one after \
+             the other, the base crop's first, without newline tokens (duet run does); the processor's own count of \
+             placeholders is for unmerged crops"
+        }
+        None => {
+            "images of several crops: the counts above are of one crop. Clients pack the crops as before; newline \
+             tokens count as visual"
+        }
+    })
 }
 
 /// Width of the embeddings without the marker channel, if there is one now.
