@@ -1,6 +1,6 @@
 //! LLaVA-NeXT and LLaVA-OneVision: images of several crops, against PyTorch and Transformers.
 
-#![allow(clippy::cast_precision_loss, reason = "counts are small")]
+#![allow(clippy::print_stdout, reason = "tests say how close they came")]
 
 mod commands;
 mod support;
@@ -194,12 +194,10 @@ fn rewritten_models_answer() {
             let ran = duet(&["rewrite", &from, "--recipe", &path(&recipe), "--out", &to]);
             assert_eq!(ran.code, 0, "{}", ran.stderr);
             let merged = passes[0].0 == "token_merge";
-            assert_eq!(
-                ran.stderr.contains("several crops"),
-                merged,
-                "{}",
-                ran.stderr
-            );
+            let note = "several crops: the counts above are of one crop";
+            let after_another = ran.stderr.contains("one after the other");
+            assert!(ran.stderr.contains(note), "{}", ran.stderr);
+            assert_eq!(after_another, merged, "{}", ran.stderr);
             let mut want = newline(&base);
             if passes.iter().any(|(pass, _)| *pass == "visual_prune") {
                 want.push(1.0.into());
