@@ -9,6 +9,8 @@ use std::path::PathBuf;
 
 use commands::duet;
 use duet_onnx::arch::Vlm;
+use duet_onnx::ir::{DataType, Dim, Patch, ValueType};
+use duet_onnx::passes::{Recipe, rewrite};
 use duet_onnx::runtime::{
     GenerateOptions, ImageProcessor, Message, Pixels, SessionOptions, VlmFiles, VlmPipeline,
 };
@@ -118,6 +120,44 @@ fn crops_are_those_of_transformers() {
         assert!(worst <= 2.01 / 255.0 / 0.26, "{name}: {worst}");
         println!("{name}: pixel values within {worst:.1e}");
     }
+}
+
+/// Features with an axis for batches are pruned, but not merged: refused by name, with what to do.
+#[test]
+fn batches_of_crops_are_refused_for_merging() {
+    let mut vlm = fixture_at(&folder("llava-onevision"));
+    let (at, tower) = vlm.towers().next().expect("a tower");
+    let index = tower.features_index.expect("an output");
+    let part = &mut vlm.parts[at];
+    let mut patch = Patch::new(&part.model, "batches");
+    let output = patch.model().graph().outputs[index];
+    let batched = patch.unsqueeze(output, &[0]);
+    let ty = ValueType::tensor(DataType::Float, vec![Dim::Unknown; 4]);
+    patch.replace_output(index, batched, ty);
+    let plan = patch.finish();
+    let model = part.model.clone().apply(plan).expect("a patched model");
+    let files = vlm.parts.iter().enumerate().map(|(i, p)| {
+        let own = if i == at {
+            model.clone()
+        } else {
+            p.model.clone()
+        };
+        (p.file.clone(), p.variant.clone(), own)
+    });
+    let vlm = Vlm::new(files.collect());
+    let parse = |passes: &[(&str, &str)]| {
+        Recipe::parse(&support::models::recipe_text(passes, "")).expect("a recipe")
+    };
+    let merge = parse(&[("token_merge", "{dominant: 12, contextual: 3}")]);
+    let error = rewrite(vlm.clone(), &merge)
+        .expect_err("four axes")
+        .to_string();
+    assert!(
+        error.contains("4 axes") && error.contains("[crops, N, width]"),
+        "{error}"
+    );
+    let prune = parse(&[("visual_prune", "{drops: [{after_layer: 2, keep: 0.5}]}")]);
+    rewrite(vlm, &prune).expect("pruning takes any layout");
 }
 
 fn pipeline(dir: &std::path::Path, merged: bool) -> VlmPipeline {
