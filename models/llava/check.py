@@ -28,6 +28,9 @@ class Triple:
         )
 
     def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
+        if len(self.vision.get_inputs()[0].shape) == 5:
+            # [batch, crops, 3, H, W], all of them crops of one image.
+            pixel_values = pixel_values[None]
         return self.vision.run(None, {"pixel_values": pixel_values})[0]
 
     def inputs_embeds(self, input_ids: np.ndarray) -> np.ndarray:

@@ -42,13 +42,14 @@ class Prompt:
     salient: np.ndarray  # bool [B, S]
 
 
-def tokenize(tokenizer, turn: Turn, features: int, first: bool) -> Prompt:
-    rows, marks = [], []
+def tokenize(tokenizer, turn: Turn, features: list[int], first: bool) -> Prompt:
+    """`features`: of each image, in the order of the placeholders."""
+    rows, marks, counts = [], [], iter(features)
     for prompt in turn.prompts:
         encoded = tokenizer.encode(prompt, add_special_tokens=first)
         ids, marked = [], []
         for token, (start, end) in zip(encoded.ids, encoded.offsets):
-            count = features if token == tokens.IMAGE else 1
+            count = next(counts) if token == tokens.IMAGE else 1
             spans = [(prompt.find(p), prompt.find(p) + len(p)) for p in turn.salient or () if p in prompt]
             ids += [token] * count
             marked += [end > start and any(start < e and end > s for s, e in spans)] * count
@@ -63,9 +64,16 @@ def tokenize(tokenizer, turn: Turn, features: int, first: bool) -> Prompt:
     )
 
 
-def play(case: Case, net, pictures: dict[str, np.ndarray], tokenizer) -> tuple[dict, dict, float]:
-    """Runs a case; returns tensors, facts for the JSON file, and the smallest margin."""
-    model = Llava(net, *parse(case.recipe))
+def images(pictures: dict[str, np.ndarray], names: list[str], dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.from_numpy(pictures[n]).to(dtype) for n in names]
+
+
+def play(case: Case, net, pictures: dict, tokenizer, kind=Llava, images=images) -> tuple[dict, dict, float]:
+    """Runs a case; returns tensors, facts for the JSON file, and the smallest margin.
+
+    `kind` is the reference, `images` gives what it encodes.
+    """
+    model = kind(net, *parse(case.recipe))
     dtype = net.lm_head.weight.dtype
     tensors, turns, past, seen = {}, [], None, None
 
@@ -76,13 +84,12 @@ def play(case: Case, net, pictures: dict[str, np.ndarray], tokenizer) -> tuple[d
 
     for index, turn in enumerate(case.turns):
         names = [name for row in turn.images for name in row]
-        features, merged, count = None, [], 0
+        features, merged, counts = None, [], [0]
         if names:
-            pixels = torch.from_numpy(np.stack([pictures[n] for n in names])).to(dtype)
-            features, merged = model.image_features(pixels)
-            count = features.shape[1]
-            tensors[f"turn{index}.image_features"] = features.numpy()
-        prompt = tokenize(tokenizer, turn, count, first=index == 0)
+            encoded, features, merged = model.encode(images(pictures, names, dtype))
+            counts = [len(rows) for rows in features]
+            tensors[f"turn{index}.image_features"] = encoded.numpy()
+        prompt = tokenize(tokenizer, turn, counts, first=index == 0)
         mask = prompt.mask if seen is None else np.concatenate([seen, prompt.mask], axis=1)
         salient = torch.from_numpy(prompt.salient) if turn.salient is not None else None
         result, positions = call(prompt.ids, mask, features, salient)
@@ -96,7 +103,7 @@ def play(case: Case, net, pictures: dict[str, np.ndarray], tokenizer) -> tuple[d
         facts = {
             "prompts": list(turn.prompts),
             "images": [list(row) for row in turn.images],
-            "features_per_image": count,
+            "features_per_image": counts[0] if len(set(counts)) == 1 else counts,
             "visual_tokens": (prompt.ids == tokens.IMAGE).sum(axis=1).tolist(),
             "merged": [{"dominant": m.dominant, "anchors": m.anchors, "members": m.members} for m in merged],
             "drops": [
@@ -139,9 +146,19 @@ def compact(value: object, depth: int = 0) -> str:
 
 
 def record(
-    name: str, cases: dict[str, Case], out: Path, model=build.model, size: build.Size | None = None, optional=()
+    name: str,
+    cases: dict[str, Case],
+    out: Path,
+    model=build.model,
+    size: build.Size | None = None,
+    optional=(),
+    pictures: dict | None = None,
+    pixels: str | None = None,
+    **how,
 ) -> None:
     """Records set `name`; `model(name)` makes its model, of dimensions `size`.
+
+    `pictures` by name, from the file `pixels`, are by default those of inputs.py; `how` is what `play` takes.
 
     Cases of `optional` are left out if a choice in them is close: they were chosen with other weights in mind.
     """
@@ -151,12 +168,12 @@ def record(
     for old in folder.glob("*.safetensors"):
         old.unlink()
     net, exact = model(name), model(name).double()
-    pictures = inputs.pictures(size.image)
+    pictures = pictures or inputs.pictures(size.image)
     tokenizer = tokens.tokenizer()
     index = []
     for key, case in cases.items():
-        tensors, facts, margin = play(case, net, pictures, tokenizer)
-        more, same, _ = play(case, exact, pictures, tokenizer)
+        tensors, facts, margin = play(case, net, pictures, tokenizer, **how)
+        more, same, _ = play(case, exact, pictures, tokenizer, **how)
         if facts != same:
             raise RuntimeError(f"{name}/{key}: double precision chooses other tokens")
         if margin < MARGIN and key in optional:
@@ -178,7 +195,7 @@ def record(
         "layers": size.layers,
         "patches": size.patches,
         "image_token_id": tokens.IMAGE,
-        "pixels": f"{'../pixels' if size.image == 126 else '../preprocess'}.safetensors",
+        "pixels": pixels or f"{'../pixels' if size.image == 126 else '../preprocess'}.safetensors",
         "cases": index,
     }
     (folder / "cases.json").write_text(compact(head) + "\n", encoding="utf-8")

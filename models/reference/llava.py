@@ -30,24 +30,29 @@ class Llava:
         merged = [merge(*image, self.merging, self.margins, out.cls) for image in images]
         return tower.project(self.net, torch.stack([m.hidden for m in merged])), merged
 
+    def encode(self, images: list) -> tuple[torch.Tensor, list[torch.Tensor], list[Merged]]:
+        """Images [3, H, W] -> features as the encoder gives them, the rows that go to each image's places, merges."""
+        features, merged = self.image_features(torch.stack(images))
+        return features, list(features), merged
+
     def call(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        features: torch.Tensor | None = None,
+        features: torch.Tensor | list[torch.Tensor] | None = None,
         past: list[Cache] | None = None,
         salient: torch.Tensor | None = None,
     ) -> Result:
         """One call of the decoder: a prompt, a further question on the cache, or one new token.
 
         `input_ids` [B, S] holds one placeholder for each feature, row after row; `attention_mask`
-        [B, past + S] may mark padding; `features` [images, tokens, D].
+        [B, past + S] may mark padding; `features` [images, tokens, D], or [tokens, D] of each image.
         """
         visual = input_ids == self.net.config.image_token_index
         embeds = self.net.get_input_embeddings()(input_ids).clone()
         if features is not None:
-            flat = features.flatten(0, 1)
+            flat = torch.cat(list(features))
             if int(visual.sum()) != flat.shape[0]:
                 raise ValueError(f"expected {flat.shape[0]} image placeholders; found {int(visual.sum())}")
             embeds[visual] = flat

@@ -17,7 +17,8 @@ use crate::ir::{DataType, Dim, Model, Node, NodeId, ValueId, consts};
 /// A recognised vision tower and projector.
 #[derive(Clone, Debug)]
 pub struct VisionTower {
-    /// `[images, channels, height, width]` pixels.
+    /// `[images, channels, height, width]` pixels, or `[batch, crops, channels,
+    /// height, width]`.
     pub pixels: ValueId,
     /// Features for the language model, `[images, N, width]` or `[images·N, width]`.
     pub features: ValueId,
@@ -76,6 +77,18 @@ impl VisionTower {
         }
         let dropped = self.cls && self.entry != self.hidden;
         self.tokens.map(|t| t - i64::from(dropped))
+    }
+
+    /// Channels, height and width of the pixels, each where the file fixes it.
+    /// Before them lie the images, in one axis or two (batch and crops).
+    pub fn pixel_size(&self, model: &Model) -> [Option<usize>; 3] {
+        let shape = model.value(self.pixels).ty.as_ref().and_then(|t| t.shape());
+        let size = |from_end: usize| {
+            let shape = shape?;
+            let dim = shape.get(shape.len().checked_sub(from_end)?)?;
+            usize::try_from(dim.known()?).ok()
+        };
+        [size(3), size(2), size(1)]
     }
 
     /// Recognises a tower.

@@ -9,12 +9,16 @@ use super::Global;
 use crate::arch::{FileModel, Kind, NoMatch, Part, Role, Vlm, WholeModel, cache_heads};
 use crate::ir::{TensorData, verify};
 use crate::onnx::{ModelDir, read};
-use crate::passes::{Recipe, earlier_recipe};
+use crate::passes::{Recipe, TokenMerge, earlier_recipe};
 use crate::runtime::CacheHeads;
 
 /// Recipes that ship with the program: the files of `passes/`.
 pub(super) const RECIPES: &[(&str, &str)] = &[
     ("demo", include_str!("../../passes/demo.yaml")),
+    (
+        "llava-next-prune",
+        include_str!("../../passes/llava-next-prune.yaml"),
+    ),
     (
         "llava-1.5-192",
         include_str!("../../passes/llava-1.5-192.yaml"),
@@ -401,6 +405,8 @@ pub(super) struct Trio {
     pub(super) decoder: PathBuf,
     /// The graph that starts the cache, where `decoder` only goes on from one.
     pub(super) prompt: Option<PathBuf>,
+    /// Whether the vision encoder was rewritten to merge its tokens.
+    pub(super) merged: bool,
     /// Heads of the decoder's cache, which its interface need not declare.
     pub(super) heads: Option<CacheHeads>,
 }
@@ -478,9 +484,14 @@ pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(Model
     let decoder = pick(Kind::Decoder, "decoder (embeddings → logits, cache)")?;
     // The branches of one file choose by themselves.
     let prompt = set.decoder.and_then(|d| d.prompt).map(file);
+    let vision = pick(Kind::Vision, "vision encoder (pixels → features)")?;
+    let merged = earlier_recipe(&vlm.parts[vision].model)
+        .and_then(|(_, text)| Recipe::parse(text).ok())
+        .is_some_and(|recipe| recipe.pass::<TokenMerge>().is_some());
     let trio = Trio {
+        merged,
         heads: cache_heads(&vlm.parts[decoder].model).and_then(heads_of),
-        vision: file(pick(Kind::Vision, "vision encoder (pixels → features)")?),
+        vision: file(vision),
         embed: file(pick(Kind::Embedding, "token embedding (ids → embeddings)")?),
         prompt: prompt.filter(|p| *p != file(decoder)),
         decoder: file(decoder),

@@ -9,8 +9,8 @@ use crate::arch::{Part, Role, Vlm};
 use crate::ir::cone::holder_of;
 use crate::ir::{Model, TensorData, ValueId, verify};
 use crate::onnx::{
-    DataMode, Layout, ModelDir, Outputs, patch_genai, patch_processor, serialize, suffixed,
-    write_beside, write_out,
+    DataMode, Layout, ModelDir, Outputs, mark_newline, patch_genai, patch_processor, serialize,
+    suffixed, write_beside, write_out,
 };
 use crate::passes::{Recipe, Rewritten, TokenMerge, VisualPrune, rewrite};
 
@@ -76,6 +76,9 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         (Some(out), None) => {
             write_out(dir, &outputs, out, mode)?;
             report(&done, &recipe, global);
+            if let Some(note) = crops_note(dir, &recipe) {
+                global.say(note);
+            }
             for left in &selected.left_out {
                 global.say(format!("{}: left out, {}", left.file.display(), left.why));
             }
@@ -113,14 +116,22 @@ pub(super) fn outputs(
     }
     let mut patch = |name: &str, patched: &dyn Fn(&str) -> Result<Option<String>, String>| {
         let path = dir.root.join(name);
-        let Ok(text) = std::fs::read_to_string(&path) else {
-            return Ok(());
+        let mut known = outputs.configs.iter_mut();
+        let known = known.find(|(file, _)| file == Path::new(name));
+        let text = match &known {
+            Some((_, earlier)) => String::from_utf8_lossy(earlier).into_owned(),
+            None => match std::fs::read_to_string(&path) {
+                Ok(text) => text,
+                Err(_) => return Ok(()),
+            },
         };
         let new = patched(&text).map_err(|problem| anyhow!("{}: {problem}", path.display()))?;
-        if let Some(new) = new {
-            outputs
+        match (new, known) {
+            (Some(new), Some((_, earlier))) => *earlier = new.into_bytes(),
+            (Some(new), None) => outputs
                 .configs
-                .push((PathBuf::from(name), new.into_bytes()));
+                .push((PathBuf::from(name), new.into_bytes())),
+            (None, _) => {}
         }
         anyhow::Ok(())
     };
@@ -128,6 +139,10 @@ pub(super) fn outputs(
         for name in ["processor_config.json", "config.json"] {
             patch(name, &|text| patch_processor(name, text, before, after))?;
         }
+    }
+    let width = marked_width(done);
+    if let Some(width) = width {
+        patch("config.json", &|text| mark_newline(text, width))?;
     }
     if dir.layout == Layout::GenAi {
         let renamed = |file: &Path| {
@@ -139,12 +154,30 @@ pub(super) fn outputs(
                 .filter(|_| changed)
                 .map(|suffix| suffixed(file, suffix))
         };
-        let width = marked_width(done);
         patch("genai_config.json", &|text| {
             patch_genai(text, width, &renamed)
         })?;
     }
     Ok(outputs)
+}
+
+/// What the counts mean for images of any resolution, and what their clients do.
+fn crops_note(dir: &ModelDir, recipe: &Recipe) -> Option<&'static str> {
+    let merge = recipe.pass::<TokenMerge>();
+    let text = std::fs::read_to_string(dir.root.join("config.json")).ok()?;
+    let config: serde_json::Value = serde_json::from_str(&text).ok()?;
+    config.get("image_grid_pinpoints")?;
+    Some(match merge {
+        Some(_) => {
+            "images of several crops: the counts above are of one crop. Clients put the crops' merged tokens one after \
+             the other, the base crop's first, without newline tokens (duet run does); the processor's own count of \
+             placeholders is for unmerged crops"
+        }
+        None => {
+            "images of several crops: the counts above are of one crop. Clients pack the crops as before; newline \
+             tokens count as visual"
+        }
+    })
 }
 
 /// Width of the embeddings without the marker channel, if there is one now.

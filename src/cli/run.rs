@@ -122,7 +122,8 @@ fn open(dir: ModelDir, trio: Trio, engine: &Engine) -> anyhow::Result<VlmPipelin
         configs: dir.root,
     };
     let options = engine.options();
-    let pipeline = VlmPipeline::open_with_heads(&files, &options, trio.heads)?;
+    let pipeline =
+        VlmPipeline::open_with_heads(&files, &options, trio.heads)?.with_merged_crops(trio.merged);
     Ok(match trio.prompt {
         Some(prompt) => pipeline.with_prompt_decoder(&prompt, &options)?,
         None => pipeline,

@@ -18,6 +18,6 @@ pub use error::OnnxError;
 pub use external::DataDirectory;
 pub use genai::patch_genai;
 pub use output::{DataMode, Outputs, suffixed, write_beside, write_out};
-pub use processor::patch_processor;
+pub use processor::{mark_newline, patch_processor};
 pub use read::{read, read_bytes};
 pub use write::{Serialized, serialize};

@@ -8,7 +8,7 @@ use ndarray::Array2;
 
 use super::decoder::{Cache, CacheHeads, Decoder, StepInput};
 use super::error::{Result, RuntimeError};
-use super::image::{ImageProcessor, Pixels};
+use super::image::{ImageProcessor, Packing, Pixels, concatenate, read_json};
 use super::salient::salient_mask;
 use super::sampling::{Sampler, Sampling};
 use super::session::{Session, SessionOptions};
@@ -148,6 +148,10 @@ pub struct VlmPipeline {
     pub text: TextProcessor,
     /// Images to pixels.
     pub images: ImageProcessor,
+    /// How the crops of images of any resolution become tokens.
+    packing: Option<Packing>,
+    /// Whether the encoder gives merged tokens, of which no grid can be laid out.
+    merged: bool,
 }
 
 impl VlmPipeline {
@@ -172,7 +176,20 @@ impl VlmPipeline {
         // The cheap and most often wrong parts first.
         let text = TextProcessor::from_dir(configs)?;
         let images = ImageProcessor::from_dir(configs)?;
+        let path = configs.join("config.json");
+        let packing = match read_json(&path)?.filter(|_| images.any_resolution()) {
+            Some(config) => Packing::from_json(&config, &path)?,
+            None => None,
+        };
+        if images.any_resolution() && packing.is_none() {
+            return Err(RuntimeError::config(
+                &path,
+                "is missing or has no `image_grid_pinpoints`, which the image processor's crops need",
+            ));
+        }
         Ok(Self {
+            packing,
+            merged: false,
             vision: VisionEncoder::new(Session::open(&files.vision_encoder, options)?)?,
             embedder: Embedder::new(Session::open(&files.embed_tokens, options)?)?,
             decoder: Decoder::with_heads(Session::open(&files.decoder, options)?, heads)?,
@@ -191,16 +208,42 @@ impl VlmPipeline {
         Ok(self)
     }
 
-    /// Features of images, one tensor `[features, width]` each.
+    /// Says that the vision encoder merges the tokens of each crop: the crops of an image of any resolution then
+    /// follow each other, the base crop first, without newline tokens.
+    #[must_use]
+    pub fn with_merged_crops(mut self, merged: bool) -> Self {
+        self.merged = merged;
+        self
+    }
+
+    /// Features of images, one tensor `[features, width]` each: for images of any resolution those of all crops,
+    /// put together as the model was trained with them, or one after the other where they are merged.
     ///
     /// # Errors
     /// An image cannot be resized, or the run fails.
     pub fn encode_images(&mut self, images: &[Pixels]) -> Result<Vec<Tensor>> {
-        let pixels = images
-            .iter()
-            .map(|image| self.images.process(image))
-            .collect::<Result<Vec<_>>>()?;
-        self.vision.encode(&pixels)
+        let mut counts = Vec::with_capacity(images.len());
+        let mut pixels = Vec::with_capacity(images.len());
+        for image in images {
+            let crops = self.images.crops(image)?;
+            counts.push(crops.len());
+            pixels.extend(crops);
+        }
+        let features = self.vision.encode(&pixels)?;
+        let Some(packing) = &self.packing else {
+            return Ok(features);
+        };
+        let mut rest = features.as_slice();
+        let mut together = Vec::with_capacity(images.len());
+        for (image, count) in images.iter().zip(counts) {
+            let (own, others) = rest.split_at(count);
+            rest = others;
+            together.push(match self.merged {
+                true => concatenate(own)?,
+                false => packing.pack(own, (image.height(), image.width()))?,
+            });
+        }
+        Ok(together)
     }
 
     /// Prepares a conversation for the model's answer. `images` are those of all messages, in order.

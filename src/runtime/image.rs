@@ -8,10 +8,12 @@ use serde_json::Value as Json;
 
 use super::error::{Result, RuntimeError};
 
+mod anyres;
 mod pixels;
 #[cfg(test)]
 mod tests;
 
+pub use anyres::{Packing, concatenate};
 pub use pixels::{Pixels, Resample};
 
 /// Target of the resize step.
@@ -48,6 +50,8 @@ pub struct ImageProcessor {
     crop: Option<(usize, usize)>,
     rescale: Option<f64>,
     normalize: Option<([f32; 3], [f32; 3])>,
+    /// For images of any resolution: how they are cut into crops.
+    grids: Option<anyres::Grids>,
 }
 
 impl ImageProcessor {
@@ -87,10 +91,24 @@ impl ImageProcessor {
             .ok_or_else(|| RuntimeError::config(path, "names no `image_processor_type`"))?;
         let plain = kind.strip_suffix("Fast").unwrap_or(kind);
         // What Transformers fills in for absent keys.
+        let plain = plain.strip_suffix("Pil").unwrap_or(plain);
+        let any = matches!(
+            plain,
+            "LlavaNextImageProcessor" | "LlavaOnevisionImageProcessor"
+        );
         let (size, crop, mean, std) = match plain {
-            "CLIPImageProcessor" | "CLIPFeatureExtractor" => (
+            "CLIPImageProcessor" | "CLIPFeatureExtractor" | "LlavaNextImageProcessor" => (
                 Size::ShortestEdge(224),
                 true,
+                [0.481_454_66, 0.457_827_5, 0.408_210_73],
+                [0.268_629_54, 0.261_302_6, 0.275_777_1],
+            ),
+            "LlavaOnevisionImageProcessor" => (
+                Size::Exact {
+                    height: 384,
+                    width: 384,
+                },
+                false,
                 [0.481_454_66, 0.457_827_5, 0.408_210_73],
                 [0.268_629_54, 0.261_302_6, 0.275_777_1],
             ),
@@ -107,8 +125,8 @@ impl ImageProcessor {
                 return Err(RuntimeError::config(
                     path,
                     format!(
-                        "the image processor `{kind}` is not supported; CLIPImageProcessor and \
-                         SiglipImageProcessor are. Prepare the pixel values elsewhere for it"
+                        "the image processor `{kind}` is not supported; CLIPImageProcessor, \
+                         SiglipImageProcessor, LlavaNextImageProcessor and LlavaOnevisionImageProcessor are. Prepare the pixel values elsewhere for it"
                     ),
                 ));
             }
@@ -147,12 +165,51 @@ impl ImageProcessor {
         } else {
             None
         };
+        let grids = if any {
+            let stated = anyres::pinpoints(config, path)?.ok_or_else(|| {
+                RuntimeError::config(path, format!("a {kind} without `image_grid_pinpoints`"))
+            })?;
+            let base = match fields.size("size", size, false)? {
+                Size::ShortestEdge(edge) => (edge, edge),
+                Size::Exact { height, width } => (height, width),
+            };
+            let resample = match resize {
+                Some((_, resample)) => resample,
+                None => Resample::Bicubic,
+            };
+            Some(anyres::Grids {
+                pinpoints: stated,
+                base,
+                edge: crop.map_or(base.0, |(height, _)| height),
+                resample,
+            })
+        } else {
+            None
+        };
         Ok(Self {
             resize,
             crop,
             rescale,
             normalize,
+            grids,
         })
+    }
+
+    /// Whether images are cut into crops of one size, see [`crops`](Self::crops).
+    pub fn any_resolution(&self) -> bool {
+        self.grids.is_some()
+    }
+
+    /// Pixel values of every crop, `[3, height, width]` each: the whole image in one crop first, then, for
+    /// processors of images of any resolution, the crops of its grid row by row.
+    ///
+    /// # Errors
+    /// A resize fails.
+    pub fn crops(&self, image: &Pixels) -> Result<Vec<Array3<f32>>> {
+        match &self.grids {
+            None => Ok(vec![self.process(image)?]),
+            Some(grids) => grids.cut(image)?.iter().map(|c| self.process(c)).collect(),
+        }
     }
 
     /// Height and width of every result, if they do not depend on the image.

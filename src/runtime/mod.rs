@@ -45,7 +45,7 @@ pub use error::RuntimeError;
 pub use generate::{
     GenerateOptions, Generation, Prepared, Stop, Timing, Token, VlmFiles, VlmPipeline,
 };
-pub use image::{ImageProcessor, Pixels};
+pub use image::{ImageProcessor, Packing, Pixels, concatenate};
 pub use library::{Library, Runtime, ensure};
 pub use sampling::{Sampler, Sampling};
 pub use session::{Dim, Optimization, Outputs, Port, Session, SessionOptions};
@@ -53,5 +53,5 @@ pub use template::{ChatTemplate, Content, Message, Part};
 pub use tensor::{DType, Tensor, TensorData};
 pub use text::TextProcessor;
 pub use value::Value;
-pub use vision::{Embedder, VisionEncoder, pixel_mask, scatter};
+pub use vision::{Embedder, VisionEncoder, lay_out_pixels, pixel_mask, scatter};
 pub use whole::{WholeInput, WholeModel, WholeOutput, WholePipeline, WholePrompt};

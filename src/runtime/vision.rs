@@ -67,10 +67,12 @@ impl VisionEncoder {
     /// # Errors
     /// As [`run`](Self::run).
     pub fn encode(&mut self, images: &[Array3<f32>]) -> Result<Vec<Tensor>> {
+        // In front of [3, height, width].
+        let at = self.pixels.dims.len().saturating_sub(4);
         let fits = self
             .pixels
             .dims
-            .first()
+            .get(at)
             .is_none_or(|dim| dim.fixed().is_none_or(|fixed| fixed == images.len()));
         let same = images.windows(2).all(|pair| pair[0].dim() == pair[1].dim());
         let mut features = Vec::with_capacity(images.len());
@@ -118,7 +120,7 @@ impl VisionEncoder {
             Some(dtype) => pixels.cast_float(dtype)?,
             None => pixels,
         };
-        let pixels = Value::new(pixels)?;
+        let pixels = Value::new(lay_out_pixels(pixels, self.pixels.dims.len())?)?;
         let mask = match &self.mask {
             None => None,
             Some(port) => {
@@ -131,7 +133,7 @@ impl VisionEncoder {
         let outputs = self.session.run(&inputs)?;
         let output = outputs.first()?;
         let (rows, width) = match *output.shape() {
-            [n, rows, width] if n == images => (rows, width),
+            [n, rows, width] | [1, n, rows, width] if n == images => (rows, width),
             // Some exports return the features of all images in one list.
             [rows, width] | [1, rows, width] if images > 0 && rows % images == 0 => {
                 (rows / images, width)
@@ -147,6 +149,20 @@ impl VisionEncoder {
         let features = split(output.to_tensor()?, images, rows, width)?;
         Ok((features, outputs))
     }
+}
+
+/// Pixels `[images, 3, height, width]` in the rank that an input has: some models take
+/// `[batch, crops, 3, height, width]`, and all images go in as the crops of one row.
+///
+/// # Errors
+/// None that the caller can cause: the number of elements stays.
+pub fn lay_out_pixels(pixels: Tensor, rank: usize) -> Result<Tensor> {
+    if rank != 5 || pixels.shape().len() != 4 {
+        return Ok(pixels);
+    }
+    let (mut shape, data) = pixels.into_parts();
+    shape.insert(0, 1);
+    Tensor::new(shape, data)
 }
 
 /// A mask of pixels in the type that a model's input has.

@@ -198,14 +198,14 @@ impl Pair {
                     let score: Vec<_> = new.model.find(SCORE).into_iter().collect();
                     let probed = probe::with_outputs(&new.model, &score)?;
                     let run = VisionEncoder::new(probe::open(&probed, &name, session)?)?;
-                    let size = |axis| fixed(&old.model, tower.pixels, axis);
-                    let Some(dims) = size(2).zip(size(3)) else {
+                    let [channels, height, width] = tower.pixel_size(&old.model);
+                    let Some(dims) = height.zip(width) else {
                         return Err(ValidateError::Model(format!(
                             "{name}: the image size is not fixed in the file; expected pixels [n, 3, height, width]"
                         )));
                     };
                     pair.dtype = lower(pair.dtype, precision(&old.model));
-                    pair.vision = Some((reference, run, [size(1).unwrap_or(3), dims.0, dims.1]));
+                    pair.vision = Some((reference, run, [channels.unwrap_or(3), dims.0, dims.1]));
                     if let Some(width) = tower.feature_width {
                         pair.width = width as usize;
                     }

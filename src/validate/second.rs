@@ -11,7 +11,7 @@ use crate::ir::cone::ancestors;
 use crate::ir::{DataType, Dim, Model, ValueId, ValueType, extract, verify};
 use crate::onnx::serialize;
 use crate::passes::{Recipe, VisualPrune};
-use crate::runtime::{Session, Tensor, Value};
+use crate::runtime::{Session, Tensor, Value, lay_out_pixels};
 
 /// A value of an inserted sub-graph: its name, rank and element type.
 struct Port {
@@ -124,11 +124,12 @@ fn tower_feed(
     rng: &mut Seeded,
 ) -> Result<Option<Vec<(String, Tensor)>>, ValidateError> {
     let ty = model.value(tower.pixels).ty.as_ref();
-    let size = |axis: usize| usize::try_from(ty?.shape()?.get(axis)?.known()?).ok();
-    let (Some(h), Some(w)) = (size(2), size(3)) else {
+    let [channels, Some(h), Some(w)] = tower.pixel_size(model) else {
         return Ok(None);
     };
-    let pixels = Tensor::from(rng.images(2, size(1).unwrap_or(3), h, w));
+    let pixels = Tensor::from(rng.images(2, channels.unwrap_or(3), h, w));
+    let rank = ty.and_then(|t| t.shape()).map_or(4, <[_]>::len);
+    let pixels = lay_out_pixels(pixels, rank)?;
     let stated = ty.and_then(ValueType::dtype).unwrap_or(DataType::Float);
     let pixels = pixels.cast_float(dtype(stated))?;
     let mut feed = vec![(model.name(tower.pixels).to_owned(), pixels)];

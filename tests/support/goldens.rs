@@ -9,7 +9,8 @@ use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
 use duet_onnx::runtime::{
-    Cache, DType, StepInput, StepOutput, Tensor, Value, WholeInput, WholeModel,
+    Cache, DType, Packing, StepInput, StepOutput, Tensor, Value, WholeInput, WholeModel,
+    concatenate as crops_after_another,
 };
 
 use super::models::{ANCHORS, DOMINANT, Runner, difference, index_rows, kept, kept_name, root};
@@ -26,6 +27,9 @@ pub(crate) struct Goldens {
     folder: PathBuf,
     #[serde(skip)]
     images: HashMap<String, Tensor>,
+    /// For images of several crops: how these become the tokens of a prompt.
+    #[serde(skip)]
+    packing: Option<Packing>,
 }
 
 /// A recipe and a conversation.
@@ -151,11 +155,12 @@ fn normalise(crop: &Tensor, config: &serde_json::Value) -> Tensor {
     let number = |v: &serde_json::Value| v.as_f64().expect("a number");
     let scale = number(&config["rescale_factor"]);
     let pixels: &[u8] = crop.slice().expect("8-bit pixels");
-    let plane = pixels.len() / 3;
+    let plane: usize = crop.shape().iter().rev().take(2).product();
     let data = pixels.iter().enumerate().map(|(i, &p)| {
+        let channel = i / plane % 3;
         let (mean, std) = (
-            &config["image_mean"][i / plane],
-            &config["image_std"][i / plane],
+            &config["image_mean"][channel],
+            &config["image_std"][channel],
         );
         ((f64::from(p) * scale - number(mean)) / number(std)) as f32
     });
@@ -196,13 +201,67 @@ impl Goldens {
         goldens
     }
 
+    /// Reads a set of images of several crops, which belongs to the model directory `fixture`.
+    pub(crate) fn read_crops(folder: PathBuf, fixture: &Path) -> Self {
+        let text = fs::read_to_string(folder.join("cases.json")).expect("cases.json");
+        let mut goldens: Self = serde_json::from_str(&text).expect("cases.json");
+        let json = |name: &str| -> serde_json::Value {
+            let text = fs::read_to_string(fixture.join(name)).expect("a configuration");
+            serde_json::from_str(&text).expect("a configuration")
+        };
+        let preprocessor = json("preprocessor_config.json");
+        let stored = tensors(&folder.join(&goldens.pixels));
+        goldens.images = stored
+            .into_iter()
+            .map(|(name, stored)| {
+                let size = name.ends_with(".size");
+                (
+                    name,
+                    if size {
+                        stored
+                    } else {
+                        normalise(&stored, &preprocessor)
+                    },
+                )
+            })
+            .collect();
+        let packing = Packing::from_json(&json("config.json"), &fixture.join("config.json"));
+        goldens.packing = packing.expect("a configuration");
+        assert!(goldens.packing.is_some(), "{}", fixture.display());
+        goldens.folder = folder;
+        goldens
+    }
+
+    /// Features as they go to the places of each image: of images of several crops packed, or, where the crops
+    /// are merged, one after the other.
+    fn placed(&self, names: &[&str], features: Vec<Tensor>, merged: bool) -> Vec<Tensor> {
+        let Some(packing) = &self.packing else {
+            return features;
+        };
+        let mut rest = features.as_slice();
+        let each = names.iter().map(|name| {
+            let (own, others) = rest.split_at(self.images[*name].shape()[0]);
+            rest = others;
+            let size = self.images[&format!("{name}.size")].i64s().expect("a size");
+            let side = |at: usize| usize::try_from(size[at]).expect("a size");
+            let together = match merged {
+                true => crops_after_another(own),
+                false => packing.pack(own, (side(0), side(1))),
+            };
+            together.unwrap_or_else(|e| panic!("{name}: {e}"))
+        });
+        each.collect()
+    }
+
     /// Pixels of the named images: `[images, 3, height, width]`.
     pub(crate) fn pixels(&self, names: &[&str]) -> Tensor {
         let mut data: Vec<f32> = Vec::new();
-        let mut shape = vec![names.len()];
+        let mut shape = vec![0];
         for name in names {
             let image = &self.images[*name];
             shape.truncate(1);
+            // One image, or several crops of one.
+            shape[0] += image.shape().iter().rev().skip(3).product::<usize>();
             shape.extend(&image.shape()[image.shape().len() - 3..]);
             data.extend(&*image.f32s().expect("pixels"));
         }
@@ -251,7 +310,7 @@ impl Goldens {
             if !names.is_empty() {
                 let encoded = runner.encode(self.pixels(&names));
                 self.merged(&encoded, turn, of("image_features"), &mut outcome);
-                features = encoded.features;
+                features = self.placed(&names, encoded.features, !turn.merged.is_empty());
             }
             let mask = integers(of("attention_mask"));
             let before = match &cache {

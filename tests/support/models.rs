@@ -13,7 +13,7 @@ use duet_onnx::onnx::{ModelDir, read, serialize};
 use duet_onnx::passes::{Recipe, rewrite};
 use duet_onnx::runtime::{
     Cache, CacheHeads, Decoder, Embedder, Outputs, RuntimeError, Session, SessionOptions,
-    StepInput, StepOutput, Tensor, Value, WholeModel, scatter,
+    StepInput, StepOutput, Tensor, Value, WholeModel, lay_out_pixels, scatter,
 };
 
 /// Every exported model that ships with the sources.
@@ -295,8 +295,10 @@ impl Runner {
 
     /// Features of pixels `[images, 3, height, width]`.
     pub(crate) fn encode(&self, pixels: Tensor) -> Encoded {
-        let value = Value::new(pixels).expect("pixels");
         let mut session = self.vision.borrow_mut();
+        let rank = session.input(&self.pixels).expect("pixels").dims.len();
+        let pixels = lay_out_pixels(pixels, rank).expect("pixels");
+        let value = Value::new(pixels).expect("pixels");
         let outputs = session.run(&[(&self.pixels, &value)]);
         let outputs = outputs.unwrap_or_else(|e| panic!("{e}"));
         let features = outputs.first().and_then(Value::to_tensor);

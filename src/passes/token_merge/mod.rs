@@ -22,6 +22,11 @@
 //! Qwen2.5-VL's merge groups have them. Which patches make up a token is known
 //! from the re-arrangement itself (see [`Shuffle`](crate::arch::Shuffle)).
 //!
+//! **Images of several crops** (LLaVA-NeXT, LLaVA-OneVision) are as many images to the
+//! tower, `[crops, 3, h, w]` or `[batch, crops, 3, h, w]`: each crop's N tokens become
+//! K. They are no grid any more, so no newline tokens belong between their rows, and
+//! no padding can be cut off by rows: clients put them one after the other.
+//!
 //! **Masks** that the tower applies (images padded to a common size, position
 //! biases) apply to the scores too.
 //!
@@ -199,6 +204,17 @@ impl Pass for TokenMerge {
         }
         for (index, tower) in vlm.towers() {
             let file = vlm.parts[index].label();
+            let model = &vlm.parts[index].model;
+            let stated = model.value(tower.features).ty.as_ref();
+            let stated = stated.and_then(|t| t.shape()).map(<[_]>::len);
+            if let Some(rank) = stated.filter(|rank| !(2..=3).contains(rank)) {
+                return fail(format!(
+                    "{file}: '{}' has {rank} axes; features of merged crops are expected as [crops, N, width] or \
+                     [crops · N, width]. Export without splitting the crops into batches again (what the projector \
+                     gives), or use visual_prune alone, which takes any layout",
+                    model.name(tower.features)
+                ));
+            }
             if let Some(node) = &tower.grid {
                 return fail(format!(
                     "{file}: behind the tower, {node} treats the tokens as a grid (pooling, convolution, \

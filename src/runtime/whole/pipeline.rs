@@ -96,6 +96,13 @@ impl WholePipeline {
         }
         let mut prepared = Vec::with_capacity(images.len());
         let mut counts = Vec::with_capacity(images.len());
+        if self.images.any_resolution() && !images.is_empty() {
+            return Err(RuntimeError::Prompt(format!(
+                "{} is one file, and images of any resolution (several crops of each) are prepared for models with \
+                 a vision encoder of their own only; export vision encoder, embeddings and decoder apart",
+                self.model.session().model()
+            )));
+        }
         for image in images {
             let pixels = self.images.process(image)?;
             let (_, height, width) = pixels.dim();

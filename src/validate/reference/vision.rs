@@ -9,7 +9,7 @@ use super::ties::{Ranking, reordered};
 use crate::arch::VisionTower;
 use crate::ir::{DataType, Dim, Model, ValueType, extract};
 use crate::passes::{Cls, Count, Selector, TokenMerge};
-use crate::runtime::{Port, Session, SessionOptions, Tensor, Value, pixel_mask};
+use crate::runtime::{Port, Session, SessionOptions, Tensor, Value, lay_out_pixels, pixel_mask};
 
 /// What the reference gives for a batch of images.
 #[derive(Debug)]
@@ -113,8 +113,12 @@ impl ReferenceVision {
             Some(dtype) => pixels.cast_float(dtype)?,
             None => pixels,
         };
-        let pixels = Value::new(pixels)?;
         let images = pixels.shape()[0];
+        let rank = self
+            .session
+            .input(&self.names.pixels)
+            .map_or(4, |p| p.dims.len());
+        let pixels = Value::new(lay_out_pixels(pixels, rank)?)?;
         let mut inputs: Vec<(&str, Value)> = vec![(&self.names.pixels, pixels)];
         let other = |p: &&Port| p.name != self.names.pixels;
         if let (Some(port), Some(mask)) = (self.session.inputs().iter().find(other), mask) {
