@@ -7,10 +7,11 @@ mod interface;
 
 use std::time::{Duration, Instant};
 
-use ndarray::{Array2, Axis, concatenate, s};
+use ndarray::{Array, Array2, Axis, Dimension, concatenate, s};
 
 use self::interface::{Ends, Slot, fillable, keys, slot};
 use super::error::{Result, RuntimeError};
+use super::grid;
 use super::session::{Port, Session};
 use super::tensor::{DType, Tensor};
 use super::value::Value;
@@ -383,7 +384,7 @@ impl Decoder {
                 MASK => integers(port, mask.clone())?,
                 POSITIONS => match &input.positions {
                     Some(positions) => Value::new(positions.clone())?,
-                    None => integers(port, positions(&mask, new))?,
+                    None => grid::counted(port, positions(&mask, new))?,
                 },
                 VISUAL | SALIENT => {
                     let given = if port.name == VISUAL {
@@ -455,7 +456,7 @@ pub(super) fn positions(mask: &Array2<i64>, new: usize) -> Array2<i64> {
 }
 
 /// Integers in the type that an input declares.
-pub(super) fn integers(port: &Port, values: Array2<i64>) -> Result<Value> {
+pub(super) fn integers<D: Dimension>(port: &Port, values: Array<i64, D>) -> Result<Value> {
     let tensor = match port.dtype {
         Some(DType::I32) => {
             let narrow = |v: &i64| i32::try_from(*v).unwrap_or(i32::MAX);

@@ -73,9 +73,10 @@ pub struct VisualPrune {
     /// Which tokens ask.
     #[serde(default)]
     pub text: TextQueries,
-    /// What happens to the positions of tokens that stay.
+    /// What happens to the positions of tokens that stay. Left out: see
+    /// [`positions_of`](Self::positions_of).
     #[serde(default)]
-    pub positions: Positions,
+    pub positions: Option<Positions>,
 }
 
 impl VisualPrune {
@@ -88,6 +89,16 @@ impl VisualPrune {
                 last.map_or(entered, |d| (entered as f64 * d.keep) as i64)
             })
             .collect()
+    }
+
+    /// What happens to the positions of tokens that stay in `decoder`: what the
+    /// recipe says, or what the method does there. With M-RoPE they stay as they are
+    /// (they are places in a grid), else they are contiguous again.
+    pub fn positions_of(&self, decoder: &Decoder) -> Positions {
+        self.positions.unwrap_or(match decoder.position_rows {
+            Some(_) => Positions::Keep,
+            None => Positions::Renumber,
+        })
     }
 
     fn check(&self) -> Result<(), String> {
@@ -136,7 +147,15 @@ impl VisualPrune {
         }
         // An attention that counts positions itself can be given kept ones.
         let counts = decoder.layers.iter().all(|l| l.rotary.is_some());
-        if self.positions == Positions::Keep && decoder.position_ids.is_none() && !counts {
+        let positions = self.positions_of(decoder);
+        if let (Positions::Renumber, Some(rows)) = (positions, decoder.position_rows) {
+            return Err(format!(
+                "positions: renumber needs one position for each token, and this decoder takes {rows} \
+                 (position_ids [{rows}, batch, sequence], M-RoPE), which are places in an image's grid; use \
+                 positions: keep"
+            ));
+        }
+        if positions == Positions::Keep && decoder.position_ids.is_none() && !counts {
             return Err(
                 "positions: keep needs the input position_ids, and this decoder computes positions itself; \
                  use positions: renumber"
