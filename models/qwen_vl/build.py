@@ -23,7 +23,7 @@ def sibling(name: str):
 
     What it imports by such a name is its own too.
     """
-    ours = {n: sys.modules.pop(n, None) for n in ("build", "export", "check")}
+    ours = {n: sys.modules.pop(n, None) for n in ("build", "export", "goldens", "cases")}
     sys.path.insert(0, str(LLAVA))
     try:
         return importlib.import_module(name)

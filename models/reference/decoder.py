@@ -26,7 +26,7 @@ class Tokens:
     real: torch.Tensor  # bool [B, S], false for padding
     visual: torch.Tensor  # bool [B, S]
     asks: torch.Tensor  # bool [B, S], the queries that rank; may be empty in a row
-    positions: torch.Tensor  # int64 [B, S]
+    positions: torch.Tensor  # int64 [B, S], or [B, S, 3] with M-RoPE
     origin: torch.Tensor  # int64 [B, S], index at the decoder's entry
 
     def take(self, kept: torch.Tensor) -> "Tokens":
@@ -163,7 +163,7 @@ class Decoder:
                 kept = self._drop(index, target - lost, tokens, margins)
                 lost = target
                 tokens = before.take(kept)
-                if self.prune.positions == "renumber":
+                if self.prune.positions_of(tokens.positions.dim() == 3) == "renumber":
                     # Less by the visual tokens that left before it, in this call and in earlier ones.
                     gone = kept - torch.arange(kept.shape[1])
                     earlier = past[index - 1].real.shape[1] - past[index].real.shape[1] if past else 0
