@@ -238,9 +238,14 @@ fn every_row_of_positions_matters() {
 /// `duet validate`, with all its scenarios on grids of different shape.
 #[test]
 fn validates() {
-    let text = "version: 1\nmarker: input\npasses: [{visual_prune: {drops: [{after_layer: 1, keep: 0.6}, \
-                {after_layer: 3, keep: 0.25}]}}]";
-    for name in FIXTURES {
+    let text = |more: &str| {
+        format!(
+            "version: 1\nmarker: input\npasses: [{{visual_prune: {{drops: [{{after_layer: 1, keep: 0.6}}, \
+             {{after_layer: 3, keep: 0.25}}]{more}}}}}]"
+        )
+    };
+    let texts = [text(""), text(", rank_mask: none")];
+    for (name, text) in FIXTURES.iter().zip(&texts) {
         let base = fixture(name);
         let options = Options {
             session: support::models::options(),

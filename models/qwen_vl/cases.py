@@ -41,6 +41,10 @@ CASES = {
     "padded": Case("two rows of different length", prune((2, 0.5), (4, 0.25)), (PADDED,)),
     "mixed": Case("rows with one and two images, to zero", prune(*FALL), (MIXED,)),
     "last": Case("ranked by the last token, several frames", prune(*STEPS, text="last"), (VIDEO,)),
+    "unmasked": Case("ranked without the causal mask", prune(*STEPS, rank_mask="none"), (TWO,)),
+    "unmasked-padded": Case(
+        "two rows of different length, ranked without the causal mask", prune((2, 0.5), rank_mask="none"), (PADDED,)
+    ),
     "no-image": Case("a prompt without an image", prune(*FALL), (NO_IMAGE,)),
     "second-turn": Case("a second question on the cache", prune(*FALL), (ONE, SECOND_TEXT)),
     "second-image": Case("a second image on the cache", prune(*STEPS), (TWO, SECOND_IMAGE)),

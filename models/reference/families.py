@@ -99,6 +99,8 @@ class Family(Decoder):
         """As in Decoder; a sliding window plays no part in the ranking."""
         module = self.model.layers[layer]
         seen = self._seen(tokens.real.shape[1], tokens.real, None)
+        if self.prune.rank_mask == "none":
+            seen = tokens.real[:, None, None, :].expand(seen.shape)
         module.self_attn(
             hidden_states=module.input_layernorm(tokens.hidden),
             position_embeddings=self._rotary(layer, tokens),

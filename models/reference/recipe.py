@@ -49,9 +49,11 @@ class Prune:
     drops: tuple[tuple[int, float], ...]
     text: str = "all"
     positions: str | None = None
+    rank_mask: str = "causal"
 
     def __post_init__(self):
         _pick(self.text, TEXTS, "visual_prune.text")
+        _pick(self.rank_mask, ("causal", "none"), "visual_prune.rank_mask")
         _pick(self.positions or "keep", ("renumber", "keep"), "visual_prune.positions")
         for (layer, keep), (later, less) in zip(self.drops, self.drops[1:]):
             if later <= layer or less > keep:

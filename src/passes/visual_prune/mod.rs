@@ -36,7 +36,7 @@ pub const SALIENT_MASK_INPUT: &str = "salient_token_mask";
 pub(super) const ENTRY: Entry = Entry {
     name: "visual_prune",
     about: "drops visual tokens at chosen decoder layers, ranked by the text's attention (T2V)",
-    keys: &["drops", "text", "positions"],
+    keys: &["drops", "text", "positions", "rank_mask"],
     parse: super::parse::<VisualPrune>,
     keep_everything: "{drops: [{after_layer: 2, keep: 1.0}]}",
 };
@@ -52,6 +52,18 @@ pub enum TextQueries {
     Last,
     /// A given subset of the text tokens, and the last one.
     Salient,
+}
+
+/// Which keys an asking token weighs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RankMask {
+    /// Those up to itself, as in the layer's own attention.
+    #[default]
+    Causal,
+    /// All but padding, those behind it too: what the public code does for
+    /// Qwen2.5-VL.
+    None,
 }
 
 /// One drop point.
@@ -77,6 +89,9 @@ pub struct VisualPrune {
     /// [`positions_of`](Self::positions_of).
     #[serde(default)]
     pub positions: Option<Positions>,
+    /// Which keys an asking token weighs.
+    #[serde(default)]
+    pub rank_mask: RankMask,
 }
 
 impl VisualPrune {

@@ -313,6 +313,7 @@ impl Plan<'_, '_> {
             decoder: self.decoder,
             stage: before,
             number,
+            mask: self.pass.rank_mask,
         }
         .scores()?;
         // Text and padding always stay: a probability never reaches 2.

@@ -8,7 +8,7 @@ use super::operands::{Operands, Probe, Turn, array};
 use super::ties::{Choice, exchanged};
 use crate::arch::Decoder;
 use crate::ir::{Dim, Model, Patch, ValueType};
-use crate::passes::{Positions, TextQueries, VisualPrune};
+use crate::passes::{Positions, RankMask, TextQueries, VisualPrune};
 use crate::runtime::{DType, Session, SessionOptions, Tensor, Value};
 
 /// What one step reads. b rows, L new tokens.
@@ -374,6 +374,8 @@ impl ReferenceDecoder {
             .prune
             .as_ref()
             .is_none_or(|p| p.positions_of(&self.decoder) == Positions::Renumber);
+        let unmasked = |p: &VisualPrune| p.rank_mask == RankMask::None;
+        let unmasked = self.prune.as_ref().is_some_and(unmasked);
         let mut kept_all = Vec::new();
         let mut near_ties = 0;
         let mut logits = None;
@@ -430,6 +432,7 @@ impl ReferenceDecoder {
                     let scaling = oracle::Scaling {
                         scale: layer.scale as f32,
                         softcap: layer.softcap as f32,
+                        causal: !unmasked,
                     };
                     let (q, k) = (query.index_axis(Axis(0), row), key.index_axis(Axis(0), row));
                     oracle::rank(q, k, scaling, &real, &rows[row], &visual[row])?
