@@ -326,3 +326,14 @@ fn the_vision_tower_is_refused_by_name() {
         );
     }
 }
+
+/// What a mask does not tell is asked for, not guessed.
+#[test]
+fn positions_have_to_be_given() {
+    let mut model = Model::open(&fixture("ts-sdpa"));
+    let ids = Array2::from_elem((1, 4), 20);
+    let embeds = model.embedder.run(ids).expect("embeddings");
+    let error = model.decoder.prefill(&StepInput::new(embeds));
+    let error = error.map(|_| ()).expect_err("no positions").to_string();
+    assert!(error.contains("GridPositions"), "{error}");
+}

@@ -7,7 +7,7 @@ mod interface;
 
 use std::time::{Duration, Instant};
 
-use ndarray::{Array, Array2, Axis, Dimension, concatenate, s};
+use ndarray::{Array2, Axis, concatenate, s};
 
 use self::interface::{Ends, Slot, fillable, keys, slot};
 use super::error::{Result, RuntimeError};
@@ -37,7 +37,8 @@ pub struct StepInput {
     /// `[B, S]`, 1 for tokens, 0 for padding. All ones if absent.
     pub mask: Option<Array2<i64>>,
     /// Position ids, given as they are. If absent: the number of tokens before each, per row, counted over
-    /// the whole sequence; 0 for padding, as Transformers has it.
+    /// the whole sequence; 0 for padding, as Transformers has it. A decoder with M-RoPE has to be given them
+    /// (`[3, B, S]`, see [`GridPositions`](super::GridPositions)).
     pub positions: Option<Tensor>,
     /// `[B, S]`, true at image features, for decoders with an input `visual_token_mask`. All false if absent.
     pub visual: Option<Array2<bool>>,
@@ -456,7 +457,7 @@ pub(super) fn positions(mask: &Array2<i64>, new: usize) -> Array2<i64> {
 }
 
 /// Integers in the type that an input declares.
-pub(super) fn integers<D: Dimension>(port: &Port, values: Array<i64, D>) -> Result<Value> {
+pub(super) fn integers(port: &Port, values: Array2<i64>) -> Result<Value> {
     let tensor = match port.dtype {
         Some(DType::I32) => {
             let narrow = |v: &i64| i32::try_from(*v).unwrap_or(i32::MAX);

@@ -131,16 +131,19 @@ impl GridPositions {
     }
 }
 
-/// Positions counted from the mask; the same for all rows of an input of rank 3 (M-RoPE), which
-/// is right for text.
+/// Positions counted from the mask, in the type that an input declares.
+///
+/// # Errors
+/// The input takes several for each token, which a mask does not tell.
 pub(super) fn counted(port: &Port, positions: Array2<i64>) -> Result<Value> {
-    if port.dims.len() != 3 {
-        return integers(port, positions);
+    if port.dims.len() == 3 {
+        return Err(RuntimeError::Tensor(format!(
+            "'{}' takes several positions for each token (M-RoPE), which cannot be counted from the mask; \
+             give those that GridPositions makes of the images' grids",
+            port.name
+        )));
     }
-    let rows = port.dims[0].fixed().unwrap_or(3);
-    let (batch, new) = positions.dim();
-    let all = Array3::from_shape_fn((rows, batch, new), |(_, b, i)| positions[[b, i]]);
-    integers(port, all)
+    integers(port, positions)
 }
 
 #[cfg(test)]

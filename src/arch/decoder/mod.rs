@@ -284,7 +284,8 @@ impl Decoder {
         let position_rows = named("position_ids").and_then(|v| {
             let shape = model.value(v).ty.as_ref()?.shape()?;
             let rows = shape.first().filter(|_| shape.len() == 3)?;
-            Some(rows.known().map_or(MROPE_ROWS, |n| n as usize))
+            let stated = rows.known().and_then(|n| usize::try_from(n).ok());
+            Some(stated.unwrap_or(MROPE_ROWS))
         });
         let last = |v: ValueId| {
             let shape = model.value(v).ty.as_ref().and_then(|t| t.shape());
