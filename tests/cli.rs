@@ -422,14 +422,20 @@ fn built_in_recipes_are_the_files_of_the_passes_folder_and_meet_their_budgets() 
         assert!(message.contains(name), "{name} is not built in: {message}");
         let text = std::fs::read_to_string(folder.join(&entry)).expect("a recipe");
         let recipe = duet_onnx::passes::Recipe::parse(&text).expect("a valid recipe");
-        let merge = recipe.pass::<duet_onnx::passes::TokenMerge>();
         let prune = recipe
             .pass::<duet_onnx::passes::VisualPrune>()
             .expect("a schedule");
-        let out = merge.map_or(576, |m| {
-            duet_onnx::passes::merge_budget(m, 576, true).total()
-        });
-        let layers = if name == "demo" { 16 } else { 32 };
+        // Without a merge: per hundred tokens.
+        let out = match recipe.pass::<duet_onnx::passes::TokenMerge>() {
+            Some(merge) => duet_onnx::passes::merge_budget(merge, 576, true).total(),
+            None if name == "qwen2.5-vl-prune" => 100,
+            None => 576,
+        };
+        let layers = match name {
+            "demo" => 16,
+            "qwen2.5-vl-prune" => 28,
+            _ => 32,
+        };
         let counts = prune.tokens_per_layer(out, layers);
         let average = counts.iter().sum::<i64>() as f64 / layers as f64;
         let expected = match name {
@@ -437,6 +443,7 @@ fn built_in_recipes_are_the_files_of_the_passes_folder_and_meet_their_budgets() 
             "llava-1.5-64" => 63.75,
             // Of each crop's 576: all, a half, a quarter, an eighth, for eight layers each.
             "llava-next-prune" => 270.0,
+            "qwen2.5-vl-prune" => 68.75,
             _ => 126.25,
         };
         assert!((average - expected).abs() < 1e-9, "{name}: {average}");

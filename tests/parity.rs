@@ -17,7 +17,7 @@ use duet_onnx::passes::VisualPrune;
 use duet_onnx::runtime::{RuntimeError, StepInput, StepOutput, Value as Handle};
 use duet_onnx::validate::reference::{ReferenceDecoder, StepIn};
 use duet_onnx::validate::scenario::Seeded;
-use ndarray::{Array2, Array3};
+use ndarray::{Array2, Array3, Axis};
 use serde_json::Value;
 
 use support::conversation::{apart, hold, text_only};
@@ -308,7 +308,9 @@ fn positions_one_too_high_while_decoding(name: &str) {
         let input = StepIn {
             embeds: Array3::from_shape_fn((batch, length, width), |_| rng.normal()),
             mask: Array2::ones((batch, length)),
-            positions: Array2::from_shape_fn((batch, length), |(_, i)| (first + i + shift) as i64),
+            positions: Array3::from_shape_fn((1, batch, length), |(_, _, i)| {
+                (first + i + shift) as i64
+            }),
             visual: Array2::from_shape_fn((batch, length), |(_, i)| (4..34).contains(&i)),
             salient: Array2::from_elem((batch, length), false),
             ids: None,
@@ -318,7 +320,8 @@ fn positions_one_too_high_while_decoding(name: &str) {
         let mut given = StepInput::new(embeds);
         given.visual = Some(input.visual.clone());
         let plain = runner.step(&given, cache.as_ref());
-        given.positions = Some(input.positions.clone().into());
+        let row = input.positions.index_axis(Axis(0), 0).to_owned();
+        given.positions = Some(row.into());
         let found = runner.step(&given, cache.as_ref());
         let logits =
             |o: &StepOutput| -> Vec<f32> { o.last_logits().expect("logits").into_iter().collect() };

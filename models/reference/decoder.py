@@ -26,7 +26,7 @@ class Tokens:
     real: torch.Tensor  # bool [B, S], false for padding
     visual: torch.Tensor  # bool [B, S]
     asks: torch.Tensor  # bool [B, S], the queries that rank; may be empty in a row
-    positions: torch.Tensor  # int64 [B, S]
+    positions: torch.Tensor  # int64 [B, S], or [B, S, 3] with M-RoPE
     origin: torch.Tensor  # int64 [B, S], index at the decoder's entry
 
     def take(self, kept: torch.Tensor) -> "Tokens":
@@ -97,12 +97,12 @@ class Decoder:
         q = rotate(self._heads(x, layer.self_attn.q_proj), tokens.positions, inverse)
         return x, q, rotate(self._heads(x, layer.self_attn.k_proj), tokens.positions, inverse)
 
-    def _probs(self, q: torch.Tensor, keys: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """Causal attention of `q` to `keys`, of which the last q-many are the tokens processed now."""
+    def _probs(self, q: torch.Tensor, keys: torch.Tensor, real: torch.Tensor, causal: bool = True) -> torch.Tensor:
+        """Attention of `q` to `keys`, of which the last q-many are the tokens processed now."""
         keys = keys.repeat_interleave(q.shape[1] // keys.shape[1], dim=1)
         now, total = q.shape[2], keys.shape[2]
-        causal = torch.ones(now, total, dtype=torch.bool).tril(total - now)
-        seen = (causal & real[:, None, :])[:, None]
+        seen = torch.ones(now, total, dtype=torch.bool)
+        seen = ((seen.tril(total - now) if causal else seen) & real[:, None, :])[:, None]
         scores = q @ keys.transpose(2, 3) * self.config.head_dim**-0.5
         # Rows of padding see nothing: zero, not NaN.
         return torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1).nan_to_num(0.0)
@@ -129,7 +129,7 @@ class Decoder:
         Only the tokens processed now are keys: the cache of an earlier turn is not consulted.
         """
         _, q, k = self._query_key(self.model.layers[layer], tokens)
-        probs = self._probs(q, k, tokens.real).mean(dim=1)
+        probs = self._probs(q, k, tokens.real, self.prune.rank_mask == "causal").mean(dim=1)
         result = []
         for row in range(probs.shape[0]):
             asks = tokens.asks[row].nonzero().flatten()
@@ -163,7 +163,7 @@ class Decoder:
                 kept = self._drop(index, target - lost, tokens, margins)
                 lost = target
                 tokens = before.take(kept)
-                if self.prune.positions == "renumber":
+                if self.prune.positions_of(tokens.positions.dim() == 3) == "renumber":
                     # Less by the visual tokens that left before it, in this call and in earlier ones.
                     gone = kept - torch.arange(kept.shape[1])
                     earlier = past[index - 1].real.shape[1] - past[index].real.shape[1] if past else 0

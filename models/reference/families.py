@@ -77,6 +77,9 @@ class Family(Decoder):
         rotary, kinds = self.model.rotary_emb, getattr(self.config, "layer_types", None)
         if self.config.model_type == "gemma3_text":
             return rotary(tokens.hidden, tokens.positions, kinds[index])
+        if tokens.positions.dim() == 3:
+            # M-RoPE: the rows of a token go together through drops, last; the class has them first.
+            return rotary(tokens.hidden, tokens.positions.permute(2, 0, 1))
         return rotary(tokens.hidden, tokens.positions)
 
     def _window(self, index: int) -> int | None:
@@ -96,6 +99,8 @@ class Family(Decoder):
         """As in Decoder; a sliding window plays no part in the ranking."""
         module = self.model.layers[layer]
         seen = self._seen(tokens.real.shape[1], tokens.real, None)
+        if self.prune.rank_mask == "none":
+            seen = tokens.real[:, None, None, :].expand(seen.shape)
         module.self_attn(
             hidden_states=module.input_layernorm(tokens.hidden),
             position_embeddings=self._rotary(layer, tokens),

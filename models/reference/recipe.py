@@ -48,16 +48,24 @@ class Prune:
 
     drops: tuple[tuple[int, float], ...]
     text: str = "all"
-    positions: str = "renumber"
+    positions: str | None = None
+    rank_mask: str = "causal"
 
     def __post_init__(self):
         _pick(self.text, TEXTS, "visual_prune.text")
-        _pick(self.positions, ("renumber", "keep"), "visual_prune.positions")
+        _pick(self.rank_mask, ("causal", "none"), "visual_prune.rank_mask")
+        _pick(self.positions or "keep", ("renumber", "keep"), "visual_prune.positions")
         for (layer, keep), (later, less) in zip(self.drops, self.drops[1:]):
             if later <= layer or less > keep:
                 raise ValueError(f"visual_prune.drops: expected rising layers and falling ratios; found {self.drops}")
         if any(not 0 <= keep <= 1 or layer < 1 for layer, keep in self.drops):
             raise ValueError(f"visual_prune.drops: expected layers from 1 and ratios in 0..1; found {self.drops}")
+
+    def positions_of(self, mrope: bool) -> str:
+        """What happens to positions; left out, they are kept with M-RoPE and contiguous otherwise."""
+        if mrope and self.positions == "renumber":
+            raise ValueError("visual_prune.positions: expected keep with M-RoPE's three rows; found renumber")
+        return self.positions or ("keep" if mrope else "renumber")
 
 
 def parse(recipe: dict) -> tuple[Merge | None, Prune | None]:

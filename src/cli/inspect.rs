@@ -187,6 +187,7 @@ fn decoder(model: &Model, d: &Decoder) -> Value {
         "head_dim": d.head_dim,
         "width": d.width,
         "vocabulary": d.vocabulary,
+        "position_rows": d.position_rows,
         "dtype": d.dtype.to_string(),
         "drop_points": (1..d.depth()).map(|l| json!({
             "after_layer": l,
@@ -344,6 +345,9 @@ fn print_decoder(model: &Model, d: &Decoder) {
         d.dtype
     );
     anstream::println!("  vocabulary {}", optional(d.vocabulary));
+    if let Some(rows) = d.position_rows {
+        anstream::println!("  positions  {rows} for each token (M-RoPE), kept through drops");
+    }
     anstream::println!("  drops      after layer 1 to {}", d.depth() - 1);
     anstream::println!(
         "  prelude    {} nodes that later layers share",

@@ -31,6 +31,10 @@ pub(super) const RECIPES: &[(&str, &str)] = &[
         "llava-1.5-64",
         include_str!("../../passes/llava-1.5-64.yaml"),
     ),
+    (
+        "qwen2.5-vl-prune",
+        include_str!("../../passes/qwen2.5-vl-prune.yaml"),
+    ),
 ];
 
 /// A recipe by name or file.

@@ -11,6 +11,7 @@ use ndarray::{Array2, Axis, concatenate, s};
 
 use self::interface::{Ends, Slot, fillable, keys, slot};
 use super::error::{Result, RuntimeError};
+use super::grid;
 use super::session::{Port, Session};
 use super::tensor::{DType, Tensor};
 use super::value::Value;
@@ -36,7 +37,8 @@ pub struct StepInput {
     /// `[B, S]`, 1 for tokens, 0 for padding. All ones if absent.
     pub mask: Option<Array2<i64>>,
     /// Position ids, given as they are. If absent: the number of tokens before each, per row, counted over
-    /// the whole sequence; 0 for padding, as Transformers has it.
+    /// the whole sequence; 0 for padding, as Transformers has it. A decoder with M-RoPE has to be given them
+    /// (`[3, B, S]`, see [`GridPositions`](super::GridPositions)).
     pub positions: Option<Tensor>,
     /// `[B, S]`, true at image features, for decoders with an input `visual_token_mask`. All false if absent.
     pub visual: Option<Array2<bool>>,
@@ -383,7 +385,7 @@ impl Decoder {
                 MASK => integers(port, mask.clone())?,
                 POSITIONS => match &input.positions {
                     Some(positions) => Value::new(positions.clone())?,
-                    None => integers(port, positions(&mask, new))?,
+                    None => grid::counted(port, positions(&mask, new))?,
                 },
                 VISUAL | SALIENT => {
                     let given = if port.name == VISUAL {

@@ -12,6 +12,7 @@
 //!   providers by name;
 //! - [`image`], [`text`] and [`template`] do what a model's configuration files say;
 //! - [`vision`] and [`decoder`] run the parts of a VLM at the level of tensors, batches and caches;
+//! - [`grid`] numbers the tokens of images for decoders that take three positions each (M-RoPE);
 //! - [`whole`] runs a model that is all of these in one file;
 //! - [`generate`] puts them together; [`sampling`] picks tokens, [`salient`] marks the words that matter;
 //! - [`mod@tract`] runs small graphs with a second engine.
@@ -22,6 +23,7 @@
 pub mod decoder;
 pub mod error;
 pub mod generate;
+pub mod grid;
 pub mod image;
 pub mod install;
 pub mod library;
@@ -45,6 +47,7 @@ pub use error::RuntimeError;
 pub use generate::{
     GenerateOptions, Generation, Prepared, Stop, Timing, Token, VlmFiles, VlmPipeline,
 };
+pub use grid::{Grid, GridPositions};
 pub use image::{ImageProcessor, Packing, Pixels, concatenate};
 pub use library::{Library, Runtime, ensure};
 pub use sampling::{Sampler, Sampling};

@@ -1,19 +1,19 @@
 //! Running the rewritten model beside the reference.
 
-use ndarray::{Array2, Array3, Array4};
+use ndarray::{Array2, Array3, Array4, Axis};
 
 use super::precision::{lower, precision, quantised, ties, tolerance};
 use super::reference::{Choice, Ranking, ReferenceVision, State, StepIn};
 use super::report::Report;
 use super::scenario::{Layout, Scenario, Seeded, lay_out, standard};
 use super::tally::Tally;
-use super::{ValidateError, decoders, embed, probe, second, structure, whole};
-use crate::arch::{DecoderFiles, FileSet, Role, Vlm};
+use super::{ValidateError, decoders, embed, probe, scenario, second, structure, whole};
+use crate::arch::{Decoder, DecoderFiles, FileSet, Role, Vlm};
 use crate::ir::{DataType, Model};
 use crate::passes::{Marker, Recipe, TextQueries, TokenMerge, VisualPrune};
 use crate::runtime::{
-    Decoder as RunDecoder, Embedder, SessionOptions, StepInput, Tensor, Value, VisionEncoder,
-    scatter,
+    Decoder as RunDecoder, Embedder, Grid, GridPositions, SessionOptions, StepInput, Tensor, Value,
+    VisionEncoder, scatter,
 };
 
 /// How to validate.
@@ -139,6 +139,8 @@ struct Pair {
     padding: bool,
     /// Why a cache cannot be followed by several new tokens, if so.
     single_steps: Option<String>,
+    /// Rows of its position ids, if these have rank 3.
+    position_rows: Option<usize>,
     drops: usize,
     span: Option<crate::passes::StaticSpan>,
 }
@@ -179,6 +181,7 @@ impl Pair {
             salient: prune.is_some_and(|p| p.text == TextQueries::Salient),
             padding: true,
             single_steps: None,
+            position_rows: None,
             drops: prune.map_or(0, |p| p.drops.len()),
             span: recipe.context.span,
         };
@@ -223,6 +226,7 @@ impl Pair {
                 }
                 Role::Decoder(decoder) => {
                     pair.padding &= decoder.takes_padding();
+                    pair.takes_rows(decoder, &name)?;
                     pair.width = decoder.width.map_or(pair.width, |w| w as usize);
                     pair.vocabulary = decoder.vocabulary.unwrap_or(32);
                     pair.dtype = lower(pair.dtype, precision(&old.model));
@@ -237,6 +241,45 @@ impl Pair {
             pair.decoder = Some((reference, run));
         }
         Ok(pair)
+    }
+
+    /// Notes a decoder's kind of position ids.
+    fn takes_rows(&mut self, decoder: &Decoder, file: &str) -> Result<(), ValidateError> {
+        self.position_rows = decoder.position_rows;
+        match decoder.position_rows {
+            None => Ok(()),
+            Some(3) => {
+                if self.vision.is_none() && self.placeholder.is_none() {
+                    // As many as several grids have.
+                    self.features = 12;
+                }
+                Ok(())
+            }
+            Some(rows) => Err(ValidateError::Model(format!(
+                "{file}: position_ids has {rows} rows; expected [batch, sequence], or [3, batch, sequence] \
+                 (M-RoPE: time, height, width), which are the positions that scenarios can be made with"
+            ))),
+        }
+    }
+
+    /// Positions `[rows, b, L]` of a step's tokens, `images` of them images' of so many
+    /// tokens each; `past` and `places` tell what was said before.
+    fn positions(
+        &self,
+        layout: &Layout,
+        past: &Array2<i64>,
+        places: &mut GridPositions,
+        images: &[usize],
+    ) -> Result<Array3<i64>, ValidateError> {
+        if self.position_rows.is_none() {
+            return Ok(positions_of(past, &layout.mask).insert_axis(Axis(0)));
+        }
+        let grids: Vec<Grid> = images
+            .iter()
+            .enumerate()
+            .map(|(i, &tokens)| scenario::grid(tokens, i))
+            .collect();
+        Ok(places.advance(&layout.visual, &layout.mask, &grids)?)
     }
 
     /// Why the unmodified decoder cannot run a scenario, if it cannot.
@@ -296,6 +339,7 @@ impl Pair {
         let batch = scenario.turns[0].rows.len();
         let mut state: Option<(State, crate::runtime::Cache)> = None;
         let mut seen = Array2::<i64>::zeros((batch, 0));
+        let mut places = GridPositions::new(batch);
         let mut tally = Tally::default();
         for turn in &scenario.turns {
             let images: usize = turn.images().iter().sum();
@@ -343,7 +387,7 @@ impl Pair {
                     && !layout.visual[[r, i]]
                     && (r + i) % 3 == 0
             });
-            let positions = positions(&past, &layout.mask);
+            let positions = self.positions(&layout, &past, &mut places, &rows)?;
             let visual = self.visual_for(&layout, past.ncols());
             let input = StepIn {
                 embeds: array3(&base_embeds)?,
@@ -366,7 +410,7 @@ impl Pair {
                 };
                 let (base_embeds, run_embeds) =
                     self.embeddings(&layout, Vec::new(), Vec::new(), &mut rng)?;
-                let positions = positions_of(&seen, &layout.mask);
+                let positions = self.positions(&layout, &seen, &mut places, &[])?;
                 seen = ndarray::concatenate(ndarray::Axis(1), &[seen.view(), layout.mask.view()])
                     .map_err(|e| ValidateError::Model(e.to_string()))?;
                 let input = StepIn {
@@ -428,7 +472,10 @@ impl Pair {
             embeds: Value::new(run_embeds.cast_float(reference.dtype())?)?,
             ids: None,
             mask: Some(input.mask.clone()),
-            positions: Some(Tensor::from(input.positions.clone())),
+            positions: Some(match self.position_rows {
+                Some(_) => input.positions.clone().into(),
+                None => input.positions.index_axis(Axis(0), 0).to_owned().into(),
+            }),
             visual: Some(input.visual.clone()),
             salient: Some(input.salient.clone()),
         };
@@ -508,8 +555,6 @@ pub(super) fn positions_of(past: &Array2<i64>, mask: &Array2<i64>) -> Array2<i64
     }
     out
 }
-
-use positions_of as positions;
 
 fn cast(tensors: Vec<Tensor>, dtype: &crate::runtime::DType) -> Result<Vec<Tensor>, ValidateError> {
     let each = tensors.into_iter().map(|t| t.cast_float(*dtype));

@@ -3,6 +3,8 @@
 
 use ndarray::{Array2, Array3, Array4, s};
 
+use crate::runtime::Grid;
+
 /// One turn of a conversation: text before, between and after images.
 #[derive(Clone, Debug)]
 pub struct Turn {
@@ -171,6 +173,38 @@ pub fn standard(vocabulary: i64, seed: u64) -> Vec<Scenario> {
             turn(&[&[5, 9], &[3, 11]]),
         ),
     ]
+}
+
+/// A grid of `tokens` tokens for the image with that number: images take the grids
+/// that there are in turn, those with several rows and columns first.
+pub fn grid(tokens: usize, image: usize) -> Grid {
+    let divisors = |n: usize| (1..=n).filter(move |d| n.is_multiple_of(*d));
+    let all = |least: usize| -> Vec<Grid> {
+        let frames = divisors(tokens).filter(|t| *t <= 2);
+        let grids = frames.flat_map(|time| {
+            divisors(tokens / time).map(move |height| Grid {
+                time,
+                height,
+                width: tokens / time / height,
+            })
+        });
+        grids
+            .filter(|g| g.height >= least && g.width >= least)
+            .collect()
+    };
+    let mut grids = all(2);
+    if grids.is_empty() {
+        grids = all(1);
+    }
+    let none = Grid {
+        time: 0,
+        height: 0,
+        width: 0,
+    };
+    grids
+        .get(image % grids.len().max(1))
+        .copied()
+        .unwrap_or(none)
 }
 
 /// A turn laid out for the decoder, given the features of each image.

@@ -237,9 +237,15 @@ fn decoder_feed(
         } else if Some(name) == decoder.attention_mask.map(|v| base.name(v)) {
             Tensor::from(layout.mask.clone())
         } else if Some(name) == decoder.position_ids.map(|v| base.name(v)) {
-            Tensor::from(Array2::from_shape_fn((b, l), |(r, i)| {
-                layout.mask.row(r).iter().take(i).sum::<i64>()
-            }))
+            let before = |r: usize, i: usize| layout.mask.row(r).iter().take(i).sum::<i64>();
+            match decoder.position_rows {
+                None => Array2::from_shape_fn((b, l), |(r, i)| before(r, i)).into(),
+                // Rows that differ, so that one does not pass for another.
+                Some(rows) => ndarray::Array3::from_shape_fn((rows, b, l), |(p, r, i)| {
+                    before(r, i) / (p as i64 + 1)
+                })
+                .into(),
+            }
         } else if name == crate::passes::VISUAL_MASK_INPUT {
             Tensor::from(layout.visual.clone())
         } else if name == crate::passes::SALIENT_MASK_INPUT {

@@ -8,7 +8,7 @@
 //!
 //! Nothing of the file's own scatter is relied on, so that it is checked too.
 
-use ndarray::{Array2, Array3};
+use ndarray::{Array2, Array3, Axis};
 
 use super::numeric::{Options, array3, fixed, kept_of};
 use super::precision::{precision, quantised, ties, tolerance};
@@ -342,7 +342,8 @@ impl Pair {
         let input = StepIn {
             embeds,
             mask: layout.mask.clone(),
-            positions: super::numeric::positions_of(&Array2::zeros((dim.0, 0)), &layout.mask),
+            positions: super::numeric::positions_of(&Array2::zeros((dim.0, 0)), &layout.mask)
+                .insert_axis(Axis(0)),
             visual: visual.clone(),
             salient: salient.clone(),
             ids: Some(layout.ids.clone()),

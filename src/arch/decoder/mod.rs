@@ -115,6 +115,10 @@ pub struct TokenIds {
     pub image: i64,
 }
 
+/// Rows of M-RoPE's position ids: time, height, width (Transformers,
+/// `Qwen2VLRotaryEmbedding`).
+const MROPE_ROWS: usize = 3;
+
 /// What is looked for.
 const WANT: &str = "a decoder";
 
@@ -128,8 +132,11 @@ pub struct Decoder {
     pub ids: Option<TokenIds>,
     /// Graph input `[batch, past + sequence]`.
     pub attention_mask: Option<ValueId>,
-    /// Graph input `[batch, sequence]`.
+    /// Graph input `[batch, sequence]`, or `[rows, batch, sequence]` (M-RoPE).
     pub position_ids: Option<ValueId>,
+    /// Rows of `position_ids` of rank 3, each of which turns its own part of every
+    /// head (time, height, width with Qwen2-VL's M-RoPE). `None`: rank 2.
+    pub position_rows: Option<usize>,
     /// Graph output `[batch, sequence, vocabulary]`.
     pub logits: ValueId,
     /// Layers in order.
@@ -274,6 +281,12 @@ impl Decoder {
             ));
         }
         let named = |name: &str| model.input(name);
+        let position_rows = named("position_ids").and_then(|v| {
+            let shape = model.value(v).ty.as_ref()?.shape()?;
+            let rows = shape.first().filter(|_| shape.len() == 3)?;
+            let stated = rows.known().and_then(|n| usize::try_from(n).ok());
+            Some(stated.unwrap_or(MROPE_ROWS))
+        });
         let last = |v: ValueId| {
             let shape = model.value(v).ty.as_ref().and_then(|t| t.shape());
             shape.and_then(<[Dim]>::last).and_then(Dim::known)
@@ -287,6 +300,7 @@ impl Decoder {
             ids: None,
             attention_mask: named("attention_mask"),
             position_ids: named("position_ids"),
+            position_rows,
             logits,
             width: last(embeds),
             heads,

@@ -36,7 +36,7 @@ pub const SALIENT_MASK_INPUT: &str = "salient_token_mask";
 pub(super) const ENTRY: Entry = Entry {
     name: "visual_prune",
     about: "drops visual tokens at chosen decoder layers, ranked by the text's attention (T2V)",
-    keys: &["drops", "text", "positions"],
+    keys: &["drops", "text", "positions", "rank_mask"],
     parse: super::parse::<VisualPrune>,
     keep_everything: "{drops: [{after_layer: 2, keep: 1.0}]}",
 };
@@ -52,6 +52,18 @@ pub enum TextQueries {
     Last,
     /// A given subset of the text tokens, and the last one.
     Salient,
+}
+
+/// Which keys an asking token weighs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RankMask {
+    /// Those up to itself, as in the layer's own attention.
+    #[default]
+    Causal,
+    /// All but padding, those behind it too: what the public code does for
+    /// Qwen2.5-VL.
+    None,
 }
 
 /// One drop point.
@@ -73,9 +85,13 @@ pub struct VisualPrune {
     /// Which tokens ask.
     #[serde(default)]
     pub text: TextQueries,
-    /// What happens to the positions of tokens that stay.
+    /// What happens to the positions of tokens that stay. Left out: see
+    /// [`positions_of`](Self::positions_of).
     #[serde(default)]
-    pub positions: Positions,
+    pub positions: Option<Positions>,
+    /// Which keys an asking token weighs.
+    #[serde(default)]
+    pub rank_mask: RankMask,
 }
 
 impl VisualPrune {
@@ -88,6 +104,16 @@ impl VisualPrune {
                 last.map_or(entered, |d| (entered as f64 * d.keep) as i64)
             })
             .collect()
+    }
+
+    /// What happens to the positions of tokens that stay in `decoder`: what the
+    /// recipe says, or what the method does there. With M-RoPE they stay as they are
+    /// (they are places in a grid), else they are contiguous again.
+    pub fn positions_of(&self, decoder: &Decoder) -> Positions {
+        self.positions.unwrap_or(match decoder.position_rows {
+            Some(_) => Positions::Keep,
+            None => Positions::Renumber,
+        })
     }
 
     fn check(&self) -> Result<(), String> {
@@ -136,7 +162,15 @@ impl VisualPrune {
         }
         // An attention that counts positions itself can be given kept ones.
         let counts = decoder.layers.iter().all(|l| l.rotary.is_some());
-        if self.positions == Positions::Keep && decoder.position_ids.is_none() && !counts {
+        let positions = self.positions_of(decoder);
+        if let (Positions::Renumber, Some(rows)) = (positions, decoder.position_rows) {
+            return Err(format!(
+                "positions: renumber needs one position for each token, and this decoder takes {rows} \
+                 (position_ids [{rows}, batch, sequence], M-RoPE), which are places in an image's grid; use \
+                 positions: keep"
+            ));
+        }
+        if positions == Positions::Keep && decoder.position_ids.is_none() && !counts {
             return Err(
                 "positions: keep needs the input position_ids, and this decoder computes positions itself; \
                  use positions: renumber"

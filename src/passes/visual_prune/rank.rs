@@ -12,6 +12,7 @@
 //! Where the attention operator itself splits a packed projection or rotates
 //! queries and keys, that is done here with standard operators.
 
+use super::RankMask;
 use super::rotary::{self, Turn, clone};
 use super::stage::{Stage, last_real};
 use crate::arch::{Decoder, DecoderLayer, Layout, Projection};
@@ -29,6 +30,8 @@ pub(super) struct Ranking<'a, 'm> {
     pub(super) stage: &'a Stage,
     /// Number of the drop point, from 1.
     pub(super) number: usize,
+    /// Which keys an asking token weighs.
+    pub(super) mask: RankMask,
 }
 
 impl Ranking<'_, '_> {
@@ -76,12 +79,18 @@ impl Ranking<'_, '_> {
             let inside = p.op("Tanh", &[inside]);
             product = p.op("Mul", &[inside, cap]);
         }
-        // Token t sees key j if j ≤ t and j is no padding: [b, 1, (1,) T, L].
-        let places = p.iota(length);
-        let queries = p.unsqueeze(queries, &[1]);
-        let causal = p.op("GreaterOrEqual", &[queries, places]);
+        // Token t sees key j if j ≤ t and j is no padding: [b, 1, (1,) T, L]; or
+        // if it is no padding: [b, 1, (1,) 1, L].
         let real = p.unsqueeze(self.stage.real, if grouped { &[1, 2, 3] } else { &[1, 2] });
-        let sees = p.op("And", &[causal, real]);
+        let sees = match self.mask {
+            RankMask::Causal => {
+                let places = p.iota(length);
+                let queries = p.unsqueeze(queries, &[1]);
+                let causal = p.op("GreaterOrEqual", &[queries, places]);
+                p.op("And", &[causal, real])
+            }
+            RankMask::None => real,
+        };
         let masked = p.f32(MASKED);
         let product = p.op("Where", &[sees, product, masked]);
         let probability = p.softmax(product);

@@ -27,7 +27,8 @@ pub(super) struct Stage {
     ids: Option<ValueId>,
     /// Bool `[b, L]`: no padding.
     pub(super) real: ValueId,
-    /// Position ids `[b, L]`.
+    /// Position ids `[b, L]`, or `[rows, b, L]` where the decoder takes several for
+    /// each token.
     positions: Option<ValueId>,
     /// Positions of the rotary embedding inside the attention operators, int64
     /// `[b, L]`, where they are carried through the drops (`positions: keep`).
@@ -156,16 +157,24 @@ impl Plan<'_, '_> {
                 .and_then(|t| t.shape())
                 .map(<[_]>::len)
         };
-        for (value, name) in [
-            (decoder.attention_mask, "attention_mask"),
-            (decoder.position_ids, "position_ids"),
+        for (value, name, expected, ranks) in [
+            (
+                decoder.attention_mask,
+                "attention_mask",
+                "[batch, sequence]",
+                2..=2,
+            ),
+            (
+                decoder.position_ids,
+                "position_ids",
+                "[batch, sequence] or [rows, batch, sequence]",
+                2..=3,
+            ),
         ] {
             if let Some(rank) = value.and_then(rank)
-                && rank != 2
+                && !ranks.contains(&rank)
             {
-                return Err(format!(
-                    "'{name}' has rank {rank}; expected [batch, sequence]"
-                ));
+                return Err(format!("'{name}' has rank {rank}; expected {expected}"));
             }
         }
         let known = known_roots(decoder);
@@ -304,6 +313,7 @@ impl Plan<'_, '_> {
             decoder: self.decoder,
             stage: before,
             number,
+            mask: self.pass.rank_mask,
         }
         .scores()?;
         // Text and padding always stay: a probability never reaches 2.
@@ -347,8 +357,16 @@ impl Plan<'_, '_> {
         });
         let ids = before.ids.map(|ids| p.gather_rows(ids, kept));
         let positions = before.positions.map(|positions| {
-            let gathered = p.gather_rows(positions, kept);
-            match self.pass.positions {
+            let gathered = match self.decoder.position_rows {
+                None => p.gather_rows(positions, kept),
+                // A token's rows go together.
+                Some(_) => {
+                    let tokens = p.transpose(positions, &[1, 2, 0]);
+                    let tokens = p.gather_rows(tokens, kept);
+                    p.transpose(tokens, &[2, 0, 1])
+                }
+            };
+            match self.pass.positions_of(self.decoder) {
                 Positions::Keep => gathered,
                 Positions::Renumber => {
                     // kept[i] − i tokens were dropped before token i, and the

@@ -69,13 +69,15 @@ pub fn text_rows(
     Ok(rows)
 }
 
-/// How an attention scales its scores.
+/// How queries and keys are weighed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scaling {
     /// Factor of the product q·k.
     pub scale: f32,
     /// Bound c on the scaled scores s, as c·tanh(s / c); 0 for none.
     pub softcap: f32,
+    /// Whether a query sees only keys up to itself.
+    pub causal: bool,
 }
 
 impl From<f32> for Scaling {
@@ -83,6 +85,7 @@ impl From<f32> for Scaling {
         Self {
             scale,
             softcap: 0.0,
+            causal: true,
         }
     }
 }
@@ -93,7 +96,7 @@ impl From<f32> for Scaling {
 /// `query` is `[heads, L, head_dim]`, `key` `[key heads, L, head_dim]`, both of the layer after
 /// the drop point, rotary embedding applied, unscaled; key head `h / (heads / key heads)` serves
 /// query head `h`. `scale` is the factor of the logits, usually `1 / √head_dim`. The softmax runs
-/// over all keys that are real and not after the query, text and visual alike.
+/// over all keys that are real and (if causal) not after the query, text and visual alike.
 ///
 /// # Errors
 /// [`OracleError::Shape`] if the tensors do not fit together, [`OracleError::Index`] if `rows` is
@@ -150,7 +153,7 @@ pub fn rank(
         for head in 0..heads {
             let q = query.slice(s![head, row, ..]);
             for (at, logit) in probability.iter_mut().enumerate() {
-                *logit = if at <= row && real[at] {
+                *logit = if (at <= row || !scaling.causal) && real[at] {
                     let score =
                         f64::from(scaling.scale) * dot(q, key.slice(s![head / group, at, ..]));
                     match f64::from(scaling.softcap) {

@@ -1,6 +1,6 @@
 //! The decoder in stages, each the unmodified graph entered at a drop point.
 
-use ndarray::{Array2, Array3, Axis, s};
+use ndarray::{Array2, Array3, ArrayView1, Axis, s};
 
 use super::super::oracle::{self, Text};
 use super::super::{ValidateError, probe};
@@ -8,7 +8,7 @@ use super::operands::{Operands, Probe, Turn, array};
 use super::ties::{Choice, exchanged};
 use crate::arch::Decoder;
 use crate::ir::{Dim, Model, Patch, ValueType};
-use crate::passes::{Positions, TextQueries, VisualPrune};
+use crate::passes::{Positions, RankMask, TextQueries, VisualPrune};
 use crate::runtime::{DType, Session, SessionOptions, Tensor, Value};
 
 /// What one step reads. b rows, L new tokens.
@@ -18,8 +18,8 @@ pub struct StepIn {
     pub embeds: Array3<f32>,
     /// `[b, L]`: 1 for tokens, 0 for padding.
     pub mask: Array2<i64>,
-    /// `[b, L]`.
-    pub positions: Array2<i64>,
+    /// `[rows, b, L]`: one row, or as many as the decoder's position ids have (M-RoPE).
+    pub positions: Array3<i64>,
     /// `[b, L]`.
     pub visual: Array2<bool>,
     /// `[b, L]`, for `text: salient`.
@@ -96,8 +96,8 @@ struct Fed<'a> {
     entry: &'a [Array3<f32>],
     /// `[b, past + L]`.
     mask: &'a Array2<i64>,
-    /// `[b, L]`.
-    positions: &'a Array2<i64>,
+    /// `[rows, b, L]`.
+    positions: &'a Array3<i64>,
     /// `[b, L]`, in a whole model.
     ids: Option<&'a Array2<i64>>,
     past: usize,
@@ -140,7 +140,7 @@ impl ReferenceDecoder {
                     };
                     patch.rewire_all(boundary, hidden);
                 }
-                let keep = |p: &VisualPrune| p.positions == Positions::Keep;
+                let keep = |p: &VisualPrune| p.positions_of(decoder) == Positions::Keep;
                 if prune.is_some_and(keep) {
                     Turn::inputs(&mut patch, decoder);
                 }
@@ -291,7 +291,10 @@ impl ReferenceDecoder {
         let fed = Fed {
             entry: &[Array3::zeros((1, new, width))],
             mask: &Array2::ones((1, past + new)),
-            positions: &Array2::from_shape_fn((1, new), |(_, i)| (past + i) as i64),
+            positions: &Array3::from_shape_fn(
+                (self.decoder.position_rows.unwrap_or(1), 1, new),
+                |(_, _, i)| (past + i) as i64,
+            ),
             ids: None,
             past,
             turn: None,
@@ -370,7 +373,9 @@ impl ReferenceDecoder {
         let renumber = self
             .prune
             .as_ref()
-            .is_none_or(|p| p.positions == Positions::Renumber);
+            .is_none_or(|p| p.positions_of(&self.decoder) == Positions::Renumber);
+        let unmasked = |p: &VisualPrune| p.rank_mask == RankMask::None;
+        let unmasked = self.prune.as_ref().is_some_and(unmasked);
         let mut kept_all = Vec::new();
         let mut near_ties = 0;
         let mut logits = None;
@@ -415,7 +420,7 @@ impl ReferenceDecoder {
                 layer: &self.decoder.layers[end],
                 width: self.decoder.head_dim as usize,
                 present: self.names.present.get(end).map(|(key, _)| key.as_str()),
-                positions: turned.then_some(&positions),
+                positions: turned.then(|| positions.index_axis(Axis(0), 0)),
             };
             let (query, key, tables) = operands.read(probe, past, &outputs)?;
             let layer = &self.decoder.layers[end];
@@ -427,6 +432,7 @@ impl ReferenceDecoder {
                     let scaling = oracle::Scaling {
                         scale: layer.scale as f32,
                         softcap: layer.softcap as f32,
+                        causal: !unmasked,
                     };
                     let (q, k) = (query.index_axis(Axis(0), row), key.index_axis(Axis(0), row));
                     oracle::rank(q, k, scaling, &real, &rows[row], &visual[row])?
@@ -449,23 +455,28 @@ impl ReferenceDecoder {
             state.masks[number] = full_mask;
             let length = kept[0].len();
             let mut next_mask = Array2::zeros((batch, length));
-            let mut next_positions = Array2::zeros((batch, length));
+            let planes = positions.dim().0;
+            let mut next_positions = Array3::zeros((planes, batch, length));
             let width = |h: &Array3<f32>| h.dim().2;
             let mut next_entry: Vec<Array3<f32>> = hidden
                 .iter()
                 .map(|h| Array3::zeros((batch, length, width(h))))
                 .collect();
             for (row, keep) in kept.iter().enumerate() {
-                let old = positions.row(row).to_vec();
-                let new = if renumber {
-                    let moved = oracle::renumber(&old, keep)?;
-                    moved.into_iter().map(|p| p - earlier).collect()
-                } else {
-                    keep.iter().map(|&i| old[i]).collect::<Vec<i64>>()
-                };
+                for plane in 0..planes {
+                    let old = positions.slice(s![plane, row, ..]).to_vec();
+                    let new = if renumber {
+                        let moved = oracle::renumber(&old, keep)?;
+                        moved.into_iter().map(|p| p - earlier).collect()
+                    } else {
+                        keep.iter().map(|&i| old[i]).collect::<Vec<i64>>()
+                    };
+                    next_positions
+                        .slice_mut(s![plane, row, ..])
+                        .assign(&ArrayView1::from(&new));
+                }
                 for (slot, &from) in keep.iter().enumerate() {
                     next_mask[[row, slot]] = mask[[row, from]];
-                    next_positions[[row, slot]] = new[slot];
                     for (next, hidden) in next_entry.iter_mut().zip(&hidden) {
                         next.slice_mut(s![row, slot, ..])
                             .assign(&hidden.slice(s![row, from, ..]));
@@ -478,7 +489,7 @@ impl ReferenceDecoder {
             });
             (mask, positions, entry) = (next_mask, next_positions, next_entry);
             if let (true, Some(tables)) = (turned, tables) {
-                turn = Some(tables.at(next_past, &positions)?);
+                turn = Some(tables.at(next_past, positions.slice(s![0, 0, ..]))?);
             }
             kept_all.push(kept);
         }
@@ -493,7 +504,7 @@ impl ReferenceDecoder {
     /// Whether kept positions have to be given to attention operators that would
     /// count for themselves.
     fn turned(&self) -> bool {
-        let keep = |p: &VisualPrune| p.positions == Positions::Keep;
+        let keep = |p: &VisualPrune| p.positions_of(&self.decoder) == Positions::Keep;
         self.prune.as_ref().is_some_and(keep)
             && self.decoder.layers.iter().any(|l| l.rotary.is_some())
     }
@@ -512,7 +523,7 @@ impl ReferenceDecoder {
             let input = StepIn {
                 embeds: input.embeds.slice(s![one.clone(), .., ..]).to_owned(),
                 mask: input.mask.slice(s![one.clone(), ..]).to_owned(),
-                positions: input.positions.slice(s![one.clone(), ..]).to_owned(),
+                positions: input.positions.slice(s![.., one.clone(), ..]).to_owned(),
                 visual: input.visual.slice(s![one.clone(), ..]).to_owned(),
                 salient: input.salient.slice(s![one.clone(), ..]).to_owned(),
                 ids: input
@@ -581,7 +592,12 @@ impl ReferenceDecoder {
             feed.push((name, Value::new(Tensor::from(fed.mask.clone()))?));
         }
         if let Some(name) = &self.names.positions {
-            feed.push((name, Value::new(Tensor::from(fed.positions.clone()))?));
+            // One row is what an input of rank 2 takes.
+            let positions: Tensor = match self.decoder.position_rows {
+                Some(_) => fed.positions.clone().into(),
+                None => fed.positions.index_axis(Axis(0), 0).to_owned().into(),
+            };
+            feed.push((name, Value::new(positions)?));
         }
         if let Some(turn) = fed.turn {
             feed.extend(turn.feed(self.dtype)?);

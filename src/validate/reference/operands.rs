@@ -1,6 +1,6 @@
 //! Queries and keys of the next layer, as the unmodified graph computes them.
 
-use ndarray::{Array1, Array2, Array3, Array4, s};
+use ndarray::{Array1, Array2, Array3, Array4, ArrayView1, ArrayView2, s};
 
 use super::super::ValidateError;
 use super::super::oracle;
@@ -34,7 +34,7 @@ pub(super) struct Operands<'a> {
     pub(super) present: Option<&'a str>,
     /// Positions `[b, L]` that the tokens kept, where they are not what the
     /// attention counts.
-    pub(super) positions: Option<&'a Array2<i64>>,
+    pub(super) positions: Option<ArrayView2<'a, i64>>,
 }
 
 impl Operands<'_> {
@@ -98,12 +98,16 @@ pub(super) struct Tables {
 
 impl Tables {
     /// What makes an attention that counts from `past` rotate one row's tokens at
-    /// `positions [1, L]`.
-    pub(super) fn at(&self, past: usize, positions: &Array2<i64>) -> Result<Turn, ValidateError> {
-        let length = positions.ncols();
+    /// `positions [L]`.
+    pub(super) fn at(
+        &self,
+        past: usize,
+        positions: ArrayView1<'_, i64>,
+    ) -> Result<Turn, ValidateError> {
+        let length = positions.len();
         let pick = |table: &Array2<f32>| -> Result<Array2<f32>, ValidateError> {
             let mut rows = Array2::zeros((past + length, table.ncols()));
-            for (i, &position) in positions.row(0).iter().enumerate() {
+            for (i, &position) in positions.iter().enumerate() {
                 let row = usize::try_from(position)
                     .ok()
                     .filter(|p| *p < table.nrows());

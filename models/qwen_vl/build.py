@@ -1,0 +1,112 @@
+"""Seeded, random-weight Qwen2.5-VL models: small, but with the structure of the real ones.
+
+Windowed vision attention with full attention in some blocks and in the last, a 2x2 merger behind it, and a
+Qwen2 decoder with biases on queries, keys and values, grouped key heads and M-RoPE: three rows of position
+ids (time, height, width), each of which turns its own part of every head.
+"""
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+LLAVA = Path(__file__).parents[1] / "llava"
+sys.path.append(str(LLAVA))
+import tokens  # noqa: E402
+
+
+def sibling(name: str):
+    """The module of that name beside llava's, which has files called as ours are.
+
+    What it imports by such a name is its own too.
+    """
+    ours = {n: sys.modules.pop(n, None) for n in ("build", "export", "goldens", "cases")}
+    sys.path.insert(0, str(LLAVA))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(LLAVA))
+        for n, module in ours.items():
+            sys.modules.pop(n, None)
+            if module is not None:
+                sys.modules[n] = module
+
+
+llava = sibling("build")
+
+VISION_START, VISION_END = tokens.VOCAB - 2, tokens.VOCAB - 1
+
+
+@dataclass(frozen=True)
+class Size:
+    """Dimensions of one model; `section` splits the turned pairs of a head among the rows of positions."""
+
+    width: int = 32
+    intermediate: int = 48
+    heads: int = 4
+    kv_heads: int = 2
+    layers: int = 5
+    section: tuple[int, int, int] = (1, 1, 2)
+    vision_width: int = 32
+    vision_intermediate: int = 48
+    vision_heads: int = 2
+    vision_layers: int = 4
+    full: tuple[int, ...] = (1, 3)
+    patch: int = 4
+    window: int = 16
+    seed: int = 31
+
+
+SIZE = Size()
+
+
+def config(size: Size = SIZE) -> Qwen2_5_VLConfig:
+    ids = {"bos_token_id": tokens.BOS, "eos_token_id": tokens.EOS, "pad_token_id": tokens.PAD}
+    return Qwen2_5_VLConfig(
+        vision_config={
+            "depth": size.vision_layers,
+            "hidden_size": size.vision_width,
+            "intermediate_size": size.vision_intermediate,
+            "num_heads": size.vision_heads,
+            "out_hidden_size": size.width,
+            "patch_size": size.patch,
+            "window_size": size.window,
+            "fullatt_block_indexes": list(size.full),
+        },
+        text_config={
+            "vocab_size": tokens.VOCAB,
+            "hidden_size": size.width,
+            "intermediate_size": size.intermediate,
+            "num_hidden_layers": size.layers,
+            "num_attention_heads": size.heads,
+            "num_key_value_heads": size.kv_heads,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": list(size.section),
+            },
+            **ids,
+        },
+        image_token_id=tokens.IMAGE,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+        tie_word_embeddings=False,
+        **ids,
+    )
+
+
+def model(_: str = "qwen2.5-vl", attention: str = "eager") -> Qwen2_5_VLForConditionalGeneration:
+    """The model, fp32, with attention implementation `attention`; its weights do not depend on it."""
+    cfg = config()
+    net = Qwen2_5_VLForConditionalGeneration._from_config(cfg, attn_implementation=attention).float().eval()
+    generator = torch.Generator().manual_seed(SIZE.seed)
+    with torch.no_grad():
+        for key, parameter in sorted(net.named_parameters()):
+            parameter.copy_(llava._draw(key, parameter.shape, generator).bfloat16().float())
+        net.lm_head.weight[tokens.silent()] = 0
+    return net.requires_grad_(False)
