@@ -26,7 +26,7 @@ pub use hidden::{hidden_network, network_functions};
 pub use projection::{Packed, PackedWeight, Quantised};
 pub use sets::{DecoderFiles, FileSet, Kind, ROLE_KEY};
 pub use shuffle::Shuffle;
-pub use tower::VisionTower;
+pub use tower::{DEFAULT_FRAMES, VisionTower, takes_clips};
 pub use unfold::Source;
 pub use vlm::{FileModel, Part, Role, Vlm};
 pub use whole::WholeModel;

@@ -17,9 +17,11 @@ use crate::ir::{DataType, Dim, Model, Node, NodeId, ValueId, consts};
 /// A recognised vision tower and projector.
 #[derive(Clone, Debug)]
 pub struct VisionTower {
-    /// `[images, channels, height, width]` pixels.
+    /// `[images, channels, height, width]` pixels, or `[clips, frames, channels, height,
+    /// width]`.
     pub pixels: ValueId,
-    /// Features for the language model, `[images, N, width]` or `[images·N, width]`.
+    /// Features for the language model, `[images, N, width]` or `[images·N, width]`; of
+    /// clips, whose frames the tower sees as images, also `[clips, frames·N, width]`.
     pub features: ValueId,
     /// Position among the graph outputs; none in a whole model, where the features
     /// are an inner value.
@@ -52,6 +54,26 @@ pub struct VisionTower {
     /// The first node behind `entry` that treats its tokens as a grid (pooling,
     /// convolution), by name: fewer tokens make no grid.
     pub grid: Option<String>,
+    /// Whether it takes clips: frames are folded into the batch and merged one by one.
+    pub video: bool,
+    /// Frames of a clip, where the file fixes their number.
+    pub frames: Option<i64>,
+}
+
+/// Frames that Video-LLaVA sees of a clip, where neither file nor configuration says
+/// another number. Source: `num_frames` of the LanguageBind video processor in
+/// Video-LLaVA's repository, and the example of Transformers'
+/// `VideoLlavaForConditionalGeneration`.
+pub const DEFAULT_FRAMES: i64 = 8;
+
+/// Whether a model takes clips: its pixels are an input of rank 5 that is named for
+/// videos. (Towers that take the crops of an image have the same rank.)
+pub fn takes_clips(model: &Model) -> bool {
+    let clip = |v: ValueId| {
+        let shape = model.value(v).ty.as_ref().and_then(|t| t.shape());
+        shape.is_some_and(|s| s.len() == 5) && model.name(v).contains("video")
+    };
+    pixels_of(model).is_some_and(clip)
 }
 
 impl VisionTower {
@@ -189,13 +211,18 @@ impl VisionTower {
             let (tokens, width) = (usize::try_from(tokens).ok()?, usize::try_from(width).ok()?);
             shuffle::find(model, &line[at..], tokens, width, usize::from(cls))
         });
+        let video = takes_clips(model);
         let tokens = match &shuffle {
             Some(found) => {
                 entry = found.output;
                 counted
             }
+            // What a clip gives may be the tokens of all its frames.
+            None if video => counted.or(rows.map(|n| n + i64::from(dropped))),
             None => rows.map(|n| n + i64::from(dropped)).or(counted),
         };
+        let size = model.value(pixels).ty.as_ref().and_then(|t| t.shape());
+        let frames = size.filter(|_| video).and_then(|s| s[1].known());
         let dtype = element_type(model, hidden).unwrap_or(DataType::Float);
         Ok(Self {
             pixels,
@@ -217,6 +244,8 @@ impl VisionTower {
                 .or_else(|| projection_width(model, features)),
             shuffle,
             grid: grid_node(model, entry, &needed),
+            video,
+            frames,
         })
     }
 }

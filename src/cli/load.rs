@@ -6,7 +6,9 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::{Context, anyhow, bail};
 
 use super::Global;
-use crate::arch::{FileModel, Kind, NoMatch, Part, Role, Vlm, WholeModel, cache_heads};
+use crate::arch::{
+    FileModel, Kind, NoMatch, Part, Role, Vlm, WholeModel, cache_heads, takes_clips,
+};
 use crate::ir::{TensorData, verify};
 use crate::onnx::{ModelDir, read};
 use crate::passes::{Recipe, earlier_recipe};
@@ -417,7 +419,8 @@ fn runs_as(part: &Part) -> Kind {
     match model.output("logits") {
         Some(_) if WholeModel::has_interface(model) => Kind::Whole,
         Some(_) if takes("inputs_embeds") => Kind::Decoder,
-        None if takes("pixel_values") => Kind::Vision,
+        None if takes("pixel_values") || takes("pixel_values_images") => Kind::Vision,
+        None if takes_clips(model) => Kind::Video,
         None if takes("input_ids") && model.graph().outputs.len() == 1 => Kind::Embedding,
         _ => Kind::Unknown,
     }

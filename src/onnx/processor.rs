@@ -27,6 +27,13 @@ pub fn patch_processor(
         map.insert("image_seq_length".into(), features.into());
         changed = true;
     }
+    // Video-LLaVA: all frames of a clip, each with its CLS token.
+    let clip = map.get("video_seq_length").and_then(Value::as_i64);
+    if let Some(clip) = clip.filter(|n| patches >= 0 && n % (patches + 1) == 0) {
+        let frames = clip / (patches + 1);
+        map.insert("video_seq_length".into(), (frames * features).into());
+        changed = true;
+    }
     let class = map.get("processor_class").and_then(Value::as_str);
     let llava = class == Some("LlavaProcessor") || map.contains_key("num_additional_image_tokens");
     if name == "processor_config.json" && llava {
