@@ -7,7 +7,7 @@ use serde_json::Value;
 ///
 /// LLaVA's processors (Transformers in Python, transformers.js) compute
 /// ⌊h / patch⌋ · ⌊w / patch⌋ + `num_additional_image_tokens`, less one with the
-/// strategy `default`. `patches` is the grid, `features` what the encoder gives
+/// strategy `default`; Video-LLaVA's counts all of them for each frame of a clip. `patches` is the grid, `features` what the encoder gives
 /// now.
 ///
 /// # Errors
