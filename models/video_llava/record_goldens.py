@@ -1,0 +1,142 @@
+"""Records what the PyTorch reference gives for images and clips.
+
+    python models/video_llava/record_goldens.py [--out models/video_llava/goldens]
+
+Writes OUT/CASE.safetensors and OUT/cases.json. Pixels are not stored: they are SplitMix64 numbers that a
+reader makes itself (`pixels`). A case is refused if double precision would choose other tokens, or if a
+choice was so close that another right implementation could choose otherwise; without a pass the reference
+has to be what Transformers computes.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import network
+from network import FRAMES, SIZE, VIDEO
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import check  # noqa: E402
+import goldens as llava  # noqa: E402
+import inputs  # noqa: E402
+import tokens  # noqa: E402
+from cases import merge, prune, recipe  # noqa: E402
+from reference.recipe import parse  # noqa: E402
+from reference.video_llava import VideoLlava  # noqa: E402
+
+GOLDENS = Path(__file__).parent / "goldens"
+STEPS = 2
+FALL = ((4, 0.5), (6, 0.0))
+LATE = ((3, 0.5), (6, 0.125))
+# What is in the prompt, in order, and the recipe.
+CASES = {
+    "image": (("image",), recipe()),
+    "video": (("video",), recipe()),
+    "image-merge": (("image",), recipe(merge(20, 4))),
+    "video-merge": (("video",), recipe(merge(20, 4))),
+    "video-merge-drop": (("video",), recipe(merge(12, 3, cls="drop", selector="uniform"))),
+    "video-prune": (("video",), recipe(prune(*FALL))),
+    "image-both": (("image",), recipe(merge(20, 4), prune(*FALL))),
+    "video-both": (("video",), recipe(merge(20, 4), prune(*FALL))),
+    "video-both-keep": (("video",), recipe(merge(10, 2), prune(*LATE, positions="keep"))),
+    "image-and-video-both": (("image", "video"), recipe(merge(20, 4), prune(*LATE))),
+    "video-keep-all": (("video",), recipe(merge(82, 0), prune((4, 1.0)))),
+}
+
+
+def pixels(kind: str) -> np.ndarray:
+    """[1, 3, H, W] of an image, [1, FRAMES, 3, H, W] of a clip: the upper byte of SplitMix64 (seed 1 and 2),
+    divided by 64, less 2."""
+    shape = {"image": (1, 3), "video": (1, FRAMES, 3)}[kind] + (SIZE.image, SIZE.image)
+    seed = {"image": 1, "video": 2}[kind]
+    with np.errstate(over="ignore"):
+        steps = np.arange(1, int(np.prod(shape)) + 1, dtype=np.uint64)
+        z = np.uint64(seed) + steps * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return ((z >> np.uint64(56)).astype(np.float32) / 64 - 2).reshape(shape)
+
+
+def play(kinds: tuple[str, ...], passes: dict, net) -> tuple[dict, dict, float]:
+    """Tensors, facts for the JSON file and the smallest margin of one prompt and STEPS greedy steps."""
+    model, dtype = VideoLlava(net, *parse(passes)), net.lm_head.weight.dtype
+    tensors, merged, features = {}, {}, {"image": None, "video": None}
+    ids = [tokens.BOS, 30, 41]
+    for kind in kinds:
+        run = model.image_features if kind == "image" else model.video_features
+        features[kind], chosen = run(torch.from_numpy(pixels(kind)).to(dtype))
+        tensors[f"{kind}_features"] = features[kind].numpy()
+        merged[kind] = [{"dominant": m.dominant, "anchors": m.anchors, "members": m.members} for m in chosen]
+        token = tokens.IMAGE if kind == "image" else VIDEO
+        ids += [token] * features[kind].shape[1] + [52, 63]
+    ids = np.array([ids + [74, 85, 96, 107]], np.int64)
+    mask, past, facts = np.ones_like(ids), None, {"merged": merged, "decode": []}
+    tensors["input_ids"] = ids
+    for step in range(STEPS + 1):
+        positions = check.positions_of(mask)[:, -ids.shape[1] :]
+        given = [torch.from_numpy(x) for x in (ids, mask, positions)]
+        first = step == 0
+        result = model.call(*given, *(features.values() if first else (None, None)), past)
+        past = result.cache
+        tensors["logits" if first else f"step{step - 1}.logits"] = result.logits.numpy()
+        if first:
+            facts["drops"] = [
+                {"after_layer": d.after_layer, "visual_tokens": d.visual.tolist(), "kept": d.kept.tolist()}
+                for d in result.drops
+            ]
+            facts["cache_lengths"] = [c.real.shape[1] for c in past]
+        ids = result.logits.argmax(dim=-1, keepdim=True).numpy()
+        if step < STEPS:
+            facts["decode"].append(int(ids[0, 0]))
+        mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+    return tensors, facts, model.margins.smallest
+
+
+def against_transformers(net) -> None:
+    """Without a pass the reference is the model that Transformers computes, image and clip in one prompt."""
+    tensors, _, _ = play(("image", "video"), recipe(), net)
+    image, clip = (torch.from_numpy(pixels(k)) for k in ("image", "video"))
+    ids = torch.from_numpy(tensors["input_ids"])
+    want = net(input_ids=ids, pixel_values=image, pixel_values_videos=clip).logits[:, -1].numpy()
+    apart = float(np.abs(want - tensors["logits"]).max() / want.std())
+    if not apart < 1e-5:
+        raise RuntimeError(f"the reference differs from Transformers by {apart:.1e} of a standard deviation")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=GOLDENS)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    torch.set_grad_enabled(False)
+    args.out.mkdir(parents=True, exist_ok=True)
+    net, exact = network.model(), network.model().double()
+    against_transformers(net)
+    index = []
+    for key, (kinds, passes) in CASES.items():
+        tensors, facts, margin = play(kinds, passes, net)
+        more, same, _ = play(kinds, passes, exact)
+        if facts != same:
+            raise RuntimeError(f"{key}: double precision chooses other tokens")
+        if margin < llava.MARGIN:
+            raise RuntimeError(f"{key}: a choice was made by {margin:.1e}, expected at least {llava.MARGIN:.0e}")
+        floats = [t for t in tensors if tensors[t].dtype == np.float32]
+        error = max(float(np.abs(tensors[t] - more[t]).max() / more[t].std()) for t in floats)
+        inputs.save({k: np.ascontiguousarray(v) for k, v in sorted(tensors.items())}, args.out / f"{key}.safetensors")
+        closest = margin if np.isfinite(margin) else None
+        index.append({"name": key, "recipe": passes, "contents": list(kinds), "smallest_margin": closest, **facts})
+        print(f"{key:24} margin {margin:8.1e}  fp32 against fp64 {error:.1e} of a standard deviation")
+    head = {"schema_version": 1, "frames": FRAMES, "image_token_id": tokens.IMAGE, "video_token_id": VIDEO}
+    text = llava.compact({**head, "cases": index})
+    json.loads(text)
+    (args.out / "cases.json").write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
