@@ -428,13 +428,20 @@ fn built_in_recipes_are_the_files_of_the_passes_folder_and_meet_their_budgets() 
         let prune = recipe
             .pass::<duet_onnx::passes::VisualPrune>()
             .expect("a schedule");
-        let out = duet_onnx::passes::merge_budget(merge, 576, true).total();
+        // Video-LLaVA's budgets are of each of 8 frames.
+        let (patches, frames) = match name.starts_with("video-llava") {
+            true => (256, 8),
+            false => (576, 1),
+        };
+        let out = frames * duet_onnx::passes::merge_budget(merge, patches, true).total();
         let layers = if name == "demo" { 16 } else { 32 };
         let counts = prune.tokens_per_layer(out, layers);
         let average = counts.iter().sum::<i64>() as f64 / layers as f64;
         let expected = match name {
             "llava-1.5-192" => 191.75,
             "llava-1.5-64" => 63.75,
+            "video-llava-960" => 960.0,
+            "video-llava-136" => 136.0,
             _ => 126.25,
         };
         assert!((average - expected).abs() < 1e-9, "{name}: {average}");

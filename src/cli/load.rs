@@ -29,6 +29,14 @@ pub(super) const RECIPES: &[(&str, &str)] = &[
         "llava-1.5-64",
         include_str!("../../passes/llava-1.5-64.yaml"),
     ),
+    (
+        "video-llava-136",
+        include_str!("../../passes/video-llava-136.yaml"),
+    ),
+    (
+        "video-llava-960",
+        include_str!("../../passes/video-llava-960.yaml"),
+    ),
 ];
 
 /// A recipe by name or file.

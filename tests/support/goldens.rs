@@ -119,7 +119,7 @@ impl Outcome {
 }
 
 /// The tensors of a safetensors file.
-fn tensors(path: &Path) -> HashMap<String, Tensor> {
+pub(crate) fn tensors(path: &Path) -> HashMap<String, Tensor> {
     let bytes = fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let file = SafeTensors::deserialize(&bytes).unwrap_or_else(|e| panic!("{e}"));
     let read = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
@@ -162,7 +162,7 @@ fn normalise(crop: &Tensor, config: &serde_json::Value) -> Tensor {
     Tensor::new(crop.shape().to_vec(), data.collect::<Vec<_>>()).expect("as many pixels as before")
 }
 
-fn integers(tensor: &Tensor) -> Array2<i64> {
+pub(crate) fn integers(tensor: &Tensor) -> Array2<i64> {
     let [rows, columns] = *tensor.shape() else {
         panic!("{:?} is no matrix", tensor.shape());
     };

@@ -46,6 +46,18 @@ pub(crate) fn fixture(name: &str) -> Vlm {
 
 /// The parts of a model directory, recognised: one of each.
 pub(crate) fn fixture_at(path: &Path) -> Vlm {
+    let vlm = recognised(path);
+    let found = (vlm.towers().count(), vlm.decoders().count());
+    assert!(
+        found.0 == 1 && found.1 >= 1,
+        "{}: towers and decoders {found:?}",
+        path.display()
+    );
+    vlm
+}
+
+/// The parts of a model directory, whatever they are.
+pub(crate) fn recognised(path: &Path) -> Vlm {
     let name = path.display();
     let dir = ModelDir::open(path).unwrap_or_else(|e| panic!("{name}: {e}"));
     let mut models = Vec::new();
@@ -55,13 +67,7 @@ pub(crate) fn fixture_at(path: &Path) -> Vlm {
         verify(&model).unwrap_or_else(|e| panic!("{}: {e}", at.display()));
         models.push((file.relative.clone(), file.variant.clone(), model));
     }
-    let vlm = Vlm::new(models);
-    let found = (vlm.towers().count(), vlm.decoders().count());
-    assert!(
-        found.0 == 1 && found.1 >= 1,
-        "{name}: towers and decoders {found:?}"
-    );
-    vlm
+    Vlm::new(models)
 }
 
 /// Whole models in one file, of the same weights as the fixtures whose names end as theirs.
@@ -207,7 +213,7 @@ fn contents(model: &Model) -> Vec<u8> {
 
 /// Opens a model's decoder, in one file or two, with the kept indices of every drop point as
 /// further outputs.
-fn open_decoder(vlm: &Vlm) -> Decoder {
+pub(crate) fn open_decoder(vlm: &Vlm) -> Decoder {
     let mut vlm = vlm.clone();
     let all: Vec<usize> = vlm.decoders().map(|(i, _)| i).collect();
     // The graph that goes on from a cache, or the only one.
