@@ -407,6 +407,8 @@ pub(super) enum Runnable {
 #[derive(Debug)]
 pub(super) struct Trio {
     pub(super) vision: PathBuf,
+    /// What sees clips, if the model has that.
+    pub(super) video: Option<PathBuf>,
     pub(super) embed: PathBuf,
     pub(super) decoder: PathBuf,
     /// The graph that starts the cache, where `decoder` only goes on from one.
@@ -489,9 +491,15 @@ pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(Model
     let decoder = pick(Kind::Decoder, "decoder (embeddings → logits, cache)")?;
     // The branches of one file choose by themselves.
     let prompt = set.decoder.and_then(|d| d.prompt).map(file);
+    let video = find(Kind::Video);
     let trio = Trio {
         heads: cache_heads(&vlm.parts[decoder].model).and_then(heads_of),
-        vision: file(pick(Kind::Vision, "vision encoder (pixels → features)")?),
+        // A model that sees clips only has no other encoder.
+        vision: match (find(Kind::Vision), video) {
+            (None, Some(video)) => file(video),
+            _ => file(pick(Kind::Vision, "vision encoder (pixels → features)")?),
+        },
+        video: video.map(file),
         embed: file(pick(Kind::Embedding, "token embedding (ids → embeddings)")?),
         prompt: prompt.filter(|p| *p != file(decoder)),
         decoder: file(decoder),

@@ -4,7 +4,7 @@ use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ndarray::Array2;
+use ndarray::{Array2, Axis};
 
 use super::decoder::{Cache, CacheHeads, Decoder, StepInput};
 use super::error::{Result, RuntimeError};
@@ -14,8 +14,9 @@ use super::sampling::{Sampler, Sampling};
 use super::session::{Session, SessionOptions};
 use super::template::Message;
 use super::tensor::Tensor;
-use super::text::{Detokenizer, TextProcessor};
+use super::text::{Detokenizer, ImageToken, TextProcessor};
 use super::value::Value;
+use super::video::ClipProcessor;
 use super::vision::{Embedder, VisionEncoder, scatter};
 
 /// Where the parts of a model are.
@@ -69,7 +70,7 @@ pub struct Prepared {
     pub salient: Vec<bool>,
     /// `[1, tokens, width]`.
     pub embeds: Value,
-    /// Number of features of each image.
+    /// Number of features of each image or clip, in the prompt's order.
     pub features_per_image: Vec<usize>,
     /// Time of the vision encoder.
     pub vision_time: Duration,
@@ -148,6 +149,82 @@ pub struct VlmPipeline {
     pub text: TextProcessor,
     /// Images to pixels.
     pub images: ImageProcessor,
+    /// What sees clips, if the model has that.
+    pub clips: Option<ClipEncoder>,
+}
+
+/// The part of a model that sees clips.
+#[derive(Debug)]
+pub struct ClipEncoder {
+    /// Pixels `[clips, frames, 3, height, width]` to features.
+    pub encoder: VisionEncoder,
+    /// Frames to pixels.
+    pub processor: ClipProcessor,
+    /// Frames of a clip, where the model takes one number only.
+    pub fixed: Option<usize>,
+}
+
+impl ClipEncoder {
+    /// Opens an encoder of clips; `configs` is the model's directory.
+    ///
+    /// # Errors
+    /// The file does not load or takes no clips, or a configuration is damaged.
+    pub fn open(file: &Path, configs: &Path, options: &SessionOptions) -> Result<Self> {
+        let processor = ClipProcessor::from_dir(configs)?;
+        let session = Session::open(file, options)?;
+        let dims = session.inputs().first().map(|port| port.dims.clone());
+        let dims = dims.filter(|d| d.len() == 5);
+        let fixed = dims
+            .as_ref()
+            .ok_or_else(|| RuntimeError::Interface {
+                model: session.model().to_string(),
+                expected: "an encoder of clips, pixels [clips, frames, 3, height, width]".into(),
+                found: session
+                    .inputs()
+                    .iter()
+                    .map(ToString::to_string)
+                    .collect::<Vec<_>>()
+                    .join(", "),
+            })?
+            .get(1)
+            .and_then(|dim| dim.fixed());
+        Ok(Self {
+            encoder: VisionEncoder::new(session)?,
+            processor,
+            fixed,
+        })
+    }
+
+    /// Frames to take of a clip: what the file fixes, else what the configuration says, else `usual`.
+    pub fn frames(&self, usual: usize) -> usize {
+        self.fixed.or(self.processor.frames).unwrap_or(usual)
+    }
+
+    /// Features of each clip, `[frames · features, width]`, frames in order.
+    ///
+    /// # Errors
+    /// A clip has no frames, or not as many as the model takes; a frame cannot be resized; the run fails.
+    pub fn encode(&mut self, clips: &[Vec<Pixels>]) -> Result<Vec<Tensor>> {
+        let mut features = Vec::with_capacity(clips.len());
+        for clip in clips {
+            if clip.is_empty() || self.fixed.is_some_and(|n| n != clip.len()) {
+                return Err(RuntimeError::Prompt(format!(
+                    "a clip has {} frames; expected {}",
+                    clip.len(),
+                    self.fixed.map_or("1 or more".into(), |n| n.to_string())
+                )));
+            }
+            let frames = clip
+                .iter()
+                .map(|frame| self.processor.images.process(frame))
+                .collect::<Result<Vec<_>>>()?;
+            let views: Vec<_> = frames.iter().map(|frame| frame.view()).collect();
+            let all = ndarray::stack(Axis(0), &views);
+            let all = all.map_err(|e| RuntimeError::Tensor(e.to_string()))?;
+            features.extend(self.encoder.run(all.insert_axis(Axis(0)).into())?);
+        }
+        Ok(features)
+    }
 }
 
 impl VlmPipeline {
@@ -178,7 +255,15 @@ impl VlmPipeline {
             decoder: Decoder::with_heads(Session::open(&files.decoder, options)?, heads)?,
             text,
             images,
+            clips: None,
         })
+    }
+
+    /// Adds what sees clips.
+    #[must_use]
+    pub fn with_clips(mut self, clips: ClipEncoder) -> Self {
+        self.clips = Some(clips);
+        self
     }
 
     /// Adds the decoder graph that runs over a prompt, where the model's decoder only goes on from a cache.
@@ -208,10 +293,30 @@ impl VlmPipeline {
     /// # Errors
     /// The template fails, the images do not match the conversation, or a run fails.
     pub fn prepare(&mut self, messages: &[Message], images: &[Pixels]) -> Result<Prepared> {
+        self.prepare_with_clips(messages, images, &[])
+    }
+
+    /// The same with clips, each given as its frames; `clips` are those of all messages, in order.
+    ///
+    /// # Errors
+    /// As [`prepare`](Self::prepare); there are clips and the model sees none.
+    pub fn prepare_with_clips(
+        &mut self,
+        messages: &[Message],
+        images: &[Pixels],
+        clips: &[Vec<Pixels>],
+    ) -> Result<Prepared> {
         check_images(messages, images.len())?;
+        let mentioned: usize = messages.iter().map(Message::clips).sum();
+        if mentioned != clips.len() {
+            return Err(RuntimeError::Prompt(format!(
+                "the conversation mentions {mentioned} clips, {} are given",
+                clips.len()
+            )));
+        }
         let prompt = self.text.render(messages)?;
         let question = question(&prompt, messages);
-        self.prepare_prompt(prompt, question, images)
+        self.prepare_all(prompt, question, images, clips)
     }
 
     /// Prepares a prompt that is written out already, with one placeholder for each image. `question` is the
@@ -225,8 +330,27 @@ impl VlmPipeline {
         question: Range<usize>,
         images: &[Pixels],
     ) -> Result<Prepared> {
+        self.prepare_all(prompt, question, images, &[])
+    }
+
+    fn prepare_all(
+        &mut self,
+        prompt: String,
+        question: Range<usize>,
+        images: &[Pixels],
+        clips: &[Vec<Pixels>],
+    ) -> Result<Prepared> {
         let start = Instant::now();
-        let features = self.encode_images(images)?;
+        let mut features = Seen {
+            images: self.encode_images(images)?,
+            clips: Vec::new(),
+        };
+        if !clips.is_empty() {
+            let encoder = self.clips.as_mut().ok_or_else(|| {
+                RuntimeError::Prompt("the model has no encoder of clips (pixels of rank 5)".into())
+            })?;
+            features.clips = encoder.encode(clips)?;
+        }
         let vision_time = start.elapsed();
         let encoded = self.text.encode(&prompt)?;
         let salient = salient_mask(&prompt, &encoded.offsets, question);
@@ -267,7 +391,10 @@ impl VlmPipeline {
         let question = question.start.max(from) - from..question.end.max(from) - from;
 
         let start = Instant::now();
-        let features = self.encode_images(images)?;
+        let features = Seen {
+            images: self.encode_images(images)?,
+            clips: Vec::new(),
+        };
         let vision_time = start.elapsed();
         let encoded = self.text.encode_raw(begun, false)?;
         let mut salient = salient_mask(begun, &encoded.offsets, question);
@@ -291,11 +418,16 @@ impl VlmPipeline {
         prompt: String,
         ids: Vec<u32>,
         salient: Vec<bool>,
-        features: Vec<Tensor>,
+        features: Seen,
         vision_time: Duration,
     ) -> Result<Prepared> {
-        let features_per_image: Vec<usize> = features.iter().map(|f| f.shape()[0]).collect();
-        let expanded = self.text.expand(&ids, &features_per_image)?;
+        let rows = |of: &[Tensor]| of.iter().map(|f| f.shape()[0]).collect::<Vec<usize>>();
+        let (images, clips) = (rows(&features.images), rows(&features.clips));
+        let expanded = self.text.expand_both(&ids, &images, &clips)?;
+        let id = |token: Option<&ImageToken>| token.map(|t| t.id);
+        let tokens = (id(self.text.image_token()), id(self.text.video_token()));
+        let features = features.in_order(&ids, tokens.0, tokens.1);
+        let features_per_image = rows(&features);
         let salient = expanded
             .source
             .iter()
@@ -388,6 +520,32 @@ impl VlmPipeline {
         }
         writing.finish(&mut generation)?;
         Ok(generation)
+    }
+}
+
+/// Features of the images and clips of a prompt.
+struct Seen {
+    images: Vec<Tensor>,
+    clips: Vec<Tensor>,
+}
+
+impl Seen {
+    /// All of them in the order in which the prompt has their placeholders.
+    fn in_order(self, ids: &[u32], image: Option<u32>, clip: Option<u32>) -> Vec<Tensor> {
+        if self.clips.is_empty() {
+            return self.images;
+        }
+        let count = self.images.len() + self.clips.len();
+        let (mut images, mut clips) = (self.images.into_iter(), self.clips.into_iter());
+        let mut all = Vec::with_capacity(count);
+        for id in ids {
+            if Some(*id) == clip {
+                all.extend(clips.next());
+            } else if Some(*id) == image {
+                all.extend(images.next());
+            }
+        }
+        all
     }
 }
 

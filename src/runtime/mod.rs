@@ -11,6 +11,7 @@
 //! - [`session`] opens and runs models with named tensors ([`value`], [`tensor`]), [`providers`] knows execution
 //!   providers by name;
 //! - [`image`], [`text`] and [`template`] do what a model's configuration files say;
+//! - [`video`] takes frames out of clips;
 //! - [`vision`] and [`decoder`] run the parts of a VLM at the level of tensors, batches and caches;
 //! - [`whole`] runs a model that is all of these in one file;
 //! - [`generate`] puts them together; [`sampling`] picks tokens, [`salient`] marks the words that matter;
@@ -34,6 +35,7 @@ pub mod tensor;
 pub mod text;
 pub mod tract;
 pub mod value;
+pub mod video;
 pub mod vision;
 pub mod whole;
 
@@ -43,7 +45,7 @@ mod test_models;
 pub use decoder::{Cache, CacheHeads, Decoder, StepInput, StepOutput};
 pub use error::RuntimeError;
 pub use generate::{
-    GenerateOptions, Generation, Prepared, Stop, Timing, Token, VlmFiles, VlmPipeline,
+    ClipEncoder, GenerateOptions, Generation, Prepared, Stop, Timing, Token, VlmFiles, VlmPipeline,
 };
 pub use image::{ImageProcessor, Pixels};
 pub use library::{Library, Runtime, ensure};
@@ -53,5 +55,6 @@ pub use template::{ChatTemplate, Content, Message, Part};
 pub use tensor::{DType, Tensor, TensorData};
 pub use text::TextProcessor;
 pub use value::Value;
+pub use video::ClipProcessor;
 pub use vision::{Embedder, VisionEncoder, pixel_mask, scatter};
 pub use whole::{WholeInput, WholeModel, WholeOutput, WholePipeline, WholePrompt};
