@@ -21,7 +21,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 import network
-from network import FRAMES, SIZE, VIDEO
+from network import FRAMES, SIZES, VIDEO, Size
 
 # network puts LLaVA's scripts on the path.
 import check  # noqa: E402
@@ -33,18 +33,24 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 @dataclass(frozen=True)
 class Form:
-    """One way of exporting. `joined`: the frames of a clip come out as one list of tokens."""
+    """One way of exporting. `joined`: the frames of a clip come out as one list of tokens.
+
+    `size` "true" has the geometry of Video-LLaVA-7B (224 px, 257 tokens of a frame, 32 decoder layers) and small
+    widths: what the recipes of `passes/` are for.
+    """
 
     attention: str
     opset: int
     dynamo: bool
     joined: bool
     external: bool = False
+    size: str = "small"
 
 
 FORMS = {
     "ts-sdpa": Form("sdpa", 17, False, joined=False),
     "dynamo18": Form("sdpa", 18, True, joined=True),
+    "geometry": Form("sdpa", 17, False, joined=False, size="true"),
 }
 
 
@@ -79,9 +85,9 @@ class VideoEncoder(nn.Module):
         return features
 
 
-def parts(net, form: Form) -> list[llava.Part]:
+def parts(net, form: Form, size: Size) -> list[llava.Part]:
     g = torch.Generator().manual_seed(0)
-    side = SIZE.image
+    side = size.image
     out = {0: "batch_size", 1: "video_tokens"} if form.joined else {0: "batch_frames"}
     return [
         llava.Part(
@@ -100,23 +106,23 @@ def parts(net, form: Form) -> list[llava.Part]:
             ["video_features"],
             {"pixel_values_videos": {0: "batch_size", 1: "num_frames"}, "video_features": out},
         ),
-        *llava.language_parts(net, SIZE),
+        *llava.language_parts(net, size),
     ]
 
 
-def configs(net, folder: Path) -> None:
+def configs(net, folder: Path, size: Size) -> None:
     """The JSON files around the graphs, as Transformers' VideoLlavaProcessor saves them."""
     config = json.loads(net.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)
     tokens.dump(config, folder / "config.json")
     ids = {"bos_token_id": tokens.BOS, "eos_token_id": tokens.EOS, "pad_token_id": tokens.PAD}
     tokens.dump({"_from_model_config": True, **ids}, folder / "generation_config.json")
-    square = {"height": SIZE.image, "width": SIZE.image}
+    square = {"height": size.image, "width": size.image}
     pictures = {
         "processor_class": "VideoLlavaProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": SIZE.image},
+        "size": {"shortest_edge": size.image},
         "resample": 3,
         "do_center_crop": True,
         "crop_size": square,
@@ -135,7 +141,7 @@ def configs(net, folder: Path) -> None:
             "image_token": "<image>",
             "video_token": network.VIDEO_TOKEN,
             "num_additional_image_tokens": 1,
-            "patch_size": SIZE.patch,
+            "patch_size": size.patch,
             "vision_feature_select_strategy": "default",
         },
         folder / "processor_config.json",
@@ -165,21 +171,21 @@ class Files:
         return self.session(name).run(None, feed)
 
 
-def compare(folder: Path, net) -> dict[str, float]:
+def compare(folder: Path, net, size: Size) -> dict[str, float]:
     """Largest absolute differences from PyTorch: an image and a clip in one prompt, then one token."""
     files, rng = Files(folder), np.random.default_rng(3)
-    image = rng.standard_normal((1, 3, SIZE.image, SIZE.image)).astype(np.float32)
-    clips = rng.standard_normal((2, 4, 3, SIZE.image, SIZE.image)).astype(np.float32)
+    image = rng.standard_normal((1, 3, size.image, size.image)).astype(np.float32)
+    clips = rng.standard_normal((2, 4, 3, size.image, size.image)).astype(np.float32)
     result = {}
     features = files.run("vision_encoder", {"pixel_values_images": image})[0]
-    video = files.run("video_encoder", {"pixel_values_videos": clips})[0].reshape(2, -1, SIZE.width)
+    video = files.run("video_encoder", {"pixel_values_videos": clips})[0].reshape(2, -1, size.width)
     rows = [tokens.BOS, 20, *[tokens.IMAGE] * features.shape[1], 30, *[VIDEO] * video.shape[1], 40, 41, 42]
     ids = np.array([rows], np.int64)
     embeds = files.run("embed_tokens", {"input_ids": ids})[0]
     embeds[ids == tokens.IMAGE], embeds[ids == VIDEO] = features[0], video[0]
     mask = np.ones_like(ids)
-    heads = (1, SIZE.kv_heads, 0, SIZE.width // SIZE.heads)
-    past = {n: np.zeros(heads, np.float32) for n in llava.cache_names("past_key_values", SIZE.layers)}
+    heads = (1, size.kv_heads, 0, size.width // size.heads)
+    past = {n: np.zeros(heads, np.float32) for n in llava.cache_names("past_key_values", size.layers)}
     feed = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": check.positions_of(mask), **past}
     logits, *cache = files.run("decoder_model_merged", feed)
     given = [torch.from_numpy(x) for x in (ids, image, clips[:1])]
@@ -198,7 +204,7 @@ def compare(folder: Path, net) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FIXTURES)
-    parser.add_argument("names", nargs="*", default=list(FORMS), metavar="NAME", help=", ".join(FORMS))
+    parser.add_argument("names", nargs="*", default=["ts-sdpa", "dynamo18"], metavar="NAME", help=", ".join(FORMS))
     args = parser.parse_args()
     unknown = [n for n in args.names if n not in FORMS]
     if unknown:
@@ -207,13 +213,14 @@ def main() -> int:
     worst = 0.0
     for name in args.names:
         form, folder = FORMS[name], args.out / name
-        net = network.model(form.attention)
+        size = SIZES[form.size]
+        net = network.model(form.attention, size)
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "onnx").mkdir(parents=True)
-        configs(net, folder)
-        for part in parts(net, form):
+        configs(net, folder, size)
+        for part in parts(net, form, size):
             llava.export(part, form, folder / "onnx")
-        for what, difference in compare(folder, network.model("eager")).items():
+        for what, difference in compare(folder, network.model("eager", size), size).items():
             print(f"{name:10} {what:10} max |onnx - torch| = {difference:.2e}")
             worst = max(worst, difference)
     if not worst < check.TOLERANCE:

@@ -22,6 +22,7 @@ FRAMES = 8
 VIDEO_TOKEN = "<video>"
 VIDEO = len(tokens.SPECIALS)
 SIZE = Size(126, 32, 32, 4, 5, 32, 64, 4, 4, 8, seed=31)
+SIZES = {"small": SIZE, "true": Size(224, 32, 32, 4, 5, 32, 64, 4, 4, 32, seed=32)}
 
 
 def tokenizer():

@@ -124,6 +124,14 @@ impl VisionTower {
         if model.input("input_ids").is_some() {
             return fail("it takes input_ids beside the pixels, as a whole model does".into());
         }
+        if let Some(other) = second_pixels(model, pixels) {
+            return fail(format!(
+                "it takes pixels twice, '{}' and '{}': towers for images and for clips in one file are not \
+                 supported; export a file for each",
+                model.name(pixels),
+                model.name(other)
+            ));
+        }
         let reached = descendants(model, &[pixels], true);
         let is_features = |v: &ValueId| {
             let ty = model.value(*v).ty.as_ref().and_then(|t| t.dtype());
@@ -266,6 +274,23 @@ pub(super) fn pixels_of(model: &Model) -> Option<ValueId> {
         !constant && !cache && rank(v).is_some_and(fits)
     };
     model.graph().inputs.iter().copied().find(is_image)
+}
+
+/// Another input of floating-point pixels.
+fn second_pixels(model: &Model, first: ValueId) -> Option<ValueId> {
+    let is_pixels = |&v: &ValueId| {
+        let ty = model.value(v).ty.as_ref();
+        let rank = ty.and_then(|t| t.shape()).map_or(0, <[Dim]>::len);
+        let constant = model.value(v).initializer.is_some();
+        let float = ty.and_then(|t| t.dtype()).is_some_and(DataType::is_float);
+        v != first
+            && float
+            && !constant
+            && (4..=5).contains(&rank)
+            && model.name(v).contains("pixel")
+            && !CacheNames::takes(model.name(v))
+    };
+    model.graph().inputs.iter().copied().find(is_pixels)
 }
 
 /// What is missing where there are no pixels.
