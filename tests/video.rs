@@ -6,12 +6,16 @@
 
 #![allow(clippy::print_stdout, reason = "tests print what they measured")]
 
+mod commands;
 #[macro_use]
 mod support;
 
 use std::collections::HashMap;
+use std::io::Read;
+use std::path::PathBuf;
 
-use duet_onnx::arch::{Kind, Vlm};
+use duet_onnx::arch::{Kind, Role, Vlm};
+use duet_onnx::onnx::read;
 use duet_onnx::runtime::{Embedder, StepInput, Tensor, Value, VisionEncoder, scatter};
 use duet_onnx::validate::scenario::Seeded;
 use ndarray::Array2;
@@ -26,8 +30,33 @@ use support::models::{
 /// Largest allowed difference from PyTorch, in standard deviations of the reference's values.
 const LIMIT: f64 = 1e-4;
 
+fn folder() -> PathBuf {
+    root().join("models/video_llava/fixtures/ts-sdpa")
+}
+
+/// The TorchScript export: the frames of clips come out as images of their own, `[clips·frames, N, D]`.
 fn fixture() -> Vlm {
-    recognised(&root().join("models/video_llava/fixtures/ts-sdpa"))
+    recognised(&folder())
+}
+
+/// The same with the video encoder of the dynamo exporter, whose frames come out in one list,
+/// `[clips, frames·N, D]`: a product of the number of frames and of the tokens of one, which is baked in.
+fn joined() -> Vlm {
+    let mut vlm = fixture();
+    let path = root().join("models/video_llava/fixtures/joined/video_encoder.onnx.gz");
+    let packed = std::fs::read(&path).expect("the packed encoder");
+    let mut bytes = Vec::new();
+    flate2::read::GzDecoder::new(packed.as_slice())
+        .read_to_end(&mut bytes)
+        .expect("gzip");
+    let place = tempfile::tempdir().expect("a folder");
+    let file = place.path().join("video_encoder.onnx");
+    std::fs::write(&file, bytes).expect("written");
+    let model = read(&file).expect("a model");
+    let at = vlm.set("").video.expect("a video encoder");
+    vlm.parts[at].role = Role::of(&model);
+    vlm.parts[at].model = model;
+    vlm
 }
 
 /// The pixels that the goldens were recorded with: the upper byte of SplitMix64, divided by 64, less 2.
@@ -87,8 +116,22 @@ fn list(json: &Json) -> Vec<usize> {
 }
 
 #[test]
-fn reproduces_pytorch() {
-    let base = fixture();
+fn frames_as_images_reproduce_pytorch() {
+    reproduces_pytorch(&fixture());
+}
+
+#[test]
+fn frames_in_one_list_reproduce_pytorch() {
+    let vlm = joined();
+    let (at, _) = vlm.towers().find(|(_, t)| t.video).expect("a video tower");
+    let output = vlm.parts[at].model.graph().outputs[0];
+    let stated = vlm.parts[at].model.value(output).ty.as_ref();
+    let dims = stated.and_then(|t| t.shape()).expect("a shape");
+    assert!(dims[1].to_string().contains("82*"), "{:?}", dims[1]);
+    reproduces_pytorch(&vlm);
+}
+
+fn reproduces_pytorch(base: &Vlm) {
     let folder = root().join("models/video_llava/goldens");
     let text = std::fs::read_to_string(folder.join("cases.json")).expect("cases.json");
     let goldens: Json = serde_json::from_str(&text).expect("cases.json");
@@ -98,7 +141,7 @@ fn reproduces_pytorch() {
     for case in cases {
         let name = case["name"].as_str().expect("a name");
         let stored = tensors(&folder.join(format!("{name}.safetensors")));
-        let vlm = rewritten(&base, &case["recipe"].to_string());
+        let vlm = rewritten(base, &case["recipe"].to_string());
         let mut features = Vec::new();
         for kind in case["contents"].as_array().expect("contents") {
             let kind = kind.as_str().expect("a kind");
@@ -209,7 +252,11 @@ fn two_towers_are_one_model() {
     // Written files are told by their stamp and their interface.
     let text = recipe_text(&[("token_merge", "{dominant: 9, contextual: 2}")], "");
     let again = rewritten(&vlm, &text);
-    let kinds: Vec<Kind> = again.parts.iter().map(duet_onnx::arch::Part::kind).collect();
+    let kinds: Vec<Kind> = again
+        .parts
+        .iter()
+        .map(duet_onnx::arch::Part::kind)
+        .collect();
     assert!(kinds.contains(&Kind::Video) && kinds.contains(&Kind::Vision));
     assert_eq!(again.ambiguous(), None);
 }
@@ -248,6 +295,83 @@ fn frames_do_not_see_each_other() {
     let one = rows(1, 8);
     for (clips, frames) in [(2, 4), (8, 1)] {
         let apart = difference(&one, &rows(clips, frames));
-        assert!(apart < 1e-5, "{clips} clips of {frames} frames: {apart:.1e}");
+        assert!(
+            apart < 1e-5,
+            "{clips} clips of {frames} frames: {apart:.1e}"
+        );
     }
+}
+
+/// `duet run --video` on the clip that ships: frames, placeholders, both towers, and the answer that PyTorch gives.
+#[test]
+fn a_clip_is_asked_about() {
+    commands::runtime();
+    let path = root().join("models/video_llava/goldens/clip.json");
+    let golden: Json =
+        serde_json::from_str(&std::fs::read_to_string(path).expect("clip.json")).expect("JSON");
+    let clip = commands::source("models/video_llava/images/ball.gif");
+    let picture = commands::source("models/llava/images/street.png");
+    let text = |path: &PathBuf| path.to_str().expect("UTF-8").to_owned();
+    let run = |model: &str, more: &[&str]| {
+        let (clip, prompt) = (text(&clip), golden["prompt"].as_str().expect("a prompt"));
+        let mut arguments = vec!["run", model, "--video", &clip, "--prompt", prompt];
+        arguments.extend(["--max-new-tokens", "4", "--json"]);
+        arguments.extend(more);
+        commands::duet(&arguments).json()
+    };
+    let base = text(&folder());
+    let answer = run(&base, &[]);
+    assert_eq!(answer["tokens"], golden["tokens"]);
+    assert_eq!(answer["visual_tokens"], golden["visual_tokens"]);
+
+    let recipe = recipe_text(
+        &[
+            ("token_merge", "{dominant: 20, contextual: 4}"),
+            (
+                "visual_prune",
+                "{drops: [{after_layer: 4, keep: 0.5}, {after_layer: 6, keep: 0.0}]}",
+            ),
+        ],
+        "",
+    );
+    let place = commands::Place::new(&recipe);
+    let (file, out) = (place.at("recipe.yaml"), place.at("out"));
+    let rewrite = commands::duet(&["rewrite", &base, "--recipe", &file, "--out", &out]);
+    assert_eq!(rewrite.code, 0, "{}", rewrite.stderr);
+    let shown = format!("{}{}", rewrite.stdout, rewrite.stderr);
+    assert!(
+        shown.contains("a clip of 8 frames by layer: 1–4: 192, 5–6: 96, 7–8: 0"),
+        "{shown}"
+    );
+    let answer = run(&out, &["--image", &text(&picture)]);
+    // 24 tokens of the image, 24 of each of 8 frames.
+    assert_eq!(answer["visual_tokens"], 24 * 9);
+    let lengths: Vec<i64> =
+        serde_json::from_value(answer["cache_lengths"].clone()).expect("a list");
+    let words = lengths[0] - 24 * 9;
+    let want = [words + 216, words + 108, words];
+    assert_eq!([lengths[0], lengths[4], lengths[6]], want);
+    let config = std::fs::read_to_string(place.path("out/config.json")).expect("a config");
+    let config: Json = serde_json::from_str(&config).expect("JSON");
+    assert_eq!(
+        (&config["image_seq_length"], &config["video_seq_length"]),
+        (&Json::from(24), &Json::from(192))
+    );
+
+    let valid = commands::duet(&["validate", &base, &out]);
+    assert_eq!(valid.code, 0, "{}{}", valid.stdout, valid.stderr);
+    assert!(
+        valid.stdout.contains("clips: two images"),
+        "{}",
+        valid.stdout
+    );
+
+    let plain = text(&commands::source("models/llava/fixtures/ts-sdpa-mha"));
+    let refused = commands::duet(&["run", &plain, "--video", &text(&clip), "--prompt", "What?"]);
+    assert_eq!(refused.code, 2, "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("sees no clips"),
+        "{}",
+        refused.stderr
+    );
 }

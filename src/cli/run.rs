@@ -10,11 +10,11 @@ use serde_json::json;
 
 use super::load::{self, Runnable, Trio};
 use super::{Engine, Global, ModelArgument, Outcome, print_json};
-use crate::onnx::ModelDir;
 use crate::arch::DEFAULT_FRAMES;
+use crate::onnx::ModelDir;
 use crate::runtime::{
-    ClipEncoder, GenerateOptions, Generation, Message, Pixels, Sampling, Stop, Token, VlmFiles, VlmPipeline,
-    WholePipeline, video,
+    ClipEncoder, GenerateOptions, Generation, Message, Pixels, Sampling, Stop, Token, VlmFiles,
+    VlmPipeline, WholePipeline, video,
 };
 
 /// Arguments of `duet run`.
@@ -82,7 +82,11 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         ..Default::default()
     };
     let prompt = arguments.prompt.as_str();
-    let messages = [Message::user_with(images.len(), arguments.video.len(), prompt)];
+    let messages = [Message::user_with(
+        images.len(),
+        arguments.video.len(),
+        prompt,
+    )];
     let quiet_stream = arguments.json;
     let mut out = anstream::stdout();
     let mut failed = None;

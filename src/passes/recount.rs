@@ -64,7 +64,9 @@ impl Recount {
         let cone = ancestors(model, &[shape], false);
         let only_here = |v: ValueId| {
             let reached = descendants(model, &[v], false);
-            reached.iter().all(|d| *d == v || cone.contains(d) || behind.contains(d))
+            reached
+                .iter()
+                .all(|d| *d == v || cone.contains(d) || behind.contains(d))
         };
         let mut products: Vec<_> = cone
             .iter()

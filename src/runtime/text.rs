@@ -240,12 +240,7 @@ impl TextProcessor {
     ///
     /// # Errors
     /// As [`expand`](Self::expand), of images and of clips.
-    pub fn expand_both(
-        &self,
-        ids: &[u32],
-        images: &[usize],
-        clips: &[usize],
-    ) -> Result<Expanded> {
+    pub fn expand_both(&self, ids: &[u32], images: &[usize], clips: &[usize]) -> Result<Expanded> {
         let image = self.checked("image", self.image_token.as_ref(), ids, images.len())?;
         let own = self.video_token.as_ref();
         let own = own.filter(|token| self.image_token.as_ref() != Some(token));
@@ -412,15 +407,10 @@ fn placeholder(
         .find_map(|key| id_list(model?, key).first().copied());
     match id {
         Some(id) => {
-            let text = tokenizer
-                .id_to_token(id)
-                .or(named)
-                .unwrap_or(usual);
+            let text = tokenizer.id_to_token(id).or(named).unwrap_or(usual);
             Some(ImageToken { id, text })
         }
-        None => named
-            .and_then(by_text)
-            .or_else(|| by_text(usual)),
+        None => named.and_then(by_text).or_else(|| by_text(usual)),
     }
 }
 

@@ -59,7 +59,10 @@ pub fn sample(path: impl AsRef<Path>, count: usize) -> Result<Vec<Pixels>> {
         Ok(()) => video(OsStr::new(FFMPEG), path, count),
         Err(e) if e.kind() == ErrorKind::UnexpectedEof => Err(failed(
             path,
-            format!("{} bytes are no video; expected a folder of frames, a GIF or a video file", meta.len()),
+            format!(
+                "{} bytes are no video; expected a folder of frames, a GIF or a video file",
+                meta.len()
+            ),
         )),
         Err(e) => Err(RuntimeError::io(path)(e)),
     }
@@ -80,7 +83,10 @@ fn pick(wanted: &[usize], mut get: impl FnMut(usize) -> Result<Pixels>) -> Resul
             place.insert(get(index)?);
         }
     }
-    Ok(wanted.iter().filter_map(|i| known.get(i).cloned()).collect())
+    Ok(wanted
+        .iter()
+        .filter_map(|i| known.get(i).cloned())
+        .collect())
 }
 
 fn folder(path: &Path, count: usize) -> Result<Vec<Pixels>> {
@@ -95,7 +101,10 @@ fn folder(path: &Path, count: usize) -> Result<Vec<Pixels>> {
     if files.is_empty() {
         return Err(failed(
             path,
-            format!("the folder holds no frames; expected image files ({})", FRAMES.join(", ")),
+            format!(
+                "the folder holds no frames; expected image files ({})",
+                FRAMES.join(", ")
+            ),
         ));
     }
     files.sort();
@@ -129,7 +138,10 @@ fn gif(path: &Path, count: usize) -> Result<Vec<Pixels>> {
     }
     pick(&wanted, |index| {
         known.remove(&index).ok_or_else(|| {
-            failed(path, format!("frame {index} of {total} was there once and then not"))
+            failed(
+                path,
+                format!("frame {index} of {total} was there once and then not"),
+            )
         })
     })
 }
@@ -138,16 +150,17 @@ fn gif(path: &Path, count: usize) -> Result<Vec<Pixels>> {
 /// often wrong, and to write those that are wanted.
 fn video(ffmpeg: &OsStr, path: &Path, count: usize) -> Result<Vec<Pixels>> {
     let input = std::path::absolute(path).map_err(RuntimeError::io(path))?;
-    let run = |last: &[&OsStr]| -> Result<Vec<u8>> {
+    let attempt = |mode: [&str; 2], last: &[&OsStr]| -> Result<std::process::Output> {
         let plain = ["-nostdin", "-v", "error", "-progress", "pipe:1", "-i"];
         let child = Command::new(ffmpeg)
             .args(plain)
             .arg(&input)
             .args(["-map", "0:v:0"])
+            .args(mode)
             .args(last)
             .stdin(Stdio::null())
             .output();
-        let output = child.map_err(|e| match e.kind() {
+        child.map_err(|e| match e.kind() {
             ErrorKind::NotFound => failed(
                 path,
                 format!(
@@ -157,7 +170,16 @@ fn video(ffmpeg: &OsStr, path: &Path, count: usize) -> Result<Vec<Pixels>> {
                 ),
             ),
             _ => failed(path, format!("{} does not start: {e}", ffmpeg.to_string_lossy())),
-        })?;
+        })
+    };
+    // Every frame as it is, none repeated or left out for an even rate. Before version 5.1 the option had
+    // another name.
+    let run = |last: &[&OsStr]| -> Result<Vec<u8>> {
+        let mut output = attempt(["-fps_mode", "passthrough"], last)?;
+        if !output.status.success() && String::from_utf8_lossy(&output.stderr).contains("fps_mode")
+        {
+            output = attempt(["-vsync", "passthrough"], last)?;
+        }
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
             let said = said.trim().lines().last().unwrap_or("(nothing)").to_owned();
@@ -169,7 +191,9 @@ fn video(ffmpeg: &OsStr, path: &Path, count: usize) -> Result<Vec<Pixels>> {
     let passthrough = ["-f", "null", "-"].map(OsStr::new);
     let report = run(&passthrough)?;
     let report = String::from_utf8_lossy(&report);
-    let counts = report.lines().filter_map(|l| l.trim().strip_prefix("frame="));
+    let counts = report
+        .lines()
+        .filter_map(|l| l.trim().strip_prefix("frame="));
     let total = counts.last().and_then(|n| n.trim().parse::<usize>().ok());
     let Some(total) = total.filter(|n| *n > 0) else {
         return Err(failed(path, "ffmpeg finds no frame in it".into()));
@@ -179,21 +203,24 @@ fn video(ffmpeg: &OsStr, path: &Path, count: usize) -> Result<Vec<Pixels>> {
     once.dedup();
     let place = tempfile::tempdir().map_err(RuntimeError::io(&std::env::temp_dir()))?;
     let chosen: Vec<String> = once.iter().map(|n| format!("eq(n\\,{n})")).collect();
-    // New, even timestamps: a fixed rate then neither repeats nor leaves out a frame.
-    let filter = format!("select={},setpts=N/25/TB", chosen.join("+"));
+    let filter = format!("select={}", chosen.join("+"));
     let target = place.path().join("%06d.png");
-    let options = ["-vf", filter.as_str(), "-r", "25", "-f", "image2"].map(OsStr::new);
+    let options = ["-vf", filter.as_str(), "-f", "image2"].map(OsStr::new);
     let mut last = options.to_vec();
     last.push(target.as_os_str());
     run(&last)?;
+    let written = std::fs::read_dir(place.path()).map_err(RuntimeError::io(place.path()))?;
+    let written = written.count();
+    if written != once.len() {
+        let why = format!(
+            "ffmpeg wrote {written} frames, expected {} of the {total} that it counted",
+            once.len()
+        );
+        return Err(failed(path, why));
+    }
     pick(&wanted, |index| {
         let number = once.iter().position(|n| *n == index).unwrap_or(0) + 1;
-        let file = place.path().join(format!("{number:06}.png"));
-        if !file.is_file() {
-            let why = format!("ffmpeg counted {total} frames and did not write frame {index}");
-            return Err(failed(path, why));
-        }
-        Pixels::open(&file)
+        Pixels::open(place.path().join(format!("{number:06}.png")))
     })
 }
 
@@ -233,7 +260,8 @@ impl ClipProcessor {
             Some(value) => {
                 let count = value.as_u64().and_then(|n| usize::try_from(n).ok());
                 let count = count.filter(|n| (1..=1024).contains(n)).ok_or_else(|| {
-                    let reason = format!("`num_frames` is {value}, expected a number from 1 to 1024");
+                    let reason =
+                        format!("`num_frames` is {value}, expected a number from 1 to 1024");
                     RuntimeError::config(&path, reason)
                 })?;
                 Some(count)

@@ -70,7 +70,9 @@ pub fn check(
             [None, None] => vec![None],
             some => some.into_iter().flatten().map(Some).collect(),
         };
-        let rounds = encoders.iter().flat_map(|e| each.iter().map(move |f| (*e, *f)));
+        let rounds = encoders
+            .iter()
+            .flat_map(|e| each.iter().map(move |f| (*e, *f)));
         for (encoder, files) in rounds {
             let set = FileSet {
                 vision: encoder,
@@ -323,8 +325,7 @@ impl Pair {
                     scores: &scores,
                     tolerance: ties(self.dtype, self.quantised),
                 };
-                let expected =
-                    reference.features(pixels, mask.as_ref(), Some(ranking))?;
+                let expected = reference.features(pixels, mask.as_ref(), Some(ranking))?;
                 tally.near_ties += expected.near_ties;
                 for (want, found) in expected.features.iter().zip(found) {
                     tally.features(want, &found, self.channel)?;

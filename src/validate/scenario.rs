@@ -165,9 +165,10 @@ impl Frame {
             None => rng.images(n, c, h, w).into(),
             Some(frames) => {
                 let all = rng.images(n * frames, c, h, w);
-                Tensor::from(Array5::from_shape_fn((n, frames, c, h, w), |(i, f, c, y, x)| {
-                    all[[i * frames + f, c, y, x]]
-                }))
+                Tensor::from(Array5::from_shape_fn(
+                    (n, frames, c, h, w),
+                    |(i, f, c, y, x)| all[[i * frames + f, c, y, x]],
+                ))
             }
         }
     }

@@ -62,11 +62,7 @@ impl ReferenceVision {
                 let unknown = |rank| vec![Dim::Unknown; rank];
                 let entry = ValueType::tensor(tower.dtype, unknown(3));
                 let projected = projected(model, tower);
-                let dtype = model
-                    .value(projected)
-                    .ty
-                    .as_ref()
-                    .and_then(|t| t.dtype());
+                let dtype = model.value(projected).ty.as_ref().and_then(|t| t.dtype());
                 let features = ValueType::Tensor {
                     dtype: dtype.unwrap_or(DataType::Float),
                     shape: (!tower.video).then(|| unknown(3)),
