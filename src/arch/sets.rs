@@ -13,7 +13,7 @@
 use std::collections::BTreeSet;
 
 use super::decoder::CacheNames;
-use super::tower::takes_clips;
+use super::pixels::takes_clips;
 use super::{NoMatch, Part, Role, Vlm, WholeModel};
 use crate::ir::{DataType, Dim, Model, ValueId};
 

@@ -4,7 +4,7 @@ use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use ndarray::{Array2, Axis};
+use ndarray::Array2;
 
 use super::decoder::{Cache, CacheHeads, Decoder, StepInput};
 use super::error::{Result, RuntimeError};
@@ -16,7 +16,7 @@ use super::template::Message;
 use super::tensor::Tensor;
 use super::text::{Detokenizer, ImageToken, TextProcessor};
 use super::value::Value;
-use super::video::ClipProcessor;
+use super::video::ClipEncoder;
 use super::vision::{Embedder, VisionEncoder, scatter};
 
 /// Where the parts of a model are.
@@ -151,80 +151,6 @@ pub struct VlmPipeline {
     pub images: ImageProcessor,
     /// What sees clips, if the model has that.
     pub clips: Option<ClipEncoder>,
-}
-
-/// The part of a model that sees clips.
-#[derive(Debug)]
-pub struct ClipEncoder {
-    /// Pixels `[clips, frames, 3, height, width]` to features.
-    pub encoder: VisionEncoder,
-    /// Frames to pixels.
-    pub processor: ClipProcessor,
-    /// Frames of a clip, where the model takes one number only.
-    pub fixed: Option<usize>,
-}
-
-impl ClipEncoder {
-    /// Opens an encoder of clips; `configs` is the model's directory.
-    ///
-    /// # Errors
-    /// The file does not load or takes no clips, or a configuration is damaged.
-    pub fn open(file: &Path, configs: &Path, options: &SessionOptions) -> Result<Self> {
-        let processor = ClipProcessor::from_dir(configs)?;
-        let session = Session::open(file, options)?;
-        let dims = session.inputs().first().map(|port| port.dims.clone());
-        let dims = dims.filter(|d| d.len() == 5);
-        let fixed = dims
-            .as_ref()
-            .ok_or_else(|| RuntimeError::Interface {
-                model: session.model().to_string(),
-                expected: "an encoder of clips, pixels [clips, frames, 3, height, width]".into(),
-                found: session
-                    .inputs()
-                    .iter()
-                    .map(ToString::to_string)
-                    .collect::<Vec<_>>()
-                    .join(", "),
-            })?
-            .get(1)
-            .and_then(|dim| dim.fixed());
-        Ok(Self {
-            encoder: VisionEncoder::new(session)?,
-            processor,
-            fixed,
-        })
-    }
-
-    /// Frames to take of a clip: what the file fixes, else what the configuration says, else `usual`.
-    pub fn frames(&self, usual: usize) -> usize {
-        self.fixed.or(self.processor.frames).unwrap_or(usual)
-    }
-
-    /// Features of each clip, `[frames · features, width]`, frames in order.
-    ///
-    /// # Errors
-    /// A clip has no frames, or not as many as the model takes; a frame cannot be resized; the run fails.
-    pub fn encode(&mut self, clips: &[Vec<Pixels>]) -> Result<Vec<Tensor>> {
-        let mut features = Vec::with_capacity(clips.len());
-        for clip in clips {
-            if clip.is_empty() || self.fixed.is_some_and(|n| n != clip.len()) {
-                return Err(RuntimeError::Prompt(format!(
-                    "a clip has {} frames; expected {}",
-                    clip.len(),
-                    self.fixed.map_or("1 or more".into(), |n| n.to_string())
-                )));
-            }
-            let frames = clip
-                .iter()
-                .map(|frame| self.processor.images.process(frame))
-                .collect::<Result<Vec<_>>>()?;
-            let views: Vec<_> = frames.iter().map(|frame| frame.view()).collect();
-            let all = ndarray::stack(Axis(0), &views);
-            let all = all.map_err(|e| RuntimeError::Tensor(e.to_string()))?;
-            features.extend(self.encoder.run(all.insert_axis(Axis(0)).into())?);
-        }
-        Ok(features)
-    }
 }
 
 impl VlmPipeline {

@@ -45,7 +45,7 @@ mod test_models;
 pub use decoder::{Cache, CacheHeads, Decoder, StepInput, StepOutput};
 pub use error::RuntimeError;
 pub use generate::{
-    ClipEncoder, GenerateOptions, Generation, Prepared, Stop, Timing, Token, VlmFiles, VlmPipeline,
+    GenerateOptions, Generation, Prepared, Stop, Timing, Token, VlmFiles, VlmPipeline,
 };
 pub use image::{ImageProcessor, Pixels};
 pub use library::{Library, Runtime, ensure};
@@ -55,6 +55,6 @@ pub use template::{ChatTemplate, Content, Message, Part};
 pub use tensor::{DType, Tensor, TensorData};
 pub use text::TextProcessor;
 pub use value::Value;
-pub use video::ClipProcessor;
+pub use video::{ClipEncoder, ClipProcessor};
 pub use vision::{Embedder, VisionEncoder, pixel_mask, scatter};
 pub use whole::{WholeInput, WholeModel, WholeOutput, WholePipeline, WholePrompt};

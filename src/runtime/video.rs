@@ -14,9 +14,13 @@ use std::process::{Command, Stdio};
 
 use image::codecs::gif::GifDecoder;
 use image::{AnimationDecoder, DynamicImage};
+use ndarray::Axis;
 
 use super::error::{Result, RuntimeError};
 use super::image::{ImageProcessor, Pixels, read_json};
+use super::session::{Session, SessionOptions};
+use super::tensor::Tensor;
+use super::vision::VisionEncoder;
 
 /// Image files that a folder of frames may hold.
 const FRAMES: [&str; 6] = ["png", "jpg", "jpeg", "gif", "bmp", "webp"];
@@ -191,10 +195,12 @@ fn video(ffmpeg: &OsStr, path: &Path, count: usize) -> Result<Vec<Pixels>> {
     let passthrough = ["-f", "null", "-"].map(OsStr::new);
     let report = run(&passthrough)?;
     let report = String::from_utf8_lossy(&report);
-    let counts = report
+    let mut counts = report
         .lines()
         .filter_map(|l| l.trim().strip_prefix("frame="));
-    let total = counts.last().and_then(|n| n.trim().parse::<usize>().ok());
+    let total = counts
+        .next_back()
+        .and_then(|n| n.trim().parse::<usize>().ok());
     let Some(total) = total.filter(|n| *n > 0) else {
         return Err(failed(path, "ffmpeg finds no frame in it".into()));
     };
@@ -271,6 +277,80 @@ impl ClipProcessor {
             images: ImageProcessor::from_json(&config, &path)?,
             frames,
         })
+    }
+}
+
+/// The part of a model that sees clips.
+#[derive(Debug)]
+pub struct ClipEncoder {
+    /// Pixels `[clips, frames, 3, height, width]` to features.
+    pub encoder: VisionEncoder,
+    /// Frames to pixels.
+    pub processor: ClipProcessor,
+    /// Frames of a clip, where the model takes one number only.
+    pub fixed: Option<usize>,
+}
+
+impl ClipEncoder {
+    /// Opens an encoder of clips; `configs` is the model's directory.
+    ///
+    /// # Errors
+    /// The file does not load or takes no clips, or a configuration is damaged.
+    pub fn open(file: &Path, configs: &Path, options: &SessionOptions) -> Result<Self> {
+        let processor = ClipProcessor::from_dir(configs)?;
+        let session = Session::open(file, options)?;
+        let dims = session.inputs().first().map(|port| port.dims.clone());
+        let dims = dims.filter(|d| d.len() == 5);
+        let fixed = dims
+            .as_ref()
+            .ok_or_else(|| RuntimeError::Interface {
+                model: session.model().to_string(),
+                expected: "an encoder of clips, pixels [clips, frames, 3, height, width]".into(),
+                found: session
+                    .inputs()
+                    .iter()
+                    .map(ToString::to_string)
+                    .collect::<Vec<_>>()
+                    .join(", "),
+            })?
+            .get(1)
+            .and_then(|dim| dim.fixed());
+        Ok(Self {
+            encoder: VisionEncoder::new(session)?,
+            processor,
+            fixed,
+        })
+    }
+
+    /// Frames to take of a clip: what the file fixes, else what the configuration says, else `usual`.
+    pub fn frames(&self, usual: usize) -> usize {
+        self.fixed.or(self.processor.frames).unwrap_or(usual)
+    }
+
+    /// Features of each clip, `[frames · features, width]`, frames in order.
+    ///
+    /// # Errors
+    /// A clip has no frames, or not as many as the model takes; a frame cannot be resized; the run fails.
+    pub fn encode(&mut self, clips: &[Vec<Pixels>]) -> Result<Vec<Tensor>> {
+        let mut features = Vec::with_capacity(clips.len());
+        for clip in clips {
+            if clip.is_empty() || self.fixed.is_some_and(|n| n != clip.len()) {
+                return Err(RuntimeError::Prompt(format!(
+                    "a clip has {} frames; expected {}",
+                    clip.len(),
+                    self.fixed.map_or("1 or more".into(), |n| n.to_string())
+                )));
+            }
+            let frames = clip
+                .iter()
+                .map(|frame| self.processor.images.process(frame))
+                .collect::<Result<Vec<_>>>()?;
+            let views: Vec<_> = frames.iter().map(|frame| frame.view()).collect();
+            let all = ndarray::stack(Axis(0), &views);
+            let all = all.map_err(|e| RuntimeError::Tensor(e.to_string()))?;
+            features.extend(self.encoder.run(all.insert_axis(Axis(0)).into())?);
+        }
+        Ok(features)
     }
 }
 
