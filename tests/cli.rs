@@ -425,9 +425,14 @@ fn built_in_recipes_are_the_files_of_the_passes_folder_and_meet_their_budgets() 
         let prune = recipe
             .pass::<duet_onnx::passes::VisualPrune>()
             .expect("a schedule");
+        // Video-LLaVA's budgets are of each of 8 frames.
+        let (patches, frames) = match name.starts_with("video-llava") {
+            true => (256, 8),
+            false => (576, 1),
+        };
         // Without a merge: per hundred tokens.
         let out = match recipe.pass::<duet_onnx::passes::TokenMerge>() {
-            Some(merge) => duet_onnx::passes::merge_budget(merge, 576, true).total(),
+            Some(merge) => frames * duet_onnx::passes::merge_budget(merge, patches, true).total(),
             None if name == "qwen2.5-vl-prune" => 100,
             None => 576,
         };
@@ -444,6 +449,8 @@ fn built_in_recipes_are_the_files_of_the_passes_folder_and_meet_their_budgets() 
             // Of each crop's 576: all, a half, a quarter, an eighth, for eight layers each.
             "llava-next-prune" => 270.0,
             "qwen2.5-vl-prune" => 68.75,
+            "video-llava-960" => 960.0,
+            "video-llava-136" => 136.0,
             _ => 126.25,
         };
         assert!((average - expected).abs() < 1e-9, "{name}: {average}");

@@ -117,6 +117,22 @@ class Part:
 
 def parts(net: LlavaForConditionalGeneration, size: Size) -> list[Part]:
     g = torch.Generator().manual_seed(0)
+    return [
+        Part(
+            "vision_encoder",
+            VisionEncoder(net),
+            (torch.randn(2, 3, size.image, size.image, generator=g),),
+            ["pixel_values"],
+            ["image_features"],
+            {"pixel_values": {0: "batch_size"}, "image_features": {0: "batch_size"}},
+        ),
+        *language_parts(net, size),
+    ]
+
+
+def language_parts(net, size: Size) -> list[Part]:
+    """Embedding and decoder of `net`, whatever its towers are."""
+    g = torch.Generator().manual_seed(1)
     batch, seq, past = 2, 5, 3
     cache = [
         torch.randn(batch, size.kv_heads, past, size.width // size.heads, generator=g) for _ in range(2 * size.layers)
@@ -125,14 +141,6 @@ def parts(net: LlavaForConditionalGeneration, size: Size) -> list[Part]:
     names = cache_names("past_key_values", size.layers)
     presents = cache_names("present", size.layers)
     return [
-        Part(
-            "vision_encoder",
-            VisionEncoder(net),
-            (torch.randn(batch, 3, size.image, size.image, generator=g),),
-            ["pixel_values"],
-            ["image_features"],
-            {"pixel_values": {0: "batch_size"}, "image_features": {0: "batch_size"}},
-        ),
         Part(
             "embed_tokens",
             EmbedTokens(net),

@@ -49,21 +49,25 @@ def corpus() -> list[str]:
     return lines
 
 
-def tokenizer() -> Tokenizer:
-    """Trains the tokenizer; the corpus and the trainer are deterministic, so is the result."""
+def tokenizer(extra: tuple[str, ...] = ()) -> Tokenizer:
+    """Trains the tokenizer; the corpus and the trainer are deterministic, so is the result.
+
+    `extra` special tokens come behind the usual ones.
+    """
+    specials = [*SPECIALS, *extra]
     tok = Tokenizer(models.BPE(unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB,
-        special_tokens=[AddedToken(t, special=True, normalized=False) for t in SPECIALS],
+        special_tokens=[AddedToken(t, special=True, normalized=False) for t in specials],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     lines = [line.replace("<image>", "") for line in corpus()]
     tok.train_from_iterator(lines, trainer)
     tok.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)])
-    if tok.get_vocab_size() != VOCAB or [tok.token_to_id(t) for t in SPECIALS] != list(range(5)):
+    if tok.get_vocab_size() != VOCAB or [tok.token_to_id(t) for t in specials] != list(range(len(specials))):
         raise RuntimeError(f"expected {VOCAB} tokens, specials first; got {tok.get_vocab_size()}")
     return tok
 
@@ -85,19 +89,27 @@ def dump(value: object, path: Path) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save(folder: Path) -> None:
-    """Writes tokenizer.json and the files that go with it."""
-    (folder / "tokenizer.json").write_text(tokenizer().to_str(pretty=True) + "\n", encoding="utf-8")
+def save(
+    folder: Path,
+    tok: Tokenizer | None = None,
+    processor: str = "LlavaProcessor",
+    extra: dict[str, str] | None = None,
+    template: str = CHAT_TEMPLATE,
+) -> None:
+    """Writes tokenizer.json and the files that go with it; `extra` special tokens by their role."""
+    tok, extra = tok or tokenizer(), extra or {}
+    (folder / "tokenizer.json").write_text(tok.to_str(pretty=True) + "\n", encoding="utf-8")
     dump(
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "processor_class": "LlavaProcessor",
+            "processor_class": processor,
             "bos_token": "<s>",
             "eos_token": "</s>",
             "pad_token": "<pad>",
             "unk_token": "<unk>",
             "image_token": "<image>",
-            "extra_special_tokens": {"image_token": "<image>"},
+            **extra,
+            "extra_special_tokens": {"image_token": "<image>", **extra},
             "added_tokens_decoder": {
                 str(i): {
                     "content": t,
@@ -107,13 +119,13 @@ def save(folder: Path) -> None:
                     "single_word": False,
                     "special": True,
                 }
-                for i, t in enumerate(SPECIALS)
+                for i, t in enumerate([*SPECIALS, *extra.values()])
             },
             "add_bos_token": True,
             "clean_up_tokenization_spaces": False,
             "model_max_length": 4096,
             "padding_side": "left",
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": template,
         },
         folder / "tokenizer_config.json",
     )
@@ -124,7 +136,8 @@ def save(folder: Path) -> None:
             "pad_token": "<pad>",
             "unk_token": "<unk>",
             "image_token": "<image>",
+            **extra,
         },
         folder / "special_tokens_map.json",
     )
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -1,5 +1,8 @@
 //! Which files of a directory are used together.
 //!
+//! A model may have two encoders, one for images and one for clips (Video-LLaVA):
+//! they are of different kinds here, so neither is in the other's way.
+//!
 //! Exports come in several precisions of each module, not always all of them:
 //! `decoder_model_merged_q4.onnx` may have no `embed_tokens_q4.onnx` beside it.
 //! Clients then pair what is there. A *set* is one vision encoder, one token
@@ -10,6 +13,7 @@
 use std::collections::BTreeSet;
 
 use super::decoder::CacheNames;
+use super::pixels::takes_clips;
 use super::{NoMatch, Part, Role, Vlm, WholeModel};
 use crate::ir::{DataType, Dim, Model, ValueId};
 
@@ -30,6 +34,8 @@ const DECODERS: &[&str] = &[
 pub enum Kind {
     /// Vision tower and projector.
     Vision,
+    /// The same for clips, beside the one for images or alone.
+    Video,
     /// Token embedding.
     Embedding,
     /// Decoder.
@@ -42,12 +48,19 @@ pub enum Kind {
 
 impl Kind {
     /// The parts of a model.
-    pub const PARTS: [Self; 4] = [Self::Vision, Self::Embedding, Self::Decoder, Self::Whole];
+    pub const PARTS: [Self; 5] = [
+        Self::Vision,
+        Self::Video,
+        Self::Embedding,
+        Self::Decoder,
+        Self::Whole,
+    ];
 
     /// Words for messages.
     pub fn name(self) -> &'static str {
         match self {
             Self::Vision => "vision encoder",
+            Self::Video => "video encoder",
             Self::Embedding => "token embedding",
             Self::Decoder => "decoder",
             Self::Whole => "whole model",
@@ -59,6 +72,7 @@ impl Kind {
     pub fn word(self) -> &'static str {
         match self {
             Self::Vision => "vision",
+            Self::Video => "video",
             Self::Embedding => "embedding",
             Self::Decoder => "decoder",
             Self::Whole => "whole",
@@ -89,7 +103,11 @@ impl Kind {
             return Some(Self::Decoder);
         }
         Some(if floats(&graph.inputs, 4..=5) {
-            Self::Vision
+            if takes_clips(model) {
+                Self::Video
+            } else {
+                Self::Vision
+            }
         } else {
             Self::Embedding
         })
@@ -113,6 +131,8 @@ pub struct FileSet {
     pub variant: String,
     /// Vision encoder.
     pub vision: Option<usize>,
+    /// Encoder of clips, where the model has one.
+    pub video: Option<usize>,
     /// Token embedding.
     pub embedding: Option<usize>,
     /// Decoder.
@@ -126,6 +146,7 @@ impl FileSet {
     pub fn get(&self, kind: Kind) -> Option<usize> {
         match kind {
             Kind::Vision => self.vision,
+            Kind::Video => self.video,
             Kind::Embedding => self.embedding,
             Kind::Decoder => self.decoder.map(|d| d.main),
             Kind::Whole => self.whole,
@@ -137,9 +158,16 @@ impl FileSet {
     pub fn files(&self) -> impl Iterator<Item = usize> {
         let decoder = self.decoder.map(|d| d.main);
         let prompt = self.decoder.and_then(|d| d.prompt);
-        [self.vision, self.embedding, prompt, decoder, self.whole]
-            .into_iter()
-            .flatten()
+        [
+            self.vision,
+            self.video,
+            self.embedding,
+            prompt,
+            decoder,
+            self.whole,
+        ]
+        .into_iter()
+        .flatten()
     }
 }
 
@@ -209,7 +237,7 @@ impl Vlm {
             files.min_by_key(|(index, p)| (preference(p), *index))
         };
         // The decoder says what it reads; without one of its own, what is there.
-        let anchor = [Kind::Decoder, Kind::Vision, Kind::Embedding]
+        let anchor = [Kind::Decoder, Kind::Vision, Kind::Video, Kind::Embedding]
             .into_iter()
             .find_map(own)
             .map(|(_, p)| p);
@@ -242,6 +270,7 @@ impl Vlm {
         FileSet {
             variant: variant.to_owned(),
             vision: pick(Kind::Vision),
+            video: pick(Kind::Video),
             embedding: pick(Kind::Embedding),
             decoder,
             whole: own(Kind::Whole).map(|(index, _)| index),

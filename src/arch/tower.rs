@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 
 use super::attention::{Site, refused, sites};
-use super::decoder::CacheNames;
+use super::pixels::{no_pixels, pixels_of, second_pixels, takes_clips};
 use super::residual::articulations;
 use super::shuffle::{self, Shuffle};
 use super::{MIN_OPSET, NoMatch, hidden_network};
@@ -17,10 +17,11 @@ use crate::ir::{DataType, Dim, Model, Node, NodeId, ValueId, consts};
 /// A recognised vision tower and projector.
 #[derive(Clone, Debug)]
 pub struct VisionTower {
-    /// `[images, channels, height, width]` pixels, or `[batch, crops, channels,
-    /// height, width]`.
+    /// `[images, channels, height, width]` pixels; `[batch, crops, channels, height,
+    /// width]` of crops, `[clips, frames, channels, height, width]` of clips.
     pub pixels: ValueId,
-    /// Features for the language model, `[images, N, width]` or `[images·N, width]`.
+    /// Features for the language model, `[images, N, width]` or `[images·N, width]`; of
+    /// clips, whose frames the tower sees as images, also `[clips, frames·N, width]`.
     pub features: ValueId,
     /// Position among the graph outputs; none in a whole model, where the features
     /// are an inner value.
@@ -53,6 +54,10 @@ pub struct VisionTower {
     /// The first node behind `entry` that treats its tokens as a grid (pooling,
     /// convolution), by name: fewer tokens make no grid.
     pub grid: Option<String>,
+    /// Whether it takes clips: frames are folded into the batch and merged one by one.
+    pub video: bool,
+    /// Frames of a clip, where the file fixes their number.
+    pub frames: Option<i64>,
 }
 
 impl VisionTower {
@@ -114,6 +119,14 @@ impl VisionTower {
         }
         if model.input("input_ids").is_some() {
             return fail("it takes input_ids beside the pixels, as a whole model does".into());
+        }
+        if let Some(other) = second_pixels(model, pixels) {
+            return fail(format!(
+                "it takes pixels twice, '{}' and '{}': towers for images and for clips in one file are not \
+                 supported; export a file for each",
+                model.name(pixels),
+                model.name(other)
+            ));
         }
         let reached = descendants(model, &[pixels], true);
         let is_features = |v: &ValueId| {
@@ -202,13 +215,18 @@ impl VisionTower {
             let (tokens, width) = (usize::try_from(tokens).ok()?, usize::try_from(width).ok()?);
             shuffle::find(model, &line[at..], tokens, width, usize::from(cls))
         });
+        let video = takes_clips(model);
         let tokens = match &shuffle {
             Some(found) => {
                 entry = found.output;
                 counted
             }
+            // What a clip gives may be the tokens of all its frames.
+            None if video => counted.or(rows.map(|n| n + i64::from(dropped))),
             None => rows.map(|n| n + i64::from(dropped)).or(counted),
         };
+        let size = model.value(pixels).ty.as_ref().and_then(|t| t.shape());
+        let frames = size.filter(|_| video).and_then(|s| s[1].known());
         let dtype = element_type(model, hidden).unwrap_or(DataType::Float);
         Ok(Self {
             pixels,
@@ -230,68 +248,10 @@ impl VisionTower {
                 .or_else(|| projection_width(model, features)),
             shuffle,
             grid: grid_node(model, entry, &needed),
+            video,
+            frames,
         })
     }
-}
-
-/// The graph input that holds pixels.
-pub(super) fn pixels_of(model: &Model) -> Option<ValueId> {
-    let rank = |v: ValueId| {
-        let ty = model.value(v).ty.as_ref()?;
-        Some((ty.dtype()?, ty.shape()?.len()))
-    };
-    let is_image = |&v: &ValueId| {
-        let constant = model.value(v).initializer.is_some();
-        let fits = |(dtype, rank): (DataType, usize)| {
-            (dtype.is_float() || dtype == DataType::Uint8) && (4..=5).contains(&rank)
-        };
-        // Caches have the rank of images.
-        let cache = CacheNames::takes(model.name(v));
-        !constant && !cache && rank(v).is_some_and(fits)
-    };
-    model.graph().inputs.iter().copied().find(is_image)
-}
-
-/// What is missing where there are no pixels.
-fn no_pixels(model: &Model) -> String {
-    let inputs = &model.graph().inputs;
-    let cached = inputs.iter().any(|v| CacheNames::takes(model.name(*v)));
-    let embeds = inputs.iter().any(|&v| {
-        let ty = model.value(v).ty.as_ref();
-        let float = ty.and_then(|t| t.dtype()).is_some_and(DataType::is_float);
-        float && ty.and_then(|t| t.shape()).is_some_and(|s| s.len() == 3)
-    });
-    let none = "no floating-point input of rank 4 or 5 (pixel_values)";
-    if let Some((patches, grid)) = patch_rows(model) {
-        return format!(
-            "{none}; '{}' holds rows of patches, and '{}' the grid that they lie in (Qwen2-VL's layout): a \
-             tower of a grid that only the run tells, with windows and merge groups, is not supported. \
-             visual_prune works on the decoder beside it, with 'marker: input'",
-            model.name(patches),
-            model.name(grid)
-        );
-    }
-    if cached && !embeds {
-        format!("{none}; a language model that takes input_ids and no pixels has no visual tokens")
-    } else {
-        none.into()
-    }
-}
-
-/// Inputs of towers that take patches cut by the client: floating-point `[patches,
-/// width]`, and integers `[images, 3]` (time, height, width).
-fn patch_rows(model: &Model) -> Option<(ValueId, ValueId)> {
-    let find = |fits: &dyn Fn(DataType, &[Dim]) -> bool| {
-        let mut inputs = model.graph().inputs.iter().copied();
-        inputs.find(|&v| {
-            let ty = model.value(v).ty.as_ref();
-            let shape = ty.and_then(|t| Some((t.dtype()?, t.shape()?)));
-            shape.is_some_and(|(dtype, dims)| dims.len() == 2 && fits(dtype, dims))
-        })
-    };
-    let patches = find(&|dtype, dims| dtype.is_float() && dims[1].known().is_some())?;
-    let grid = find(&|dtype, dims| !dtype.is_float() && dims[1].known() == Some(3))?;
-    Some((patches, grid))
 }
 
 /// The first node between `entry` and the features that splits or reorders the

@@ -30,6 +30,7 @@ impl Role {
     /// The role without what was found.
     pub fn kind(&self) -> Kind {
         match self {
+            Self::Vision(t) if t.video => Kind::Video,
             Self::Vision(_) => Kind::Vision,
             Self::Embedding(_) => Kind::Embedding,
             Self::Decoder(_) => Kind::Decoder,
@@ -147,16 +148,20 @@ impl Vlm {
         Ok(files)
     }
 
-    /// Vision towers with their files' positions.
+    /// Vision towers with their files' positions; those for clips behind those for images.
     pub fn towers(&self) -> impl Iterator<Item = (usize, &VisionTower)> {
-        self.parts
-            .iter()
-            .enumerate()
-            .filter_map(|(i, p)| match &p.role {
-                Role::Vision(t) => Some((i, t.as_ref())),
-                Role::Whole(w) => Some((i, &w.tower)),
-                _ => None,
-            })
+        let all = || {
+            self.parts
+                .iter()
+                .enumerate()
+                .filter_map(|(i, p)| match &p.role {
+                    Role::Vision(t) => Some((i, t.as_ref())),
+                    Role::Whole(w) => Some((i, &w.tower)),
+                    _ => None,
+                })
+        };
+        let images = all().filter(|(_, t)| !t.video);
+        images.chain(all().filter(|(_, t)| t.video))
     }
 
     /// Decoders with their files' positions.

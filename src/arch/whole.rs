@@ -13,8 +13,8 @@
 //! first value through which all of the pixels' data passes and that the text
 //! embeddings reach too. No operator of the scatter has to be known.
 
+use super::pixels::pixels_of;
 use super::residual::articulations;
-use super::tower::pixels_of;
 use super::{Decoder, MIN_OPSET, NoMatch, TokenIds, VisionTower, hidden_network};
 use crate::ir::cone::{ancestors, descendants};
 use crate::ir::{DataType, Model, NodeId, ValueId, consts};

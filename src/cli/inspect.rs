@@ -30,6 +30,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
                 json!({
                     "variant": load::variant_name(&set.variant),
                     "vision": file(set.vision),
+                    "video": file(set.video),
                     "embedding": file(set.embedding),
                     "decoder": file(set.decoder.map(|d| d.main)),
                     "prompt_decoder": file(set.decoder.and_then(|d| d.prompt)),
@@ -172,6 +173,8 @@ fn tower(model: &Model, t: &VisionTower) -> Value {
         "patches": t.patches(),
         "patches_per_token": t.shuffle.as_ref().map_or(1, |s| s.per),
         "features_per_image": t.features_per_image(),
+        "input": if t.video { "clips" } else { "images" },
+        "frames": t.frames,
         "feature_width": t.feature_width,
         "dtype": t.dtype.to_string(),
         "attention": model.describe(t.site.node),
@@ -327,10 +330,15 @@ fn print_tower(model: &Model, t: &VisionTower) {
     let patches = optional(t.patches());
     anstream::println!("  tokens     {cls}{patches} patches{shuffled}");
     anstream::println!(
-        "  features   {} × {} per image",
+        "  features   {} × {} per {}",
         optional(t.features_per_image()),
-        optional(t.feature_width)
+        optional(t.feature_width),
+        if t.video { "frame" } else { "image" }
     );
+    if t.video {
+        let frames = t.frames.map_or("any number".into(), |n| n.to_string());
+        anstream::println!("  clips      {frames} of frames, each seen alone");
+    }
     anstream::println!("  merge at   {}", model.name(merge_point(t)));
 }
 

@@ -6,7 +6,9 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::{Context, anyhow, bail};
 
 use super::Global;
-use crate::arch::{FileModel, Kind, NoMatch, Part, Role, Vlm, WholeModel, cache_heads};
+use crate::arch::{
+    FileModel, Kind, NoMatch, Part, Role, Vlm, WholeModel, cache_heads, takes_clips,
+};
 use crate::ir::{TensorData, verify};
 use crate::onnx::{ModelDir, read};
 use crate::passes::{Recipe, TokenMerge, earlier_recipe};
@@ -34,6 +36,14 @@ pub(super) const RECIPES: &[(&str, &str)] = &[
     (
         "qwen2.5-vl-prune",
         include_str!("../../passes/qwen2.5-vl-prune.yaml"),
+    ),
+    (
+        "video-llava-136",
+        include_str!("../../passes/video-llava-136.yaml"),
+    ),
+    (
+        "video-llava-960",
+        include_str!("../../passes/video-llava-960.yaml"),
     ),
 ];
 
@@ -405,6 +415,8 @@ pub(super) enum Runnable {
 #[derive(Debug)]
 pub(super) struct Trio {
     pub(super) vision: PathBuf,
+    /// What sees clips, if the model has that.
+    pub(super) video: Option<PathBuf>,
     pub(super) embed: PathBuf,
     pub(super) decoder: PathBuf,
     /// The graph that starts the cache, where `decoder` only goes on from one.
@@ -427,7 +439,8 @@ fn runs_as(part: &Part) -> Kind {
     match model.output("logits") {
         Some(_) if WholeModel::has_interface(model) => Kind::Whole,
         Some(_) if takes("inputs_embeds") => Kind::Decoder,
-        None if takes("pixel_values") => Kind::Vision,
+        None if takes("pixel_values") || takes("pixel_values_images") => Kind::Vision,
+        None if takes_clips(model) => Kind::Video,
         None if takes("input_ids") && model.graph().outputs.len() == 1 => Kind::Embedding,
         _ => Kind::Unknown,
     }
@@ -488,7 +501,12 @@ pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(Model
     let decoder = pick(Kind::Decoder, "decoder (embeddings → logits, cache)")?;
     // The branches of one file choose by themselves.
     let prompt = set.decoder.and_then(|d| d.prompt).map(file);
-    let vision = pick(Kind::Vision, "vision encoder (pixels → features)")?;
+    let video = find(Kind::Video);
+    // A model that sees clips only has no other encoder.
+    let vision = match (find(Kind::Vision), video) {
+        (None, Some(video)) => video,
+        _ => pick(Kind::Vision, "vision encoder (pixels → features)")?,
+    };
     let merged = earlier_recipe(&vlm.parts[vision].model)
         .and_then(|(_, text)| Recipe::parse(text).ok())
         .is_some_and(|recipe| recipe.pass::<TokenMerge>().is_some());
@@ -496,6 +514,7 @@ pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(Model
         merged,
         heads: cache_heads(&vlm.parts[decoder].model).and_then(heads_of),
         vision: file(vision),
+        video: video.map(file),
         embed: file(pick(Kind::Embedding, "token embedding (ids → embeddings)")?),
         prompt: prompt.filter(|p| *p != file(decoder)),
         decoder: file(decoder),

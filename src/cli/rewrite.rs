@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{anyhow, bail};
 
 use super::{Global, ModelArgument, Outcome, load, style};
-use crate::arch::{Part, Role, Vlm};
+use crate::arch::{DEFAULT_FRAMES, Part, Role, VisionTower, Vlm};
 use crate::ir::cone::holder_of;
 use crate::ir::{Model, TensorData, ValueId, verify};
 use crate::onnx::{
@@ -196,6 +196,8 @@ fn token_counts(vlm: &Vlm, recipe: &Recipe) -> Option<(i64, i64)> {
     let (index, tower) = vlm.towers().next()?;
     let model = &vlm.parts[index].model;
     let after = match tower.features_index {
+        // Of clips the output need not say how many tokens a frame gives.
+        _ if tower.video => recipe.pass::<TokenMerge>()?.tokens_out(tower)?,
         Some(output) => {
             let output = model.graph().outputs[output];
             let shape = model.value(output).ty.as_ref()?.shape()?;
@@ -237,13 +239,26 @@ fn changed_only(mut outputs: Outputs, done: &Rewritten) -> Outputs {
     outputs
 }
 
-/// Visual tokens that each layer sees, before and after, if the model is whole.
+/// Visual tokens that each layer sees, before and after, if the model is whole: of an
+/// image, or of a clip where the model takes nothing else.
 pub(super) fn tokens_by_layer(vlm: &Vlm, recipe: &Recipe) -> Option<(Vec<i64>, Vec<i64>)> {
+    by_layer(vlm, vlm.towers().next()?.1, recipe)
+}
+
+/// Frames of a clip that a tower sees.
+fn frames(tower: &VisionTower) -> i64 {
+    match tower.video {
+        true => tower.frames.unwrap_or(DEFAULT_FRAMES),
+        false => 1,
+    }
+}
+
+/// The same for one tower of the model.
+fn by_layer(vlm: &Vlm, tower: &VisionTower, recipe: &Recipe) -> Option<(Vec<i64>, Vec<i64>)> {
     let (_, decoder) = vlm.decoders().next()?;
-    let (_, tower) = vlm.towers().next()?;
-    let before = tower.features_per_image()?;
+    let before = frames(tower) * tower.features_per_image()?;
     let entering = match recipe.pass::<TokenMerge>() {
-        Some(merge) => merge.tokens_out(tower)?,
+        Some(merge) => frames(tower) * merge.tokens_out(tower)?,
         None => before,
     };
     let after = match recipe.pass::<VisualPrune>() {
@@ -279,10 +294,19 @@ pub(super) fn report(done: &Rewritten, recipe: &Recipe, global: &Global) {
             ));
         }
     }
-    if let Some((before, after)) = tokens_by_layer(&done.vlm, recipe) {
+    // The precisions of one tower say the same.
+    let towers = [false, true].map(|video| done.vlm.towers().find(|(_, t)| t.video == video));
+    for (_, tower) in towers.into_iter().flatten() {
+        let Some((before, after)) = by_layer(&done.vlm, tower, recipe) else {
+            continue;
+        };
         let (full, now) = (average(&before), average(&after));
+        let of = match tower.video {
+            true => format!(" of a clip of {} frames", frames(tower)),
+            false => String::new(),
+        };
         global.say(format!(
-            "visual tokens by layer: {}; average {now:.2} of {full:.0} ({:.1} % fewer)",
+            "visual tokens{of} by layer: {}; average {now:.2} of {full:.0} ({:.1} % fewer)",
             style::layers(&after),
             100.0 * (1.0 - now / full)
         ));

@@ -10,10 +10,11 @@ use serde_json::json;
 
 use super::load::{self, Runnable, Trio};
 use super::{Engine, Global, ModelArgument, Outcome, print_json};
+use crate::arch::DEFAULT_FRAMES;
 use crate::onnx::ModelDir;
 use crate::runtime::{
-    GenerateOptions, Generation, Message, Pixels, Sampling, Stop, Token, VlmFiles, VlmPipeline,
-    WholePipeline,
+    ClipEncoder, GenerateOptions, Generation, Message, Pixels, Sampling, Stop, Token, VlmFiles,
+    VlmPipeline, WholePipeline, video,
 };
 
 /// Arguments of `duet run`.
@@ -24,6 +25,12 @@ pub(super) struct Arguments {
     /// Image; may be repeated, in the order the prompt refers to them
     #[arg(long, value_name = "FILE")]
     image: Vec<PathBuf>,
+    /// Clip: a folder of frames, a GIF, or any video file if an ffmpeg program is on PATH; may be repeated
+    ///
+    /// As many frames as the model takes (8 for Video-LLaVA) are sampled at even steps, the first and the last
+    /// among them.
+    #[arg(long, value_name = "PATH")]
+    video: Vec<PathBuf>,
     /// Question or instruction
     #[arg(long, value_name = "TEXT")]
     prompt: String,
@@ -74,7 +81,12 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         sampling,
         ..Default::default()
     };
-    let messages = [Message::user(images.len(), arguments.prompt.as_str())];
+    let prompt = arguments.prompt.as_str();
+    let messages = [Message::user_with(
+        images.len(),
+        arguments.video.len(),
+        prompt,
+    )];
     let quiet_stream = arguments.json;
     let mut out = anstream::stdout();
     let mut failed = None;
@@ -89,6 +101,13 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     };
     let answer = match model {
         Runnable::Whole(file) => {
+            if !arguments.video.is_empty() {
+                bail!(
+                    "{}: the model is one file that takes images; --video needs an encoder of clips beside the \
+                     decoder (pixel_values_videos of rank 5)",
+                    file.display()
+                );
+            }
             let engine = arguments.engine.options();
             let mut pipeline = WholePipeline::open(&file, &dir.root, &engine)?;
             let prepared = pipeline.prepare(&messages, &images)?;
@@ -96,7 +115,8 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         }
         Runnable::Trio(trio) => {
             let mut pipeline = open(dir, trio, &arguments.engine)?;
-            let prepared = pipeline.prepare(&messages, &images)?;
+            let clips = clips(&pipeline, &arguments.video)?;
+            let prepared = pipeline.prepare_with_clips(&messages, &images, &clips)?;
             pipeline.generate(&prepared, None, &options, &mut on_token)?
         }
     };
@@ -114,6 +134,22 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     Ok(Outcome::Done)
 }
 
+/// The frames of each clip that the model is to see.
+fn clips(pipeline: &VlmPipeline, paths: &[PathBuf]) -> anyhow::Result<Vec<Vec<Pixels>>> {
+    if paths.is_empty() {
+        return Ok(Vec::new());
+    }
+    let Some(encoder) = &pipeline.clips else {
+        bail!(
+            "the model sees no clips: no encoder with pixels [clips, frames, 3, height, width] \
+             (pixel_values_videos) is among its files; duet inspect lists them"
+        );
+    };
+    let frames = encoder.frames(usize::try_from(DEFAULT_FRAMES)?);
+    let each = paths.iter().map(|path| video::sample(path, frames));
+    Ok(each.collect::<Result<_, _>>()?)
+}
+
 fn open(dir: ModelDir, trio: Trio, engine: &Engine) -> anyhow::Result<VlmPipeline> {
     let files = VlmFiles {
         vision_encoder: trio.vision,
@@ -122,8 +158,12 @@ fn open(dir: ModelDir, trio: Trio, engine: &Engine) -> anyhow::Result<VlmPipelin
         configs: dir.root,
     };
     let options = engine.options();
-    let pipeline =
+    let mut pipeline =
         VlmPipeline::open_with_heads(&files, &options, trio.heads)?.with_merged_crops(trio.merged);
+    if let Some(video) = trio.video {
+        let clips = ClipEncoder::open(&video, &files.configs, &options)?;
+        pipeline = pipeline.with_clips(clips);
+    }
     Ok(match trio.prompt {
         Some(prompt) => pipeline.with_prompt_decoder(&prompt, &options)?,
         None => pipeline,

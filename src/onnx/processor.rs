@@ -7,7 +7,7 @@ use serde_json::Value;
 ///
 /// LLaVA's processors (Transformers in Python, transformers.js) compute
 /// ⌊h / patch⌋ · ⌊w / patch⌋ + `num_additional_image_tokens`, less one with the
-/// strategy `default`. `patches` is the grid, `features` what the encoder gives
+/// strategy `default`; Video-LLaVA's counts all of them for each frame of a clip. `patches` is the grid, `features` what the encoder gives
 /// now.
 ///
 /// # Errors
@@ -25,6 +25,13 @@ pub fn patch_processor(
     let mut changed = false;
     if map.contains_key("image_seq_length") {
         map.insert("image_seq_length".into(), features.into());
+        changed = true;
+    }
+    // Video-LLaVA: all frames of a clip, each with its CLS token.
+    let clip = map.get("video_seq_length").and_then(Value::as_i64);
+    if let Some(clip) = clip.filter(|n| patches >= 0 && n % (patches + 1) == 0) {
+        let frames = clip / (patches + 1);
+        map.insert("video_seq_length".into(), (frames * features).into());
         changed = true;
     }
     let class = map.get("processor_class").and_then(Value::as_str);

@@ -1,9 +1,11 @@
 //! Token counts that an exporter baked into a graph, brought up to date.
 
+use std::collections::HashSet;
+
 use super::TokenMerge;
 use crate::arch::Vlm;
 use crate::ir::cone::{ancestors, descendants};
-use crate::ir::{Dim, Model, Node, Patch, PatchPlan, ValueId, ValueType, consts};
+use crate::ir::{Dim, Model, Node, NodeId, Patch, PatchPlan, ValueId, ValueType, consts};
 
 /// A number of tokens that changes.
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +48,45 @@ impl Recount {
         (new != dims).then_some((slot, new))
     }
 
+    /// Products of the old count and a number known only at run time (the frames of a
+    /// clip, say) that make up the target shape of `node` and nothing else: with the slot
+    /// of the count and the count.
+    fn products(
+        self,
+        model: &Model,
+        node: &Node,
+        behind: &HashSet<ValueId>,
+    ) -> Vec<(NodeId, usize, ValueId)> {
+        let shape = matches!(node.op_type.as_str(), "Reshape" | "Expand").then(|| node.input(1));
+        let Some(shape) = shape.flatten() else {
+            return Vec::new();
+        };
+        let cone = ancestors(model, &[shape], false);
+        let only_here = |v: ValueId| {
+            let reached = descendants(model, &[v], false);
+            reached
+                .iter()
+                .all(|d| *d == v || cone.contains(d) || behind.contains(d))
+        };
+        let mut products: Vec<_> = cone
+            .iter()
+            .filter_map(|&v| model.producer_of(v))
+            .filter(|id| model.node(*id).is("Mul"))
+            .filter(|id| model.node(*id).output(0).is_some_and(only_here))
+            .filter_map(|id| {
+                let product = model.node(id);
+                let states = |slot: &usize| {
+                    let value = product.input(*slot).and_then(|v| consts::int(model, v));
+                    value == Some(self.old)
+                };
+                let slot = [0, 1].into_iter().find(states)?;
+                Some((id, slot, product.input(slot)?))
+            })
+            .collect();
+        products.sort_unstable();
+        products
+    }
+
     /// Replaces the count behind `entry`, and withdraws the types that the file
     /// states there; with `until`, only on the way to it.
     pub(super) fn behind(self, patch: &mut Patch<'_>, entry: ValueId, until: Option<ValueId>) {
@@ -64,6 +105,13 @@ impl Recount {
             if let Some((slot, dims)) = self.of(model, node) {
                 let dims = patch.i64s(&dims);
                 patch.rewire(id, slot, dims);
+            }
+            for (product, slot, factor) in self.products(model, node, &behind) {
+                let count = match consts::dims(model, factor).is_some_and(|d| !d.is_empty()) {
+                    true => patch.i64s(&[self.new]),
+                    false => patch.i64(self.new),
+                };
+                patch.rewire(product, slot, count);
             }
         }
         for &value in &behind {

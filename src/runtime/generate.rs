@@ -14,8 +14,9 @@ use super::sampling::{Sampler, Sampling};
 use super::session::{Session, SessionOptions};
 use super::template::Message;
 use super::tensor::Tensor;
-use super::text::{Detokenizer, TextProcessor};
+use super::text::{Detokenizer, ImageToken, TextProcessor};
 use super::value::Value;
+use super::video::ClipEncoder;
 use super::vision::{Embedder, VisionEncoder, scatter};
 
 /// Where the parts of a model are.
@@ -69,7 +70,7 @@ pub struct Prepared {
     pub salient: Vec<bool>,
     /// `[1, tokens, width]`.
     pub embeds: Value,
-    /// Number of features of each image.
+    /// Number of features of each image or clip, in the prompt's order.
     pub features_per_image: Vec<usize>,
     /// Time of the vision encoder.
     pub vision_time: Duration,
@@ -152,6 +153,8 @@ pub struct VlmPipeline {
     packing: Option<Packing>,
     /// Whether the encoder gives merged tokens, of which no grid can be laid out.
     merged: bool,
+    /// What sees clips, if the model has that.
+    pub clips: Option<ClipEncoder>,
 }
 
 impl VlmPipeline {
@@ -195,7 +198,15 @@ impl VlmPipeline {
             decoder: Decoder::with_heads(Session::open(&files.decoder, options)?, heads)?,
             text,
             images,
+            clips: None,
         })
+    }
+
+    /// Adds what sees clips.
+    #[must_use]
+    pub fn with_clips(mut self, clips: ClipEncoder) -> Self {
+        self.clips = Some(clips);
+        self
     }
 
     /// Adds the decoder graph that runs over a prompt, where the model's decoder only goes on from a cache.
@@ -251,10 +262,30 @@ impl VlmPipeline {
     /// # Errors
     /// The template fails, the images do not match the conversation, or a run fails.
     pub fn prepare(&mut self, messages: &[Message], images: &[Pixels]) -> Result<Prepared> {
+        self.prepare_with_clips(messages, images, &[])
+    }
+
+    /// The same with clips, each given as its frames; `clips` are those of all messages, in order.
+    ///
+    /// # Errors
+    /// As [`prepare`](Self::prepare); there are clips and the model sees none.
+    pub fn prepare_with_clips(
+        &mut self,
+        messages: &[Message],
+        images: &[Pixels],
+        clips: &[Vec<Pixels>],
+    ) -> Result<Prepared> {
         check_images(messages, images.len())?;
+        let mentioned: usize = messages.iter().map(Message::clips).sum();
+        if mentioned != clips.len() {
+            return Err(RuntimeError::Prompt(format!(
+                "the conversation mentions {mentioned} clips, {} are given",
+                clips.len()
+            )));
+        }
         let prompt = self.text.render(messages)?;
         let question = question(&prompt, messages);
-        self.prepare_prompt(prompt, question, images)
+        self.prepare_all(prompt, question, images, clips)
     }
 
     /// Prepares a prompt that is written out already, with one placeholder for each image. `question` is the
@@ -268,8 +299,27 @@ impl VlmPipeline {
         question: Range<usize>,
         images: &[Pixels],
     ) -> Result<Prepared> {
+        self.prepare_all(prompt, question, images, &[])
+    }
+
+    fn prepare_all(
+        &mut self,
+        prompt: String,
+        question: Range<usize>,
+        images: &[Pixels],
+        clips: &[Vec<Pixels>],
+    ) -> Result<Prepared> {
         let start = Instant::now();
-        let features = self.encode_images(images)?;
+        let mut features = Seen {
+            images: self.encode_images(images)?,
+            clips: Vec::new(),
+        };
+        if !clips.is_empty() {
+            let encoder = self.clips.as_mut().ok_or_else(|| {
+                RuntimeError::Prompt("the model has no encoder of clips (pixels of rank 5)".into())
+            })?;
+            features.clips = encoder.encode(clips)?;
+        }
         let vision_time = start.elapsed();
         let encoded = self.text.encode(&prompt)?;
         let salient = salient_mask(&prompt, &encoded.offsets, question);
@@ -310,7 +360,10 @@ impl VlmPipeline {
         let question = question.start.max(from) - from..question.end.max(from) - from;
 
         let start = Instant::now();
-        let features = self.encode_images(images)?;
+        let features = Seen {
+            images: self.encode_images(images)?,
+            clips: Vec::new(),
+        };
         let vision_time = start.elapsed();
         let encoded = self.text.encode_raw(begun, false)?;
         let mut salient = salient_mask(begun, &encoded.offsets, question);
@@ -334,11 +387,16 @@ impl VlmPipeline {
         prompt: String,
         ids: Vec<u32>,
         salient: Vec<bool>,
-        features: Vec<Tensor>,
+        features: Seen,
         vision_time: Duration,
     ) -> Result<Prepared> {
-        let features_per_image: Vec<usize> = features.iter().map(|f| f.shape()[0]).collect();
-        let expanded = self.text.expand(&ids, &features_per_image)?;
+        let rows = |of: &[Tensor]| of.iter().map(|f| f.shape()[0]).collect::<Vec<usize>>();
+        let (images, clips) = (rows(&features.images), rows(&features.clips));
+        let expanded = self.text.expand_both(&ids, &images, &clips)?;
+        let id = |token: Option<&ImageToken>| token.map(|t| t.id);
+        let tokens = (id(self.text.image_token()), id(self.text.video_token()));
+        let features = features.in_order(&ids, tokens.0, tokens.1);
+        let features_per_image = rows(&features);
         let salient = expanded
             .source
             .iter()
@@ -431,6 +489,32 @@ impl VlmPipeline {
         }
         writing.finish(&mut generation)?;
         Ok(generation)
+    }
+}
+
+/// Features of the images and clips of a prompt.
+struct Seen {
+    images: Vec<Tensor>,
+    clips: Vec<Tensor>,
+}
+
+impl Seen {
+    /// All of them in the order in which the prompt has their placeholders.
+    fn in_order(self, ids: &[u32], image: Option<u32>, clip: Option<u32>) -> Vec<Tensor> {
+        if self.clips.is_empty() {
+            return self.images;
+        }
+        let count = self.images.len() + self.clips.len();
+        let (mut images, mut clips) = (self.images.into_iter(), self.clips.into_iter());
+        let mut all = Vec::with_capacity(count);
+        for id in ids {
+            if Some(*id) == clip {
+                all.extend(clips.next());
+            } else if Some(*id) == image {
+                all.extend(images.next());
+            }
+        }
+        all
     }
 }
 

@@ -85,7 +85,12 @@ impl ImageProcessor {
     /// The processor is not a known one, or a value is of the wrong kind.
     pub fn from_json(config: &Json, path: &Path) -> Result<Self> {
         let fields = Fields { config, path };
-        let kind = ["image_processor_type", "feature_extractor_type"]
+        let keys = [
+            "image_processor_type",
+            "video_processor_type",
+            "feature_extractor_type",
+        ];
+        let kind = keys
             .iter()
             .find_map(|key| config.get(key).and_then(Json::as_str))
             .ok_or_else(|| RuntimeError::config(path, "names no `image_processor_type`"))?;
@@ -97,7 +102,11 @@ impl ImageProcessor {
             "LlavaNextImageProcessor" | "LlavaOnevisionImageProcessor"
         );
         let (size, crop, mean, std) = match plain {
-            "CLIPImageProcessor" | "CLIPFeatureExtractor" | "LlavaNextImageProcessor" => (
+            "CLIPImageProcessor"
+            | "CLIPFeatureExtractor"
+            | "LlavaNextImageProcessor"
+            | "VideoLlavaImageProcessor"
+            | "VideoLlavaVideoProcessor" => (
                 Size::ShortestEdge(224),
                 true,
                 [0.481_454_66, 0.457_827_5, 0.408_210_73],

@@ -11,6 +11,7 @@
 //! - [`session`] opens and runs models with named tensors ([`value`], [`tensor`]), [`providers`] knows execution
 //!   providers by name;
 //! - [`image`], [`text`] and [`template`] do what a model's configuration files say;
+//! - [`video`] takes frames out of clips;
 //! - [`vision`] and [`decoder`] run the parts of a VLM at the level of tensors, batches and caches;
 //! - [`grid`] numbers the tokens of images for decoders that take three positions each (M-RoPE);
 //! - [`whole`] runs a model that is all of these in one file;
@@ -36,6 +37,7 @@ pub mod tensor;
 pub mod text;
 pub mod tract;
 pub mod value;
+pub mod video;
 pub mod vision;
 pub mod whole;
 
@@ -56,5 +58,6 @@ pub use template::{ChatTemplate, Content, Message, Part};
 pub use tensor::{DType, Tensor, TensorData};
 pub use text::TextProcessor;
 pub use value::Value;
+pub use video::{ClipEncoder, ClipProcessor};
 pub use vision::{Embedder, VisionEncoder, lay_out_pixels, pixel_mask, scatter};
 pub use whole::{WholeInput, WholeModel, WholeOutput, WholePipeline, WholePrompt};

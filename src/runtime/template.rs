@@ -14,6 +14,8 @@ use super::image::read_json;
 pub enum Part {
     /// Stands for one image.
     Image,
+    /// Stands for one clip.
+    Video,
     /// Text.
     Text(String),
 }
@@ -23,7 +25,8 @@ pub enum Part {
 pub enum Content {
     /// Plain text; templates see a string.
     Text(String),
-    /// Images and texts; templates see a list of `{type: image}` and `{type: text, text: …}`.
+    /// Images, clips and texts; templates see a list of `{type: image}`, `{type: video}` and
+    /// `{type: text, text: …}`.
     Parts(Vec<Part>),
 }
 
@@ -39,7 +42,13 @@ pub struct Message {
 impl Message {
     /// A user's message: `images` images, then the text.
     pub fn user(images: usize, text: impl Into<String>) -> Self {
+        Self::user_with(images, 0, text)
+    }
+
+    /// A user's message: `images` images, `clips` clips, then the text.
+    pub fn user_with(images: usize, clips: usize, text: impl Into<String>) -> Self {
         let mut parts = vec![Part::Image; images];
+        parts.extend(vec![Part::Video; clips]);
         parts.push(Part::Text(text.into()));
         Self {
             role: "user".into(),
@@ -58,9 +67,18 @@ impl Message {
 
     /// Images in this message.
     pub fn images(&self) -> usize {
+        self.count(&Part::Image)
+    }
+
+    /// Clips in this message.
+    pub fn clips(&self) -> usize {
+        self.count(&Part::Video)
+    }
+
+    fn count(&self, kind: &Part) -> usize {
         match &self.content {
             Content::Text(_) => 0,
-            Content::Parts(parts) => parts.iter().filter(|part| **part == Part::Image).count(),
+            Content::Parts(parts) => parts.iter().filter(|part| *part == kind).count(),
         }
     }
 
@@ -72,7 +90,7 @@ impl Message {
                 .iter()
                 .filter_map(|part| match part {
                     Part::Text(text) => Some(text.as_str()),
-                    Part::Image => None,
+                    Part::Image | Part::Video => None,
                 })
                 .collect(),
         }
@@ -87,6 +105,7 @@ impl Serialize for Message {
                 .iter()
                 .map(|part| match part {
                     Part::Image => json!({"type": "image"}),
+                    Part::Video => json!({"type": "video"}),
                     Part::Text(text) => json!({"type": "text", "text": text}),
                 })
                 .collect(),

@@ -9,7 +9,7 @@ use super::error::{Result, RuntimeError};
 use super::image::read_json;
 use super::template::{ChatTemplate, Message, SpecialTokens};
 
-/// The token that stands for an image in a prompt.
+/// The token that stands for an image or a clip in a prompt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageToken {
     /// Its id.
@@ -46,6 +46,7 @@ pub struct TextProcessor {
     template: Option<ChatTemplate>,
     specials: SpecialTokens,
     image_token: Option<ImageToken>,
+    video_token: Option<ImageToken>,
     eos_ids: Vec<u32>,
 }
 
@@ -88,15 +89,13 @@ impl TextProcessor {
             unk: special("unk_token"),
         };
 
-        let image_token = image_token(
-            &tokenizer,
-            model_config.as_ref(),
-            &[
-                processor.as_ref(),
-                tokenizer_config.as_ref(),
-                special_tokens.as_ref(),
-            ],
-        );
+        let others = [
+            processor.as_ref(),
+            tokenizer_config.as_ref(),
+            special_tokens.as_ref(),
+        ];
+        let placeholder = |kind| placeholder(&tokenizer, kind, model_config.as_ref(), &others);
+        let (image_token, video_token) = (placeholder("image"), placeholder("video"));
 
         let mut eos_ids = Vec::new();
         let text_config = model_config
@@ -124,6 +123,7 @@ impl TextProcessor {
             template,
             specials,
             image_token,
+            video_token,
             eos_ids,
         })
     }
@@ -136,6 +136,11 @@ impl TextProcessor {
     /// The image placeholder, if the model has one.
     pub fn image_token(&self) -> Option<&ImageToken> {
         self.image_token.as_ref()
+    }
+
+    /// The placeholder of a clip, if the model has one.
+    pub fn video_token(&self) -> Option<&ImageToken> {
+        self.video_token.as_ref()
     }
 
     /// Tokens that end an answer.
@@ -162,14 +167,17 @@ impl TextProcessor {
         if let Some(template) = &self.template {
             return template.render(messages, &self.specials, true);
         }
-        let image = self
-            .image_token
-            .as_ref()
-            .map_or("<image>", |token| &token.text);
+        let text = |token: &Option<ImageToken>, usual: &str| match token {
+            Some(token) => token.text.clone(),
+            None => usual.to_owned(),
+        };
+        let image = text(&self.image_token, "<image>");
+        let video = text(&self.video_token, "<video>");
         let mut out = String::new();
         for message in messages {
             let role = message.role.to_uppercase();
-            let images = format!("{image}\n").repeat(message.images());
+            let mut images = format!("{image}\n").repeat(message.images());
+            images += &format!("{video}\n").repeat(message.clips());
             out.push_str(&format!("{role}: {images}{} ", message.texts().join(" ")));
         }
         Ok(out + "ASSISTANT:")
@@ -224,43 +232,33 @@ impl TextProcessor {
     /// # Errors
     /// There are images but the model has no placeholder, or the prompt has another number of them.
     pub fn expand(&self, ids: &[u32], counts: &[usize]) -> Result<Expanded> {
-        let placeholder = match &self.image_token {
-            Some(token) => Some(token.id),
-            None if counts.is_empty() => None,
-            None => {
-                return Err(RuntimeError::Prompt(format!(
-                    "the model has no image placeholder: neither config.json \
-                     (`image_token_index`, `image_token_id`) nor the processor's or tokenizer's \
-                     configuration beside {} names one",
-                    self.path.display()
-                )));
-            }
-        };
-        let found = ids.iter().filter(|id| Some(**id) == placeholder).count();
-        if found != counts.len() {
-            let text = self
-                .image_token
-                .as_ref()
-                .map_or("<image>", |token| &token.text);
-            return Err(RuntimeError::Prompt(format!(
-                "it has {found} image placeholders (`{text}`) for {} images; write one placeholder \
-                 for each image",
-                counts.len()
-            )));
-        }
-        let mut counts = counts.iter();
+        self.expand_both(ids, counts, &[])
+    }
+
+    /// The same for prompts with clips: the placeholder of image i `images[i]` times, that of clip i
+    /// `clips[i]` times.
+    ///
+    /// # Errors
+    /// As [`expand`](Self::expand), of images and of clips.
+    pub fn expand_both(&self, ids: &[u32], images: &[usize], clips: &[usize]) -> Result<Expanded> {
+        let image = self.checked("image", self.image_token.as_ref(), ids, images.len())?;
+        let own = self.video_token.as_ref();
+        let own = own.filter(|token| self.image_token.as_ref() != Some(token));
+        let video = self.checked("video", own, ids, clips.len())?;
+        let (mut images, mut clips) = (images.iter(), clips.iter());
         let mut out = Expanded {
             ids: Vec::new(),
             visual: Vec::new(),
             source: Vec::new(),
         };
         for (place, &id) in ids.iter().enumerate() {
-            let visual = Some(id) == placeholder;
-            let times = if visual {
-                counts.next().copied().unwrap_or(1)
-            } else {
-                1
+            let counts = match Some(id) {
+                of if of == image => Some(&mut images),
+                of if of == video => Some(&mut clips),
+                _ => None,
             };
+            let visual = counts.is_some();
+            let times = counts.and_then(Iterator::next).copied().unwrap_or(1);
             for _ in 0..times {
                 out.ids.push(id);
                 out.visual.push(visual);
@@ -268,6 +266,35 @@ impl TextProcessor {
             }
         }
         Ok(out)
+    }
+
+    /// The id of a placeholder, which has to be in `ids` once for each of `given`.
+    fn checked(
+        &self,
+        kind: &str,
+        token: Option<&ImageToken>,
+        ids: &[u32],
+        given: usize,
+    ) -> Result<Option<u32>> {
+        let Some(token) = token else {
+            if given == 0 {
+                return Ok(None);
+            }
+            return Err(RuntimeError::Prompt(format!(
+                "the model has no {kind} placeholder of its own: neither config.json (`{kind}_token_index`, \
+                 `{kind}_token_id`) nor the processor's or tokenizer's configuration beside {} names one",
+                self.path.display()
+            )));
+        };
+        let found = ids.iter().filter(|id| **id == token.id).count();
+        if found != given {
+            return Err(RuntimeError::Prompt(format!(
+                "it has {found} {kind} placeholders (`{}`) for {given} {kind}s; write one placeholder \
+                 for each {kind}",
+                token.text
+            )));
+        }
+        Ok(Some(token.id))
     }
 
     fn failed(&self, e: tokenizers::Error) -> RuntimeError {
@@ -354,10 +381,11 @@ fn id_list(config: &Json, key: &str) -> Vec<u32> {
     }
 }
 
-/// The image placeholder: by id from the model's configuration, else by text from the others, else the usual
-/// `<image>` if the vocabulary has it.
-fn image_token(
+/// The placeholder of a `kind` (`image`, `video`): by id from the model's configuration, else by text from the
+/// others, else the usual `<image>` if the vocabulary has it.
+fn placeholder(
     tokenizer: &Tokenizer,
+    kind: &str,
     model: Option<&Json>,
     others: &[Option<&Json>],
 ) -> Option<ImageToken> {
@@ -368,25 +396,21 @@ fn image_token(
         })
     };
     let named = others.iter().flatten().find_map(|config| {
-        token(config, "image_token").or_else(|| {
+        token(config, &format!("{kind}_token")).or_else(|| {
             let extra = config.get("extra_special_tokens")?;
-            token(extra, "image_token")
+            token(extra, &format!("{kind}_token"))
         })
     });
-    let id = ["image_token_index", "image_token_id"]
+    let usual = format!("<{kind}>");
+    let id = [format!("{kind}_token_index"), format!("{kind}_token_id")]
         .iter()
         .find_map(|key| id_list(model?, key).first().copied());
     match id {
         Some(id) => {
-            let text = tokenizer
-                .id_to_token(id)
-                .or(named)
-                .unwrap_or_else(|| "<image>".into());
+            let text = tokenizer.id_to_token(id).or(named).unwrap_or(usual);
             Some(ImageToken { id, text })
         }
-        None => named
-            .and_then(by_text)
-            .or_else(|| by_text("<image>".into())),
+        None => named.and_then(by_text).or_else(|| by_text(usual)),
     }
 }
 

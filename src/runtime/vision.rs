@@ -134,6 +134,10 @@ impl VisionEncoder {
         let output = outputs.first()?;
         let (rows, width) = match *output.shape() {
             [n, rows, width] | [1, n, rows, width] if n == images => (rows, width),
+            // The frames of each clip as images of their own.
+            [n, rows, width] if images > 0 && n > images && n % images == 0 => {
+                (n / images * rows, width)
+            }
             // Some exports return the features of all images in one list.
             [rows, width] | [1, rows, width] if images > 0 && rows % images == 0 => {
                 (rows / images, width)

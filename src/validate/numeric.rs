@@ -1,11 +1,11 @@
 //! Running the rewritten model beside the reference.
 
-use ndarray::{Array2, Array3, Array4, Axis};
+use ndarray::{Array2, Array3, Axis};
 
 use super::precision::{lower, precision, quantised, ties, tolerance};
 use super::reference::{Choice, Ranking, ReferenceVision, State, StepIn};
 use super::report::Report;
-use super::scenario::{Layout, Scenario, Seeded, lay_out, standard};
+use super::scenario::{Frame, Layout, Scenario, Seeded, lay_out, standard};
 use super::tally::Tally;
 use super::{ValidateError, decoders, embed, probe, scenario, second, structure, whole};
 use crate::arch::{Decoder, DecoderFiles, FileSet, Role, Vlm};
@@ -66,9 +66,22 @@ pub fn check(
             [] => vec![None],
             some => some.iter().map(Some).collect(),
         };
-        for files in each {
-            let mut pair = Pair::open(base, rewritten, recipe, set, files, options)?;
-            pair.label.clone_from(&label);
+        let encoders = match [set.vision, set.video] {
+            [None, None] => vec![None],
+            some => some.into_iter().flatten().map(Some).collect(),
+        };
+        let rounds = encoders
+            .iter()
+            .flat_map(|e| each.iter().map(move |f| (*e, *f)));
+        for (encoder, files) in rounds {
+            let set = FileSet {
+                vision: encoder,
+                ..set.clone()
+            };
+            let mut pair = Pair::open(base, rewritten, recipe, &set, files, options)?;
+            let clips = encoder.is_some() && encoder == set.video;
+            pair.label = format!("{label}{}", if clips { "clips: " } else { "" });
+            let label = pair.label.clone();
             if let Some(files) = files.filter(|_| several) {
                 let file = base.parts[files.main].file.display();
                 pair.label = format!("{label}{file}: ");
@@ -121,7 +134,7 @@ const SCORE: &str = "duet/token_merge/score";
 /// Both models, opened.
 struct Pair {
     label: String,
-    vision: Option<(ReferenceVision, VisionEncoder, [usize; 3])>,
+    vision: Option<(ReferenceVision, VisionEncoder, Frame)>,
     embed: Option<(Embedder, Embedder)>,
     decoder: Option<(decoders::Reference, RunDecoder)>,
     /// Plain width of embeddings.
@@ -201,14 +214,13 @@ impl Pair {
                     let score: Vec<_> = new.model.find(SCORE).into_iter().collect();
                     let probed = probe::with_outputs(&new.model, &score)?;
                     let run = VisionEncoder::new(probe::open(&probed, &name, session)?)?;
-                    let [channels, height, width] = tower.pixel_size(&old.model);
-                    let Some(dims) = height.zip(width) else {
+                    let Some(frame) = Frame::of(&old.model, tower) else {
                         return Err(ValidateError::Model(format!(
                             "{name}: the image size is not fixed in the file; expected pixels [n, 3, height, width]"
                         )));
                     };
                     pair.dtype = lower(pair.dtype, precision(&old.model));
-                    pair.vision = Some((reference, run, [channels.unwrap_or(3), dims.0, dims.1]));
+                    pair.vision = Some((reference, run, frame));
                     if let Some(width) = tower.feature_width {
                         pair.width = width as usize;
                     }
@@ -344,11 +356,11 @@ impl Pair {
         for turn in &scenario.turns {
             let images: usize = turn.images().iter().sum();
             let (mut plain, mut marked) = (Vec::new(), Vec::new());
-            if let (true, Some((reference, run, [c, h, w]))) = (images > 0, &mut self.vision) {
-                let pixels: Array4<f32> = rng.images(images, *c, *h, *w);
-                let mask = run.takes_mask().then(|| rng.masks(images, *h, *w));
-                let (found, outputs) =
-                    run.run_with_outputs(Tensor::from(pixels.clone()), mask.as_ref())?;
+            if let (true, Some((reference, run, frame))) = (images > 0, &mut self.vision) {
+                let pixels = frame.pixels(images, &mut rng);
+                let [_, h, w] = frame.size;
+                let mask = run.takes_mask().then(|| rng.masks(images, h, w));
+                let (found, outputs) = run.run_with_outputs(pixels.clone(), mask.as_ref())?;
                 let scores = match outputs.get(SCORE) {
                     Ok(scores) => rows_of(scores)?,
                     Err(_) => Vec::new(),
@@ -357,8 +369,7 @@ impl Pair {
                     scores: &scores,
                     tolerance: ties(self.dtype, self.quantised),
                 };
-                let expected =
-                    reference.features(Tensor::from(pixels), mask.as_ref(), Some(ranking))?;
+                let expected = reference.features(pixels, mask.as_ref(), Some(ranking))?;
                 tally.near_ties += expected.near_ties;
                 for (want, found) in expected.features.iter().zip(found) {
                     tally.features(want, &found, self.channel)?;

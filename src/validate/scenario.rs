@@ -1,7 +1,11 @@
 //! What is asked of both models: seeded prompts and images of every kind that
 //! a client may send.
 
-use ndarray::{Array2, Array3, Array4, s};
+use ndarray::{Array2, Array3, Array4, Array5, s};
+
+use crate::arch::VisionTower;
+use crate::ir::{Dim, Model};
+use crate::runtime::Tensor;
 
 use crate::runtime::Grid;
 
@@ -127,6 +131,45 @@ impl Seeded {
                 .sum();
             smooth * 0.7 + self.normal() * 0.5
         })
+    }
+}
+
+/// What an encoder takes: its pixels are random ones of this size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// Frames of a clip; none for images.
+    pub frames: Option<usize>,
+    /// Channels, height, width.
+    pub size: [usize; 3],
+}
+
+impl Frame {
+    /// The size that a tower's file fixes; `None` if it fixes none. Clips of any number of
+    /// frames have three.
+    pub fn of(model: &Model, tower: &VisionTower) -> Option<Self> {
+        let shape = model.value(tower.pixels).ty.as_ref()?.shape()?;
+        let known = |n: &Dim| n.known().and_then(|n| usize::try_from(n).ok());
+        let [channels, height, width] = tower.pixel_size(model);
+        Some(Self {
+            // Crops of an image are no frames.
+            frames: tower.video.then(|| known(&shape[1]).unwrap_or(3)),
+            size: [channels.unwrap_or(3), height?, width?],
+        })
+    }
+
+    /// Pixels of `n` images or clips.
+    pub fn pixels(self, n: usize, rng: &mut Seeded) -> Tensor {
+        let [c, h, w] = self.size;
+        match self.frames {
+            None => rng.images(n, c, h, w).into(),
+            Some(frames) => {
+                let all = rng.images(n * frames, c, h, w);
+                Tensor::from(Array5::from_shape_fn(
+                    (n, frames, c, h, w),
+                    |(i, f, c, y, x)| all[[i * frames + f, c, y, x]],
+                ))
+            }
+        }
     }
 }
 

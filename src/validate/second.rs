@@ -4,7 +4,7 @@
 use ndarray::Array2;
 
 use super::report::Report;
-use super::scenario::{Scenario, Seeded, lay_out, standard};
+use super::scenario::{Frame, Scenario, Seeded, lay_out, standard};
 use super::{Options, ValidateError, probe};
 use crate::arch::{Decoder, Layout, Projection, Role, VisionTower, Vlm};
 use crate::ir::cone::ancestors;
@@ -53,6 +53,7 @@ pub(super) fn check(
             .filter(|(i, _)| base.parts[*i].variant == variant);
         let label = match &old.role {
             Role::Decoder(_) if kin.count() > 1 => &format!("{label}{}: ", old.label()),
+            Role::Vision(tower) if tower.video => &format!("{label}clips: "),
             _ => label,
         };
         let (tower, decoder) = match &old.role {
@@ -124,12 +125,12 @@ fn tower_feed(
     rng: &mut Seeded,
 ) -> Result<Option<Vec<(String, Tensor)>>, ValidateError> {
     let ty = model.value(tower.pixels).ty.as_ref();
-    let [channels, Some(h), Some(w)] = tower.pixel_size(model) else {
+    let Some(frame) = Frame::of(model, tower) else {
         return Ok(None);
     };
-    let pixels = Tensor::from(rng.images(2, channels.unwrap_or(3), h, w));
+    let [_, h, w] = frame.size;
     let rank = ty.and_then(|t| t.shape()).map_or(4, <[_]>::len);
-    let pixels = lay_out_pixels(pixels, rank)?;
+    let pixels = lay_out_pixels(frame.pixels(2, rng), rank)?;
     let stated = ty.and_then(ValueType::dtype).unwrap_or(DataType::Float);
     let pixels = pixels.cast_float(dtype(stated))?;
     let mut feed = vec![(model.name(tower.pixels).to_owned(), pixels)];

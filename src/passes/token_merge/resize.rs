@@ -40,6 +40,14 @@ pub(super) fn resize(
     };
     let shape = shape.clone().map(|mut dims| {
         match dims.len() {
+            // The frames of a clip in one list.
+            3 if tower.video && dims[1].known() != Some(old) => {
+                let frames = dims[1].known().filter(|n| old > 0 && n % old == 0);
+                dims[1] = match frames {
+                    Some(all) => Dim::Known(all / old * count),
+                    None => Dim::param("merged_tokens"),
+                };
+            }
             3 => dims[1] = Dim::Known(count),
             2 => dims[0] = Dim::param("merged_tokens"),
             _ => {}

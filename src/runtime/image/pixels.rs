@@ -73,12 +73,16 @@ impl Pixels {
         if let Some(orientation) = orientation {
             decoded.apply_orientation(orientation);
         }
-        let (width, height) = (decoded.width() as usize, decoded.height() as usize);
-        Ok(Self {
-            width,
-            height,
+        Ok(Self::from_image(decoded))
+    }
+
+    /// Converts a decoded image.
+    pub(in crate::runtime) fn from_image(decoded: DynamicImage) -> Self {
+        Self {
+            width: decoded.width() as usize,
+            height: decoded.height() as usize,
             rgb: to_rgb(decoded),
-        })
+        }
     }
 
     /// Width in pixels.

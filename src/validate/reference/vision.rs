@@ -7,16 +7,16 @@ use super::super::{ValidateError, probe};
 use super::projection::Probes;
 use super::ties::{Ranking, reordered};
 use crate::arch::VisionTower;
-use crate::ir::{DataType, Dim, Model, ValueType, extract};
+use crate::ir::{DataType, Dim, Model, ValueId, ValueType, extract};
 use crate::passes::{Cls, Count, Selector, TokenMerge};
 use crate::runtime::{Port, Session, SessionOptions, Tensor, Value, lay_out_pixels, pixel_mask};
 
 /// What the reference gives for a batch of images.
 #[derive(Debug)]
 pub struct ReferenceFeatures {
-    /// One `[K, D]` for each image.
+    /// One `[K, D]` for each image, `[frames·K, D]` for each clip.
     pub features: Vec<Array2<f32>>,
-    /// What the merge chose, for each image; empty without a merge.
+    /// What the merge chose, for each image or frame; empty without a merge.
     pub merged: Vec<Merged>,
     /// Tokens that changed places because their scores tie as well as exactly.
     pub near_ties: usize,
@@ -61,17 +61,13 @@ impl ReferenceVision {
             Some(merge) => {
                 let unknown = |rank| vec![Dim::Unknown; rank];
                 let entry = ValueType::tensor(tower.dtype, unknown(3));
-                let dtype = model
-                    .value(tower.features)
-                    .ty
-                    .as_ref()
-                    .and_then(|t| t.dtype());
-                let features = ValueType::tensor(dtype.unwrap_or(DataType::Float), unknown(3));
-                let part = extract(
-                    model,
-                    &[(tower.entry, entry)],
-                    &[(tower.features, features)],
-                )?;
+                let projected = projected(model, tower);
+                let dtype = model.value(projected).ty.as_ref().and_then(|t| t.dtype());
+                let features = ValueType::Tensor {
+                    dtype: dtype.unwrap_or(DataType::Float),
+                    shape: (!tower.video).then(|| unknown(3)),
+                };
+                let part = extract(model, &[(tower.entry, entry)], &[(projected, features)])?;
                 let projector = probe::open(&part, "reference projector", options)?;
                 Some((params(merge, tower)?, projector))
             }
@@ -113,7 +109,12 @@ impl ReferenceVision {
             Some(dtype) => pixels.cast_float(dtype)?,
             None => pixels,
         };
-        let images = pixels.shape()[0];
+        let batch = pixels.shape()[0];
+        // The tower sees the frames of clips as images.
+        let images = match self.tower.video {
+            true => batch * pixels.shape()[1],
+            false => batch,
+        };
         let rank = self
             .session
             .input(&self.names.pixels)
@@ -131,7 +132,7 @@ impl ReferenceVision {
         let Some((params, projector)) = &mut self.merge else {
             let features = out.get(&self.names.features)?;
             return Ok(ReferenceFeatures {
-                features: per_image(features, images)?,
+                features: per_image(features, batch)?,
                 merged: Vec::new(),
                 near_ties: 0,
             });
@@ -182,11 +183,26 @@ impl ReferenceVision {
         let merged_rows = Tensor::from(tokens).cast_float(out.get(&self.names.hidden)?.dtype())?;
         let projected = projector.run(&[(&self.names.entry, &Value::new(merged_rows)?)])?;
         Ok(ReferenceFeatures {
-            features: per_image(projected.get(&self.names.features)?, images)?,
+            features: per_image(projected.first()?, batch)?,
             merged,
             near_ties,
         })
     }
+}
+
+/// Where the projector ends: the features, of clips as they are before their frames are
+/// put into one list, which is a re-arrangement that counts tokens.
+fn projected(model: &Model, tower: &VisionTower) -> ValueId {
+    let mut at = tower.features;
+    while tower.video && at != tower.entry {
+        let node = model.producer_node(at);
+        let moved = node.filter(|n| matches!(n.op_type.as_str(), "Reshape" | "Identity"));
+        match moved.and_then(|n| n.input(0)) {
+            Some(before) => at = before,
+            None => break,
+        }
+    }
+    at
 }
 
 /// The oracle's parameters for a recipe's merge on a tower.

@@ -1,0 +1,377 @@
+//! Video-LLaVA: an image tower and a video tower in one directory, clips merged frame by frame, one set of
+//! visual tokens in the decoder.
+//!
+//! The goldens (`models/video_llava/goldens`) were recorded by an independent PyTorch implementation, which
+//! without a pass is Transformers' `VideoLlavaForConditionalGeneration`.
+
+#![allow(clippy::print_stdout, reason = "tests print what they measured")]
+
+mod commands;
+#[macro_use]
+mod support;
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::path::PathBuf;
+
+use duet_onnx::arch::{Kind, Role, Vlm};
+use duet_onnx::onnx::read;
+use duet_onnx::runtime::{Embedder, StepInput, Tensor, Value, VisionEncoder, scatter};
+use duet_onnx::validate::scenario::Seeded;
+use ndarray::Array2;
+use serde_json::Value as Json;
+
+use support::goldens::{integers, tensors};
+use support::models::{
+    ANCHORS, DOMINANT, difference, index_rows, kept, numbers, open, open_decoder, parts_at, probed,
+    recipe_text, rewritten, root,
+};
+
+/// Largest allowed difference from PyTorch, in standard deviations of the reference's values.
+const LIMIT: f64 = 1e-4;
+
+fn folder() -> PathBuf {
+    root().join("models/video_llava/fixtures/ts-sdpa")
+}
+
+/// The TorchScript export: the frames of clips come out as images of their own, `[clips·frames, N, D]`.
+fn fixture() -> Vlm {
+    parts_at(&folder())
+}
+
+/// The same with the video encoder of the dynamo exporter, whose frames come out in one list,
+/// `[clips, frames·N, D]`: a product of the number of frames and of the tokens of one, which is baked in.
+fn joined() -> Vlm {
+    let mut vlm = fixture();
+    let path = root().join("models/video_llava/fixtures/joined/video_encoder.onnx.gz");
+    let packed = std::fs::read(&path).expect("the packed encoder");
+    let mut bytes = Vec::new();
+    flate2::read::GzDecoder::new(packed.as_slice())
+        .read_to_end(&mut bytes)
+        .expect("gzip");
+    let place = tempfile::tempdir().expect("a folder");
+    let file = place.path().join("video_encoder.onnx");
+    std::fs::write(&file, bytes).expect("written");
+    let model = read(&file).expect("a model");
+    let at = vlm.set("").video.expect("a video encoder");
+    vlm.parts[at].role = Role::of(&model);
+    vlm.parts[at].model = model;
+    vlm
+}
+
+/// The pixels that the goldens were recorded with: the upper byte of SplitMix64, divided by 64, less 2.
+fn pixels(kind: &str, edge: usize) -> Tensor {
+    let (seed, mut shape) = match kind {
+        "image" => (1, vec![1, 3]),
+        _ => (2, vec![1, 8, 3]),
+    };
+    shape.extend([edge, edge]);
+    let mut numbers = Seeded::new(seed);
+    let count = shape.iter().product();
+    let data: Vec<f32> = (0..count)
+        .map(|_| (numbers.bits() >> 56) as f32 / 64.0 - 2.0)
+        .collect();
+    Tensor::new(shape, data).expect("pixels")
+}
+
+/// Runs the tower of a kind: features in one list, and what it selected in each image or frame.
+fn encode(vlm: &Vlm, kind: &str) -> (Tensor, HashMap<&'static str, Vec<Vec<usize>>>) {
+    let clips = kind == "video";
+    let (at, _) = vlm
+        .towers()
+        .find(|(_, t)| t.video == clips)
+        .expect("a tower of this kind");
+    let part = &vlm.parts[at];
+    let inside = [DOMINANT.to_owned(), ANCHORS.to_owned()];
+    let session = open(&probed(&part.model, &inside), &part.file);
+    let mut encoder = VisionEncoder::new(session).expect("an encoder");
+    let (mut features, outputs) = encoder
+        .run_with_outputs(pixels(kind, 126), None)
+        .expect("a run");
+    assert_eq!(features.len(), 1, "one image or clip");
+    let mut chosen = HashMap::new();
+    for name in [DOMINANT, ANCHORS] {
+        if let Ok(value) = outputs.get(name) {
+            chosen.insert(name, index_rows(&value.to_tensor().expect("indices")));
+        }
+    }
+    (features.remove(0), chosen)
+}
+
+/// The features without the marker channel, which has to be 1.
+fn unmarked(features: &Tensor, width: usize) -> Vec<f32> {
+    let found = features.shape()[1];
+    assert!(found == width || found == width + 1, "width {found}");
+    let all = features.f32s().expect("numbers");
+    let rows = all.chunks_exact(found);
+    rows.flat_map(|row| {
+        assert!(row[width..].iter().all(|m| m.to_bits() == 1f32.to_bits()));
+        row[..width].to_vec()
+    })
+    .collect()
+}
+
+fn list(json: &Json) -> Vec<usize> {
+    serde_json::from_value(json.clone()).expect("a list of indices")
+}
+
+#[test]
+fn frames_as_images_reproduce_pytorch() {
+    reproduces_pytorch(&fixture());
+}
+
+#[test]
+fn frames_in_one_list_reproduce_pytorch() {
+    let vlm = joined();
+    let (at, _) = vlm.towers().find(|(_, t)| t.video).expect("a video tower");
+    let output = vlm.parts[at].model.graph().outputs[0];
+    let stated = vlm.parts[at].model.value(output).ty.as_ref();
+    let dims = stated.and_then(|t| t.shape()).expect("a shape");
+    assert!(dims[1].to_string().contains("82*"), "{:?}", dims[1]);
+    reproduces_pytorch(&vlm);
+}
+
+fn reproduces_pytorch(base: &Vlm) {
+    let folder = root().join("models/video_llava/goldens");
+    let text = std::fs::read_to_string(folder.join("cases.json")).expect("cases.json");
+    let goldens: Json = serde_json::from_str(&text).expect("cases.json");
+    let cases = goldens["cases"].as_array().expect("cases");
+    assert!(cases.len() >= 10);
+    let (mut worst_features, mut worst_logits, mut sets) = (0f64, 0f64, 0);
+    for case in cases {
+        let name = case["name"].as_str().expect("a name");
+        let stored = tensors(&folder.join(format!("{name}.safetensors")));
+        let vlm = rewritten(base, &case["recipe"].to_string());
+        let mut features = Vec::new();
+        for kind in case["contents"].as_array().expect("contents") {
+            let kind = kind.as_str().expect("a kind");
+            let (found, chosen) = encode(&vlm, kind);
+            let want = &stored[&format!("{kind}_features")];
+            let width = want.shape()[2];
+            let apart = difference(&want.f32s().expect("numbers"), &unmarked(&found, width));
+            worst_features = worst_features.max(apart);
+            for (frame, merged) in case["merged"][kind]
+                .as_array()
+                .expect("merges")
+                .iter()
+                .enumerate()
+            {
+                for (set, field) in [(DOMINANT, "dominant"), (ANCHORS, "anchors")] {
+                    let want = list(&merged[field]);
+                    let found = chosen.get(set).map_or(vec![], |all| all[frame].clone());
+                    assert_eq!(want, found, "{name}: {field} of {kind} {frame}");
+                    sets += 1;
+                }
+            }
+            features.push(found);
+        }
+        let ids = integers(&stored["input_ids"]);
+        let token = |key: &str| goldens[key].as_i64().expect("a token");
+        let tokens = [token("image_token_id"), token("video_token_id")];
+        let visual: Vec<bool> = ids.iter().map(|id| tokens.contains(id)).collect();
+        let (at, _) = vlm.embeddings().next().expect("an embedding");
+        let part = &vlm.parts[at];
+        let mut embedder = Embedder::new(open(&part.model, &part.file)).expect("an embedding");
+        let embeds = embedder.run(ids.clone()).expect("embeddings");
+        let embeds = embeds.to_tensor().expect("embeddings");
+        let embeds = scatter(embeds, &visual, &features).expect("as many places as features");
+        let mut decoder = open_decoder(&vlm);
+        let mut input = StepInput::new(Value::new(embeds).expect("embeddings"));
+        input.visual =
+            Some(Array2::from_shape_vec(ids.dim(), visual).expect("as many as there are ids"));
+        let mut output = decoder.prefill(&input).expect("a run");
+        let drops = case["drops"].as_array().expect("drops");
+        let want: Vec<Vec<Vec<usize>>> = drops.iter().map(|d| vec![list(&d["kept"][0])]).collect();
+        assert_eq!(want, kept(&output), "{name}: kept");
+        sets += want.len();
+        assert_eq!(
+            list(&case["cache_lengths"]),
+            output.cache.lengths(),
+            "{name}"
+        );
+        let mut wanted = vec!["logits".to_owned()];
+        wanted.extend((0..2).map(|step| format!("step{step}.logits")));
+        for (step, key) in wanted.iter().enumerate() {
+            let found: Vec<f32> = output.last_logits().expect("logits").into_iter().collect();
+            let apart = difference(&stored[key].f32s().expect("logits"), &found);
+            worst_logits = worst_logits.max(apart);
+            let Some(next) = case["decode"][step].as_i64() else {
+                break;
+            };
+            let next = Array2::from_elem((1, 1), next);
+            let embeds = embedder.run(next).expect("embeddings");
+            let cache = output.cache;
+            output = decoder
+                .step(&StepInput::new(embeds), &cache)
+                .expect("a step");
+        }
+        assert!(
+            worst_features <= LIMIT && worst_logits <= LIMIT,
+            "{name}: features {worst_features:.1e}, logits {worst_logits:.1e}"
+        );
+    }
+    println!(
+        "{} cases, {sets} index sets; features within {worst_features:.1e}, logits within {worst_logits:.1e}",
+        cases.len()
+    );
+    assert!(sets > 100, "{sets} index sets were compared");
+}
+
+#[test]
+fn two_towers_are_one_model() {
+    let vlm = fixture();
+    assert_eq!(vlm.ambiguous(), None);
+    let set = vlm.set("");
+    let kind = |index: Option<usize>| vlm.parts[index.expect("a file")].kind();
+    assert_eq!(kind(set.vision), Kind::Vision);
+    assert_eq!(kind(set.video), Kind::Video);
+    let towers: Vec<_> = vlm.towers().map(|(_, t)| t).collect();
+    let [image, clip] = towers[..] else {
+        panic!("expected two towers, found {}", towers.len());
+    };
+    // The class drops CLS of images and keeps that of frames.
+    assert_eq!(
+        (
+            image.video,
+            image.patches(),
+            image.cls,
+            image.features_per_image()
+        ),
+        (false, Some(81), true, Some(81))
+    );
+    assert_eq!(
+        (
+            clip.video,
+            clip.patches(),
+            clip.cls,
+            clip.features_per_image()
+        ),
+        (true, Some(81), true, Some(82))
+    );
+    assert_eq!(clip.frames, None);
+    // Written files are told by their stamp and their interface.
+    let text = recipe_text(&[("token_merge", "{dominant: 9, contextual: 2}")], "");
+    let again = rewritten(&vlm, &text);
+    let kinds: Vec<Kind> = again
+        .parts
+        .iter()
+        .map(duet_onnx::arch::Part::kind)
+        .collect();
+    assert!(kinds.contains(&Kind::Video) && kinds.contains(&Kind::Vision));
+    assert_eq!(again.ambiguous(), None);
+}
+
+#[test]
+fn a_second_video_tower_is_ambiguous() {
+    let mut vlm = fixture();
+    let at = vlm.set("").video.expect("a video encoder");
+    let mut other = vlm.parts[at].clone();
+    other.file = "onnx/another.onnx".into();
+    vlm.parts.push(other);
+    assert_eq!(vlm.ambiguous(), Some((Kind::Video, vec![at, 4])));
+}
+
+/// Any number of clips of any number of frames: each frame is merged as if it were alone.
+#[test]
+fn frames_do_not_see_each_other() {
+    let text = recipe_text(&[("token_merge", "{dominant: 12, contextual: 3}")], "");
+    let vlm = rewritten(&fixture(), &text);
+    let (at, _) = vlm.towers().find(|(_, t)| t.video).expect("a video tower");
+    let part = &vlm.parts[at];
+    let mut encoder = VisionEncoder::new(open(&part.model, &part.file)).expect("an encoder");
+    let all = pixels("video", 126).f32s().expect("pixels").into_owned();
+    let clip = |clips: usize, frames: usize| {
+        Tensor::new(vec![clips, frames, 3, 126, 126], all.clone()).expect("pixels")
+    };
+    let mut rows = |clips, frames| {
+        let features = encoder.run(clip(clips, frames)).expect("a run");
+        assert_eq!(features.len(), clips);
+        assert!(features.iter().all(|f| f.shape()[0] == frames * 15));
+        let each = features
+            .into_iter()
+            .flat_map(|f| numbers(&Value::new(f).expect("features")));
+        each.collect::<Vec<f32>>()
+    };
+    let one = rows(1, 8);
+    for (clips, frames) in [(2, 4), (8, 1)] {
+        let apart = difference(&one, &rows(clips, frames));
+        assert!(
+            apart < 1e-5,
+            "{clips} clips of {frames} frames: {apart:.1e}"
+        );
+    }
+}
+
+/// `duet run --video` on the clip that ships: frames, placeholders, both towers, and the answer that PyTorch gives.
+#[test]
+fn a_clip_is_asked_about() {
+    commands::runtime();
+    let path = root().join("models/video_llava/goldens/clip.json");
+    let golden: Json =
+        serde_json::from_str(&std::fs::read_to_string(path).expect("clip.json")).expect("JSON");
+    let clip = commands::source("models/video_llava/images/ball.gif");
+    let picture = commands::source("models/llava/images/street.png");
+    let text = |path: &PathBuf| path.to_str().expect("UTF-8").to_owned();
+    let run = |model: &str, more: &[&str]| {
+        let (clip, prompt) = (text(&clip), golden["prompt"].as_str().expect("a prompt"));
+        let mut arguments = vec!["run", model, "--video", &clip, "--prompt", prompt];
+        arguments.extend(["--max-new-tokens", "4", "--json"]);
+        arguments.extend(more);
+        commands::duet(&arguments).json()
+    };
+    let base = text(&folder());
+    let answer = run(&base, &[]);
+    assert_eq!(answer["tokens"], golden["tokens"]);
+    assert_eq!(answer["visual_tokens"], golden["visual_tokens"]);
+
+    let recipe = recipe_text(
+        &[
+            ("token_merge", "{dominant: 20, contextual: 4}"),
+            (
+                "visual_prune",
+                "{drops: [{after_layer: 4, keep: 0.5}, {after_layer: 6, keep: 0.0}]}",
+            ),
+        ],
+        "",
+    );
+    let place = commands::Place::new(&recipe);
+    let (file, out) = (place.at("recipe.yaml"), place.at("out"));
+    let rewrite = commands::duet(&["rewrite", &base, "--recipe", &file, "--out", &out]);
+    assert_eq!(rewrite.code, 0, "{}", rewrite.stderr);
+    let shown = format!("{}{}", rewrite.stdout, rewrite.stderr);
+    assert!(
+        shown.contains("a clip of 8 frames by layer: 1–4: 192, 5–6: 96, 7–8: 0"),
+        "{shown}"
+    );
+    let answer = run(&out, &["--image", &text(&picture)]);
+    // 24 tokens of the image, 24 of each of 8 frames.
+    assert_eq!(answer["visual_tokens"], 24 * 9);
+    let lengths: Vec<i64> =
+        serde_json::from_value(answer["cache_lengths"].clone()).expect("a list");
+    let words = lengths[0] - 24 * 9;
+    let want = [words + 216, words + 108, words];
+    assert_eq!([lengths[0], lengths[4], lengths[6]], want);
+    let config = std::fs::read_to_string(place.path("out/config.json")).expect("a config");
+    let config: Json = serde_json::from_str(&config).expect("JSON");
+    assert_eq!(
+        (&config["image_seq_length"], &config["video_seq_length"]),
+        (&Json::from(24), &Json::from(192))
+    );
+
+    let valid = commands::duet(&["validate", &base, &out]);
+    assert_eq!(valid.code, 0, "{}{}", valid.stdout, valid.stderr);
+    assert!(
+        valid.stdout.contains("clips: two images"),
+        "{}",
+        valid.stdout
+    );
+
+    let plain = text(&commands::source("models/llava/fixtures/ts-sdpa-mha"));
+    let refused = commands::duet(&["run", &plain, "--video", &text(&clip), "--prompt", "What?"]);
+    assert_eq!(refused.code, 2, "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("sees no clips"),
+        "{}",
+        refused.stderr
+    );
+}
