@@ -380,7 +380,7 @@ fn the_same_model_is_recognised_alike_in_every_form() {
         assert_eq!(found, want, "{}", form.name);
         compared += 1;
     }
-    assert!(compared >= 20, "{compared} forms of the fixtures' weights");
+    assert!(compared >= 14, "{compared} forms of the fixtures' weights");
 }
 
 /// The table as Markdown.

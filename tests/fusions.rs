@@ -210,7 +210,7 @@ fn what_the_runtime_fuses_it_still_fuses() {
         }
     }
     assert!(lost.is_empty(), "{lost:#?}");
-    assert!(compared >= 90, "only {compared} files were compared");
+    assert!(compared >= 75, "only {compared} files were compared");
     // Quantised models are not among the fixtures everywhere.
     for (group, _) in &GROUPS[..4] {
         assert!(

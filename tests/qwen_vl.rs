@@ -284,10 +284,7 @@ fn the_vision_tower_is_refused_by_name() {
         let path = root().join("models/qwen_vl/fixtures").join(name).join(file);
         duet_onnx::onnx::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
     };
-    for (tower, decoder) in [
-        ("vision-ts-sdpa", "ts-sdpa"),
-        ("vision-dynamo18", "dynamo18"),
-    ] {
+    for (tower, decoder) in [("vision-ts-sdpa", "ts-sdpa")] {
         let parts = [
             (tower, "vision_encoder"),
             (decoder, "embed_tokens"),

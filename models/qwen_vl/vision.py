@@ -41,7 +41,6 @@ shared = sibling("export")
 FIXTURES = Path(__file__).parent / "fixtures"
 FORMS = {
     "vision-ts-sdpa": shared.Form("qwen2.5-vl", "sdpa", 17, False),
-    "vision-ts-eager": shared.Form("qwen2.5-vl", "eager", 17, False),
     "vision-dynamo18": shared.Form("qwen2.5-vl", "sdpa", 18, True),
 }
 # Time, height and width in patches: windows that are whole, cut off on each side, and several frames.
