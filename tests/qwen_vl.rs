@@ -284,44 +284,43 @@ fn the_vision_tower_is_refused_by_name() {
         let path = root().join("models/qwen_vl/fixtures").join(name).join(file);
         duet_onnx::onnx::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
     };
-    for (tower, decoder) in [("vision-ts-sdpa", "ts-sdpa")] {
-        let parts = [
-            (tower, "vision_encoder"),
-            (decoder, "embed_tokens"),
-            (decoder, "decoder_model_merged"),
-        ];
-        let parts = parts.map(|(name, file)| {
-            let file = format!("onnx/{file}.onnx");
-            let model = read(name, &file);
-            (file.into(), String::new(), model)
-        });
-        let vlm = Vlm::new(parts.to_vec());
-        let refused = |text: &str| {
-            let error = rewrite(vlm.clone(), &recipe(text)).map(|_| ());
-            error.expect_err("no tower").to_string()
-        };
-        let prune = "visual_prune: {drops: [{after_layer: 2, keep: 0.5}]}";
-        let merge = "token_merge: {dominant: 0.5, contextual: 0.1}";
-        let error = refused(&format!("version: 1\npasses: [{merge}]"));
-        assert!(
-            error.contains("'pixel_values' holds rows of patches"),
-            "{error}"
-        );
-        assert!(error.contains("'image_grid_thw'"), "{error}");
-        let error = refused(&format!("version: 1\npasses: [{prune}]"));
-        assert!(error.contains("marker: input"), "{error}");
-        let done = rewritten(
-            &vlm,
-            &format!("version: 1\nmarker: input\npasses: [{prune}]"),
-        );
-        let (at, _) = vlm.decoders().next().expect("a decoder");
-        let inputs = done.parts[at].model.graph().inputs.len();
-        assert_eq!(
-            inputs,
-            vlm.parts[at].model.graph().inputs.len() + 1,
-            "{decoder}"
-        );
-    }
+    let (tower, decoder) = ("vision-ts-sdpa", "ts-sdpa");
+    let parts = [
+        (tower, "vision_encoder"),
+        (decoder, "embed_tokens"),
+        (decoder, "decoder_model_merged"),
+    ];
+    let parts = parts.map(|(name, file)| {
+        let file = format!("onnx/{file}.onnx");
+        let model = read(name, &file);
+        (file.into(), String::new(), model)
+    });
+    let vlm = Vlm::new(parts.to_vec());
+    let refused = |text: &str| {
+        let error = rewrite(vlm.clone(), &recipe(text)).map(|_| ());
+        error.expect_err("no tower").to_string()
+    };
+    let prune = "visual_prune: {drops: [{after_layer: 2, keep: 0.5}]}";
+    let merge = "token_merge: {dominant: 0.5, contextual: 0.1}";
+    let error = refused(&format!("version: 1\npasses: [{merge}]"));
+    assert!(
+        error.contains("'pixel_values' holds rows of patches"),
+        "{error}"
+    );
+    assert!(error.contains("'image_grid_thw'"), "{error}");
+    let error = refused(&format!("version: 1\npasses: [{prune}]"));
+    assert!(error.contains("marker: input"), "{error}");
+    let done = rewritten(
+        &vlm,
+        &format!("version: 1\nmarker: input\npasses: [{prune}]"),
+    );
+    let (at, _) = vlm.decoders().next().expect("a decoder");
+    let inputs = done.parts[at].model.graph().inputs.len();
+    assert_eq!(
+        inputs,
+        vlm.parts[at].model.graph().inputs.len() + 1,
+        "{decoder}"
+    );
 }
 
 /// What a mask does not tell is asked for, not guessed.
