@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Global, ModelArgument, Outcome, load, print_json, style};
+use super::{Global, ModelArgument, Outcome, family, load, print_json, style};
 use crate::arch::{Decoder, FileSet, Part, Role, VisionTower, Vlm};
 use crate::ir::{Model, TensorData};
 use crate::onnx::ModelDir;
@@ -39,9 +39,13 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
             })
             .collect();
         let layout = dir.layout.word();
-        print_json(
-            &json!({ "schema_version": 1, "layout": layout, "sets": sets, "files": files }),
-        )?;
+        print_json(&json!({
+            "schema_version": 1,
+            "family": family::name(&dir.root),
+            "layout": layout,
+            "sets": sets,
+            "files": files,
+        }))?;
     } else {
         anstream::println!(
             "{}{}{}",
@@ -84,6 +88,9 @@ fn sizes(model: &Model) -> (u64, u64) {
 
 /// How the files lie, which precisions there are, and what is used together.
 fn header(dir: &ModelDir, vlm: &Vlm, sets: &[FileSet]) {
+    if let Some(family) = family::name(&dir.root) {
+        anstream::println!("  family     {family}");
+    }
     anstream::println!("  layout     {}", dir.layout.name());
     if sets.len() < 2 {
         return;

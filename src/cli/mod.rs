@@ -4,6 +4,7 @@
 //! check that failed, 2 usage or input error.
 
 mod demo;
+mod family;
 mod inspect;
 mod load;
 mod plan;

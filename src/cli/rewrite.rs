@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail};
 
-use super::{Global, ModelArgument, Outcome, load, style};
+use super::{Global, ModelArgument, Outcome, family, load, style};
 use crate::arch::{DEFAULT_FRAMES, Part, Role, VisionTower, Vlm};
 use crate::ir::cone::holder_of;
 use crate::ir::{Model, TensorData, ValueId, verify};
@@ -53,6 +53,11 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     let recipe = load::recipe(&arguments.recipe)?;
     let selected = load::select(&arguments.model.path, &arguments.variant, global)?;
     let dir = &selected.dir;
+    // A file of that name comes before the built-in recipe.
+    if !Path::new(&arguments.recipe).is_file() {
+        let built_in: Vec<&str> = load::RECIPES.iter().map(|(name, _)| *name).collect();
+        family::check(&dir.root, &arguments.recipe, &built_in)?;
+    }
     let done = rewrite(selected.vlm, &recipe)?;
     let mut outputs = outputs(dir, &done, &recipe, arguments.beside.as_deref())?;
     for left in &selected.left_out {
