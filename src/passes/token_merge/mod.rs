@@ -27,6 +27,28 @@
 //! K. They are no grid any more, so no newline tokens belong between their rows, and
 //! no padding can be cut off by rows: clients put them one after the other.
 //!
+//! **Towers of patch rows** (Qwen2-VL, Qwen2.5-VL) take the patches of a grid that only the run
+//! tells, and a merger behind them makes one token of each 2×2. What the public code does is
+//! followed, which merges the *features*: the merger's rows, put back into the image's order. So
+//! the merger runs on all of them, other than projectors do.
+//!
+//! ```text
+//!  before:  blocks ─ hidden ─ merger ─ Gather(order) ─▶ features [N, D]
+//!
+//!  after:   blocks ─ hidden ─ merger ─ Gather(order) ─▶ H [N, D] ────────┬───────────┐
+//!             └ q, k of the last attention, behind the rotary embedding  ▼           ▼
+//!               └─▶ score, metric ─ mean of 2×2 ─ Gather(order) ─▶ dominant, contextual
+//!                                                                        └─ by place ┘
+//!                                      features [K, D], kept_token_indices [K] ◀─┘
+//! ```
+//!
+//! Score: as of other towers without CLS, under the mask of the last block. Score and metric are
+//! averaged over each merge group and put into order as the features are. Dominant and contextual
+//! tokens come out together, by ascending place, a contextual token at its anchor's. Counts are
+//! computed in the graph: `dominant` = min(k₁, N), `contextual` = min(k₂, N − k₁); an image with
+//! fewer tokens than the budget keeps all. Several images in one call are one list to the encoder
+//! and are merged as one; for a budget for each, call once for each.
+//!
 //! **Masks** that the tower applies (images padded to a common size, position
 //! biases) apply to the scores too.
 //!
@@ -35,15 +57,18 @@
 
 mod build;
 mod resize;
+mod rows;
+mod sizes;
 
 use serde::Deserialize;
 
 use self::build::Build;
 use self::resize::{fixed_length, resize};
+use self::sizes::Sizes;
 use super::recipe::Count;
 use super::{Context, Entry, Pass, PassError, recount};
 use crate::arch::{NoMatch, VisionTower, Vlm};
-use crate::ir::{Patch, PatchPlan};
+use crate::ir::{Model, Patch, PatchPlan};
 
 pub(super) const ENTRY: Entry = Entry {
     name: "token_merge",
@@ -59,6 +84,11 @@ pub(super) const ENTRY: Entry = Entry {
     parse: super::parse::<TokenMerge>,
     keep_everything: "{dominant: 1.0, contextual: 0, cls: drop}",
 };
+
+/// The output of a rewritten encoder of patch rows that says which tokens its features are:
+/// int64 `[merged_tokens]`, the place of each row among the tokens that the unmodified encoder
+/// gives for the call, ascending. Clients need it for positions in the image's grid.
+pub const KEPT_OUTPUT: &str = "kept_token_indices";
 
 /// Which tokens become contextual, and of what they are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
@@ -170,6 +200,42 @@ impl TokenMerge {
     pub fn tokens_out(&self, tower: &VisionTower) -> Option<i64> {
         Some(merge_budget(self, tower.candidates()?, tower.cls).total())
     }
+
+    /// Whether the merge fits a tower of patch rows.
+    fn fits_rows(&self, model: &Model, tower: &VisionTower) -> Result<(), String> {
+        let features = model.name(tower.features);
+        let ty = model.value(tower.features).ty.as_ref();
+        let rank = ty.and_then(|t| t.shape()).map(<[_]>::len);
+        if let Some(rank) = rank.filter(|rank| *rank != 2) {
+            return Err(format!(
+                "'{features}' has {rank} axes; features of a tower of patch rows are expected as [tokens, width]"
+            ));
+        }
+        if let Some(taken) = model.find(KEPT_OUTPUT) {
+            return Err(format!(
+                "the merged encoder gives out '{KEPT_OUTPUT}', and the file has a value of that name ({}) already",
+                model
+                    .producer_of(taken)
+                    .map_or_else(|| "an input".into(), |n| model.describe(n))
+            ));
+        }
+        let none = |count: Count| matches!(count, Count::Tokens(0) | Count::Ratio(0.0));
+        let total = self.tokens_out(tower);
+        if total == Some(0) || none(self.dominant) && none(self.contextual) {
+            return Err("dominant and contextual leave no token; keep at least one".into());
+        }
+        Ok(())
+    }
+
+    fn plan_rows(&self, model: &Model, tower: &VisionTower) -> PatchPlan {
+        let mut patch = Patch::new(model, ENTRY.name);
+        let sizes = rows::sizes(&mut patch, self, tower);
+        let merged = Build::new(self, tower, sizes, &mut patch).in_place();
+        if let Some(output) = tower.features_index {
+            merged.come_out(&mut patch, output, self.tokens_out(tower));
+        }
+        patch.finish()
+    }
 }
 
 impl Pass for TokenMerge {
@@ -205,6 +271,12 @@ impl Pass for TokenMerge {
         for (index, tower) in vlm.towers() {
             let file = vlm.parts[index].label();
             let model = &vlm.parts[index].model;
+            if tower.rows.is_some() {
+                if let Err(problem) = self.fits_rows(model, tower) {
+                    return fail(format!("{file}: {problem}"));
+                }
+                continue;
+            }
             let stated = model.value(tower.features).ty.as_ref();
             let stated = stated.and_then(|t| t.shape()).map(<[_]>::len);
             if let Some(rank) = stated.filter(|rank| !(2..=3).contains(rank)) {
@@ -270,18 +342,17 @@ impl Pass for TokenMerge {
                 file: part.label(),
                 problem,
             };
+            if tower.rows.is_some() {
+                plans.push((index, self.plan_rows(&part.model, tower)));
+                continue;
+            }
             let patches = tower
                 .candidates()
                 .ok_or_else(|| unsupported("the token count is not fixed".into()))?;
             let budget = merge_budget(self, patches, tower.cls);
             let mut patch = Patch::new(&part.model, ENTRY.name);
-            let mut build = Build {
-                merge: self,
-                tower,
-                budget,
-                patch: &mut patch,
-            };
-            let merged = build.tokens();
+            let sizes = Sizes::known(budget);
+            let merged = Build::new(self, tower, sizes, &mut patch).tokens();
             patch.rewire_all(tower.entry, merged);
             let embeds = vlm.decoders().find(|(i, _)| *i == index);
             let embeds = embeds.map(|(_, decoder)| decoder.embeds);
@@ -320,10 +391,21 @@ impl Pass for TokenMerge {
         let mut lines: Vec<String> = vlm
             .towers()
             .filter_map(|(_, tower)| {
+                if let Some(rows) = tower.rows.as_ref().filter(|_| tower.open()) {
+                    return Some(format!(
+                        "tokens of {} patches each, as many as the run tells → {}, after block {}",
+                        rows.per,
+                        rows::open_summary(self),
+                        tower.layers
+                    ));
+                }
                 let b = merge_budget(self, tower.candidates()?, tower.cls);
                 let cls = if b.cls { "CLS + " } else { "" };
                 let kind = match &tower.shuffle {
                     Some(shuffle) => format!("shuffled tokens ({} patches each)", shuffle.per),
+                    None if tower.rows.is_some() => {
+                        format!("tokens of {} patches each", tower.patches_per_token())
+                    }
                     None if tower.video => "patch tokens of each frame".into(),
                     None => "patch tokens".into(),
                 };
