@@ -1,15 +1,19 @@
 """Tests of the reference itself: python -m unittest discover -s models/reference -t models"""
 
+import importlib.util
 import sys
 import unittest
 from pathlib import Path
 
 import torch
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.vision_utils import get_vision_window_index
 
 from .llava import Llava
 from .merge import merge
 from .order import Margins, top
+from .qwen_tower import Seen, look, merge_grid
 from .recipe import Merge, Prune, parse
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("llava", "forms")]
@@ -17,6 +21,17 @@ import build  # noqa: E402
 import common  # noqa: E402
 import towers  # noqa: E402
 import variants  # noqa: E402
+
+
+def qwen_vl(name: str):
+    """A module of models/qwen_vl, whose files are called as llava's are."""
+    spec = importlib.util.spec_from_file_location(f"qwen_vl_{name}", Path(__file__).parents[1] / f"qwen_vl/{name}.py")
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+qwen = qwen_vl("build")
 
 IMAGE = 4
 
@@ -244,6 +259,78 @@ class MergeByHand(unittest.TestCase):
         self.probs[:] = 0.1
         got = self.run_merge(dominant=3, contextual=1, cluster_width=2)
         self.assertEqual((got.dominant, got.anchors, got.members), ([0, 1], [2], [[3]]))
+
+
+class QwenTowers(unittest.TestCase):
+    GRIDS = ((1, 8, 8), (1, 10, 6), (1, 2, 14), (2, 6, 10), (1, 2, 2))
+
+    def patches(self, grid, seed=0):
+        return torch.randn(grid[0] * grid[1] * grid[2], 96, generator=torch.Generator().manual_seed(seed))
+
+    def test_features_are_those_of_transformers(self):
+        net = qwen.model()
+        for grid in self.GRIDS:
+            given = self.patches(grid)
+            want = net.model.visual(given, grid_thw=torch.tensor([grid])).pooler_output
+            torch.testing.assert_close(look(net, given, grid).features, want, atol=1e-5, rtol=0)
+
+    def test_scores_are_those_of_windowed_attention_put_back_in_order(self):
+        """Queries and keys as Transformers' last block has them, in the order of windows, and frames as it cuts."""
+        net, calls = qwen.model(), []
+
+        def spy(module, query, key, value, attention_mask, scaling, **_):
+            # Called for each frame, or each window, by itself.
+            calls.append((query[0], key[0]))
+            probs = torch.softmax(query @ key.transpose(2, 3) * scaling, dim=-1)
+            return (probs @ value).transpose(1, 2), probs
+
+        ALL_ATTENTION_FUNCTIONS["spy"] = spy
+        net.config.vision_config._attn_implementation = "spy"
+        for grid in self.GRIDS:
+            given = self.patches(grid, 1)
+            calls.clear()
+            net.model.visual(given, grid_thw=torch.tensor([grid]))
+            received, keys = [], []
+            for query, key in calls[-grid[0] :]:
+                probs = torch.softmax(query @ key.transpose(1, 2) * query.shape[-1] ** -0.5, dim=-1)
+                received.append(probs.sum(dim=1).mean(dim=0))
+                keys.append(key.mean(dim=0))
+            order, _ = get_vision_window_index(torch.tensor([grid]), 2, qwen.SIZE.window, qwen.SIZE.patch)
+            back = order.argsort()
+            score = torch.cat(received).reshape(-1, 4).mean(dim=1)[back]
+            metric = torch.cat(keys).reshape(-1, 4, keys[0].shape[1]).mean(dim=1)[back]
+            seen = look(net, given, grid)
+            torch.testing.assert_close(seen.score, score, atol=1e-6, rtol=0)
+            torch.testing.assert_close(seen.metric, metric, atol=1e-5, rtol=0)
+
+    def test_tokens_come_out_in_ascending_order_each_in_its_place(self):
+        features = torch.tensor([[1.0], [10], [100], [1000], [10000], [100000]])
+        # Dominant 2; residuals by score 5, 0, 4, 1, 3; pool of 4; anchors 5 and 4; 0 and 1 are nearer to 4.
+        score = torch.tensor([0.15, 0.1, 0.4, 0.05, 0.12, 0.18])
+        metric = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [1, 0.05], [0.1, 1], [0, 1]])
+        metric[4] = torch.tensor([1.0, 0.2])
+        got = merge_grid(Seen(features, score, metric), Merge(1, 2, cluster_width=2), Margins())
+        self.assertEqual((got.dominant, got.anchors, got.members), ([2], [5, 4], [[], [0, 1]]))
+        self.assertEqual((got.kept, got.features.flatten().tolist()), ([2, 4, 5], [100, 10000 + 5.5, 100000]))
+
+    def test_budgets_are_clamped_to_what_an_image_has(self):
+        net = qwen.model()
+        for grid in self.GRIDS:
+            seen = look(net, self.patches(grid), grid)
+            n = seen.features.shape[0]
+            for dominant, contextual, k1, k2 in (
+                (540, 100, n, 0),
+                (n, 3, n, 0),
+                (n - 1, 3, n - 1, 1),
+                (0.5, 0.5, n // 2, n // 2),
+                (1.0, 0, n, 0),
+            ):
+                got = merge_grid(seen, Merge(dominant, contextual), Margins())
+                self.assertEqual((len(got.dominant), len(got.anchors)), (k1, k2))
+                self.assertEqual(got.kept, sorted(set(got.dominant) | set(got.anchors)))
+                self.assertEqual(got.features.shape[0], len(got.kept))
+                if k1 == n:
+                    self.assertEqual(got.features.tolist(), seen.features.tolist())
 
 
 class Recipes(unittest.TestCase):
