@@ -172,6 +172,42 @@ class Stages(unittest.TestCase):
         self.assertEqual([c.real.shape[1] for c in result.cache], [168] * 2 + [127] * 3 + [87] * 3)
         self.assertEqual(result.cache[7].real[0].sum(), 6)
 
+    def test_ratios_of_what_is_left(self):
+        """The public schedule for Qwen2.5-VL: 81 -> 40; 20 of 40 ranked, 10 kept, 20 stay as text; and so on."""
+        steps = ((2, 0.5), (4, 0.25), (5, 0.25), (6, 0.0))
+        llava = Llava(self.net, None, Prune(steps, ratio_base="current"))
+        features, _ = llava.image_features(pixels(1))
+        result = llava.call(*prompt([words(2, 1) + [IMAGE] * 81 + words(4, 2)]), features)
+        self.assertEqual([d.visual.tolist() for d in result.drops], [[40], [10], [2], [0]])
+        # 20 - 10 leave, then 2 - 2 (floor(10 / 4) ranked and kept), then floor(2 / 4) - 0.
+        self.assertEqual([c.real.shape[1] for c in result.cache], [87] * 2 + [46] * 2 + [36, 36, 36, 36])
+        # The first 20 of the 40 were ranked, so the others are all there.
+        first, second = (d.origin[0] for d in result.drops[:2])
+        self.assertTrue(set(first[2:42][20:].tolist()) <= set(second.tolist()))
+
+    def test_ratios_of_what_is_left_in_a_batch(self):
+        steps = ((2, 0.5), (5, 0.25))
+        llava = Llava(self.net, None, Prune(steps, ratio_base="current"))
+        features, _ = llava.image_features(pixels(3))
+        rows = [words(2, 1) + [IMAGE] * 81 + words(4, 2), words(2, 3) + [IMAGE] * 162 + words(4, 4)]
+        result = llava.call(*prompt(rows), features)
+        # 81 - 40 = 41 leave; then of 40 and 121 are 20 and 60 ranked, and 20 - 10 leave.
+        self.assertEqual([d.visual.tolist() for d in result.drops], [[40, 121], [10, 50]])
+        self.assertEqual([c.real.shape[1] for c in result.cache], [168] * 2 + [127] * 3 + [117] * 3)
+        alone = llava.call(*prompt(rows[:1]), features[:1])
+        torch.testing.assert_close(result.logits[0], alone.logits[0], atol=2e-5, rtol=0)
+        nothing = llava.call(*prompt([rows[0], words(9, 3)]), features[:1])
+        self.assertEqual([c.real.shape[1] for c in nothing.cache], [87] * 8)
+
+    def test_one_drop_has_one_base(self):
+        features, kept = None, []
+        for base in ("entered", "current"):
+            llava = Llava(self.net, None, Prune(((3, 0.3),), ratio_base=base))
+            features, _ = llava.image_features(pixels(1)) if features is None else (features, None)
+            result = llava.call(*prompt([words(2, 1) + [IMAGE] * 81 + words(4, 2)]), features)
+            kept.append(result.drops[0].kept.tolist())
+        self.assertEqual(*kept)
+
     def test_a_row_without_an_image_keeps_all(self):
         llava = Llava(self.net, None, Prune(((2, 0.0),)))
         features, _ = llava.image_features(pixels(1))
@@ -340,6 +376,7 @@ class Recipes(unittest.TestCase):
             {"token_merge": {"dominant": 4, "contextual": 1, "selector": "best"}},
             {"visual_prune": {"drops": [{"after_layer": 2, "keep": 0.2}, {"after_layer": 4, "keep": 0.5}]}},
             {"visual_prune": {"drops": [{"after_layer": 8, "keep": 0.5}]}},
+            {"visual_prune": {"drops": [{"after_layer": 2, "keep": 0.5}], "ratio_base": "left"}},
             {"prune": {}},
         ):
             with self.subTest(wrong), self.assertRaises(ValueError):
