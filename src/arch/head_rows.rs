@@ -131,9 +131,11 @@ fn back(model: &Model, value: ValueId, axes: String, width: i64) -> Option<HeadR
             // [b, h, s, d] → [b·h, s, d] → [b·h, d, s] → [b, h, d, s], as dynamo transposes.
             "Reshape" => {
                 let swap = model.producer_node(first);
-                let swap = swap.filter(|n| n.is("Transpose") && n.attr_ints("perm") == Some(&[0, 2, 1]));
+                let swap =
+                    swap.filter(|n| n.is("Transpose") && n.attr_ints("perm") == Some(&[0, 2, 1]));
                 let merge = swap.and_then(|n| model.producer_node(n.input(0)?));
-                let Some(before) = merge.filter(|n| n.is("Reshape")).and_then(|n| n.input(0)) else {
+                let Some(before) = merge.filter(|n| n.is("Reshape")).and_then(|n| n.input(0))
+                else {
                     break;
                 };
                 if !matches!(at.axes.as_str(), "bhds" | "bhsd") {
@@ -196,7 +198,10 @@ fn last_two(model: &Model, shape: ValueId) -> Option<(i64, i64)> {
             let [_, heads, width] = node.inputs.as_slice() else {
                 return None;
             };
-            Some((consts::int(model, (*heads)?)?, consts::int(model, (*width)?)?))
+            Some((
+                consts::int(model, (*heads)?)?,
+                consts::int(model, (*width)?)?,
+            ))
         })?,
     };
     (pair.0 > 0 && pair.1 > 0).then_some(pair)

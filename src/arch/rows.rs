@@ -79,7 +79,9 @@ impl PatchRows {
 
     /// Rows `[N, …]` in the tower's order, put into the order of the features.
     pub fn in_order(&self, patch: &mut Patch<'_>, rows: ValueId) -> ValueId {
-        self.moves.iter().fold(rows, |rows, step| step.of(patch, rows))
+        self.moves
+            .iter()
+            .fold(rows, |rows, step| step.of(patch, rows))
     }
 }
 
@@ -109,9 +111,13 @@ pub(super) fn patch_inputs(model: &Model) -> Option<(ValueId, Option<ValueId>)> 
         let mut inputs = model.graph().inputs.iter().copied();
         inputs.find(|&v| {
             let value = model.value(v);
-            let shape = value.ty.as_ref().and_then(|t| Some((t.dtype()?, t.shape()?)));
+            let shape = value
+                .ty
+                .as_ref()
+                .and_then(|t| Some((t.dtype()?, t.shape()?)));
             value.initializer.is_none()
-                && shape.is_some_and(|(dtype, dims)| dims.len() == 2 && fits(dtype, dims, &value.name))
+                && shape
+                    .is_some_and(|(dtype, dims)| dims.len() == 2 && fits(dtype, dims, &value.name))
         })
     };
     let integer = |dtype| matches!(dtype, DataType::Int64 | DataType::Int32);
@@ -137,7 +143,12 @@ impl VisionTower {
         pixels: ValueId,
         grid: Option<ValueId>,
     ) -> Result<Self, NoMatch> {
-        let fail = |found: String| Err(NoMatch::new("a vision tower that takes rows of patches", found));
+        let fail = |found: String| {
+            Err(NoMatch::new(
+                "a vision tower that takes rows of patches",
+                found,
+            ))
+        };
         if model.opset("").unwrap_or(0) < MIN_OPSET {
             let found = model.opset("").unwrap_or(0);
             return fail(format!(
@@ -183,7 +194,9 @@ impl VisionTower {
         };
         let described = model.describe(site.node);
         let Some(end) = tower_end(model, &line, &reached, &site) else {
-            return fail(format!("no residual addition after the last attention ({described})"));
+            return fail(format!(
+                "no residual addition after the last attention ({described})"
+            ));
         };
         let hidden = line[end];
         if site.scaled_mask || site.softcap != 0.0 {
@@ -212,7 +225,9 @@ impl VisionTower {
             }
         };
         if !site.scale().is_finite() {
-            return fail(format!("the attention scale of {described} is not a constant"));
+            return fail(format!(
+                "the attention scale of {described} is not a constant"
+            ));
         }
         let patches = stated_dim(model, pixels, 0);
         let stated_width = row_width(model, hidden);
@@ -222,9 +237,8 @@ impl VisionTower {
             Ok(per) => per,
             Err(found) => return fail(found),
         };
-        let seen = |s: &Site| -> Vec<ValueId> {
-            s.masks.iter().map(|m| decides(model, *m)).collect()
-        };
+        let seen =
+            |s: &Site| -> Vec<ValueId> { s.masks.iter().map(|m| decides(model, *m)).collect() };
         let last = seen(&site);
         let windowed = live.iter().filter(|s| seen(s) != last).count();
         Ok(Self {
@@ -240,7 +254,8 @@ impl VisionTower {
             tokens: patches,
             width: Some(width),
             dtype: element_type(model, features).unwrap_or(DataType::Float),
-            feature_width: stated_dim(model, features, 1).or_else(|| projection_width(model, merged)),
+            feature_width: stated_dim(model, features, 1)
+                .or_else(|| projection_width(model, merged)),
             shuffle: None,
             grid: None,
             video: false,
@@ -306,7 +321,10 @@ fn groups(
     let known = patches.and_then(|n| usize::try_from(n).ok());
     let count = known.unwrap_or(NOMINAL);
     let columns = usize::try_from(width).unwrap_or(0);
-    let end = line.iter().position(|v| *v == merged).unwrap_or(line.len() - 1);
+    let end = line
+        .iter()
+        .position(|v| *v == merged)
+        .unwrap_or(line.len() - 1);
     let starts = 0..end;
     let rank = |v: ValueId| match consts::known_rank(model, v) {
         Some(rank @ 2..=3) => vec![rank],
@@ -323,7 +341,11 @@ fn groups(
             model.name(line[0])
         ));
     };
-    let consecutive = found.patches.iter().zip(0..).all(|(patch, want)| *patch == want);
+    let consecutive = found
+        .patches
+        .iter()
+        .zip(0..)
+        .all(|(patch, want)| *patch == want);
     if !consecutive || found.patches.len() != count {
         return Err(format!(
             "'{}' makes tokens of patches that do not follow one another; expected groups of {} consecutive rows, as \
@@ -342,9 +364,14 @@ fn decides(model: &Model, mask: Mask) -> ValueId {
         let Some(node) = model.producer_node(at) else {
             break;
         };
-        let sized = matches!(node.op_type.as_str(), "Expand" | "Reshape" | "Unsqueeze" | "Squeeze" | "Slice");
+        let sized = matches!(
+            node.op_type.as_str(),
+            "Expand" | "Reshape" | "Unsqueeze" | "Squeeze" | "Slice"
+        );
         let mut computed = node.inputs.iter().flatten().copied();
-        let mut computed = computed.by_ref().filter(|v| consts::constant(model, *v).is_none());
+        let mut computed = computed
+            .by_ref()
+            .filter(|v| consts::constant(model, *v).is_none());
         at = match (sized, computed.next(), computed.next()) {
             (true, Some(_), _) => match node.input(0) {
                 Some(first) => first,

@@ -51,7 +51,13 @@ pub(super) fn find(
     skip: usize,
 ) -> Option<Shuffle> {
     let (&root, rest) = line.split_first()?;
-    let run = Run::on(model, root, vec![IMAGES, tokens, width], IMAGES, *rest.last()?)?;
+    let run = Run::on(
+        model,
+        root,
+        vec![IMAGES, tokens, width],
+        IMAGES,
+        *rest.last()?,
+    )?;
     let quantised = |v: ValueId| {
         let node = model.producer_node(v);
         node.is_some_and(|n| n.is("QuantizeLinear"))

@@ -20,7 +20,9 @@ pub use error::PassError;
 pub use manager::{Change, Rewritten, earlier_recipe, rewrite};
 pub use marker::{Marker, VISUAL_MASK_INPUT};
 pub use recipe::{Count, KvLayout, Positions, Recipe, StaticSpan};
-pub use token_merge::{Cls, KEPT_OUTPUT, MergeBudget, Placement, Selector, TokenMerge, merge_budget};
+pub use token_merge::{
+    Cls, KEPT_OUTPUT, MergeBudget, Placement, Selector, TokenMerge, merge_budget,
+};
 pub use visual_prune::{Drop, RankMask, SALIENT_MASK_INPUT, TextQueries, VisualPrune};
 
 use crate::arch::Vlm;

@@ -146,7 +146,10 @@ impl Build<'_, '_> {
         self.patch.scope("contextual");
         let (contextual, size) = self.served();
         let step = self.patch.size_div(size, contextual);
-        let (step, most) = (self.patch.size_value(step), self.patch.size_value(contextual));
+        let (step, most) = (
+            self.patch.size_value(step),
+            self.patch.size_value(contextual),
+        );
         let every = self.patch.iota(contextual);
         let at = self.patch.op("Mul", &[every, step]);
         let anchor = self.patch.gather(pool, at, 1);
