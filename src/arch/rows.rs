@@ -77,6 +77,33 @@ impl PatchRows {
         }
     }
 
+    /// Width of a row of pixels: as stated, or as the patch embedding wants it.
+    pub fn patch_width(&self, model: &Model, tower: &VisionTower) -> Option<i64> {
+        if let Some(stated) = stated_dim(model, tower.pixels, 1) {
+            return Some(stated);
+        }
+        let reached = descendants(model, &[tower.pixels], true);
+        let nodes = model.graph().nodes.iter().map(|n| model.node(*n));
+        let mut reading = nodes.filter(|n| n.input(0).is_some_and(|v| reached.contains(&v)));
+        reading.find_map(|node| {
+            let weight = consts::dims(model, node.input(1)?)?;
+            match node.op_type.as_str() {
+                "Conv" => Some(weight.iter().skip(1).product()),
+                "MatMul" => weight.first().copied(),
+                "Gemm" => {
+                    let transposed = node.attr_int("transB") == Some(1);
+                    weight.get(usize::from(transposed)).copied()
+                }
+                _ => None,
+            }
+        })
+    }
+
+    /// Element type of the merger's rows.
+    pub fn merged_dtype(&self, model: &Model) -> DataType {
+        element_type(model, self.merged).unwrap_or(DataType::Float)
+    }
+
     /// Rows `[N, …]` in the tower's order, put into the order of the features.
     pub fn in_order(&self, patch: &mut Patch<'_>, rows: ValueId) -> ValueId {
         self.moves
