@@ -11,6 +11,10 @@ pub(super) struct Build<'a, 'm> {
     pub(super) tower: &'a VisionTower,
     pub(super) budget: MergeBudget,
     pub(super) patch: &'a mut Patch<'m>,
+    /// Which of the N tokens the merged ones stand for, in their order (CLS aside):
+    /// int64 `[n, ·]` each. Dominant tokens stand for themselves, contextual ones for
+    /// their anchors.
+    pub(super) stand_for: Vec<ValueId>,
 }
 
 impl Build<'_, '_> {
@@ -79,6 +83,7 @@ impl Build<'_, '_> {
         let (dominant, pool) = self.select(score);
         if let Some(dominant) = dominant {
             self.patch.name_value(dominant, "dominant_indices");
+            self.stand_for.push(dominant);
             parts.push(self.rows(dominant));
         }
         if let Some(pool) = pool {
@@ -213,6 +218,7 @@ impl Build<'_, '_> {
         let at = self.patch.i64s(&anchors);
         let anchor = self.patch.gather(pool, at, 1);
         self.patch.name_value(anchor, "anchor_indices");
+        self.stand_for.push(anchor);
         let anchor_rows = self.rows(anchor);
         if members.is_empty() {
             return anchor_rows;
@@ -256,6 +262,7 @@ impl Build<'_, '_> {
         let (_, place) = self.patch.top_k(received, Size::Known(b.contextual), true);
         let anchor = self.patch.gather_rows(residual, place);
         self.patch.name_value(anchor, "anchor_indices");
+        self.stand_for.push(anchor);
         let anchor_rows = self.rows(anchor);
         let width = self.merge.cluster_width.min(b.pool - 1);
         if width == 0 {
