@@ -97,8 +97,13 @@ impl VisionTower {
         if self.shuffle.is_some() || self.rows.is_some() {
             return self.candidates();
         }
-        let dropped = self.cls && self.entry != self.hidden;
+        let dropped = self.cls && !self.gives_cls();
         self.tokens.map(|t| t - i64::from(dropped))
+    }
+
+    /// Whether the CLS token is among the features, before those of the patches.
+    pub fn gives_cls(&self) -> bool {
+        self.cls && self.shuffle.is_none() && self.entry == self.hidden
     }
 
     /// Channels, height and width of the pixels, each where the file fixes it.

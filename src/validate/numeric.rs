@@ -11,7 +11,7 @@ use super::tally::Tally;
 use super::{ValidateError, decoders, embed, probe, rows, scenario, second, structure, whole};
 use crate::arch::{Decoder, DecoderFiles, FileSet, Role, Vlm};
 use crate::ir::{DataType, Model};
-use crate::passes::{Marker, Recipe, TextQueries, TokenMerge, VisualPrune};
+use crate::passes::{Marker, Recipe, TextQueries, TokenMerge, VisualPrune, placement_in};
 use crate::runtime::{
     Decoder as RunDecoder, Embedder, Grid, GridPositions, SessionOptions, StepInput, Tensor, Value,
     VisionEncoder, scatter,
@@ -158,7 +158,8 @@ struct Pair {
     single_steps: Option<String>,
     /// Rows of its position ids, if these have rank 3.
     position_rows: Option<usize>,
-    drops: usize,
+    /// Names of the kept indices of its drop points.
+    kept: Vec<String>,
     span: Option<crate::passes::StaticSpan>,
 }
 
@@ -182,6 +183,8 @@ impl Pair {
         let session = &options.session;
         let merge = recipe.pass::<TokenMerge>();
         let prune = recipe.pass::<VisualPrune>();
+        let placed = recipe.placed(base);
+        let merge = merge.map(|m| (m, placement_in(m.placement, base)));
         let mut pair = Self {
             label: String::new(),
             vision: None,
@@ -192,7 +195,7 @@ impl Pair {
             features: 8,
             placeholder: None,
             vocabulary: 32,
-            channel: prune.is_some()
+            channel: (prune.is_some() || placed)
                 && !matches!(recipe.context.marker, Some(m) if m != Marker::Channel),
             dtype: DataType::Float,
             quantised: false,
@@ -200,7 +203,7 @@ impl Pair {
             padding: true,
             single_steps: None,
             position_rows: None,
-            drops: prune.map_or(0, |p| p.drops.len()),
+            kept: decoders::kept_names(prune, placed),
             span: recipe.context.span,
         };
         let decoder = files.map(|f| [f.prompt, Some(f.main)]);
@@ -260,7 +263,8 @@ impl Pair {
             }
         }
         if let Some(files) = files {
-            let (mut reference, run) = decoders::open(base, rewritten, files, prune, session)?;
+            let (mut reference, run) =
+                decoders::open(base, rewritten, files, prune, placed, session)?;
             pair.single_steps = reference.continues()?;
             pair.decoder = Some((reference, run));
         }
@@ -368,12 +372,14 @@ impl Pair {
         for turn in &scenario.turns {
             let images: usize = turn.images().iter().sum();
             let (mut plain, mut marked, mut seen_rows) = (Vec::new(), Vec::new(), Vec::new());
+            let mut discarded: Vec<Vec<bool>> = Vec::new();
             if let Some(rows) = &mut self.rows {
                 let tolerance = ties(self.dtype, self.quantised);
                 for _ in 0..images {
                     let seen = rows.see(&mut rng, tolerance, self.channel, &mut tally)?;
                     plain.push(Tensor::from(seen.want.clone()));
                     marked.push(seen.found.clone());
+                    discarded.push(seen.gone.clone());
                     seen_rows.push(seen);
                 }
             } else if let (true, Some((reference, run, frame))) = (images > 0, &mut self.vision) {
@@ -391,11 +397,14 @@ impl Pair {
                 };
                 let expected = reference.features(pixels, mask.as_ref(), Some(ranking))?;
                 tally.near_ties += expected.near_ties;
-                for (want, found) in expected.features.iter().zip(found) {
-                    tally.features(want, &found, self.channel)?;
+                let each = expected.features.iter().zip(&expected.gone);
+                for ((want, gone), found) in each.zip(found) {
+                    let marks = self.channel.then_some(gone.as_slice());
+                    tally.features(want, &found, marks)?;
                     plain.push(Tensor::from(want.clone()));
                     marked.push(found);
                 }
+                discarded = expected.gone;
             } else {
                 for _ in 0..images {
                     let f = Array2::from_shape_fn((self.features, self.width), |_| rng.normal());
@@ -422,12 +431,15 @@ impl Pair {
                 (Some(_), false) => rows::positions(turn, &layout, &seen_rows, &mut places)?,
                 _ => self.positions(&layout, &past, &mut places, &counts)?,
             };
-            let visual = self.visual_for(&layout, past.ncols());
+            let mut visual = self.visual_for(&layout, past.ncols());
+            let gone = gone_of(&layout, &discarded);
+            visual.zip_mut_with(&gone, |visual, gone| *visual &= !gone);
             let input = StepIn {
                 embeds: array3(&base_embeds)?,
                 mask: layout.mask.clone(),
                 positions,
                 visual,
+                gone,
                 salient,
                 ids: None,
             };
@@ -452,6 +464,7 @@ impl Pair {
                     mask: layout.mask.clone(),
                     positions,
                     visual: layout.visual.clone(),
+                    gone: Array2::from_elem((batch, 1), false),
                     salient: Array2::from_elem((batch, 1), false),
                     ids: None,
                 };
@@ -513,7 +526,7 @@ impl Pair {
             visual: Some(input.visual.clone()),
             salient: Some(input.salient.clone()),
         };
-        let (found, kept) = run_probed(run, &given, cache, self.drops)?;
+        let (found, kept) = run_probed(run, &given, cache, &self.kept)?;
         let choice = Choice {
             kept: &kept,
             tolerance: ties(self.dtype, self.quantised),
@@ -534,6 +547,15 @@ impl Pair {
     }
 }
 
+/// Where a layout holds features that were discarded, given which those are of each image.
+fn gone_of(layout: &Layout, discarded: &[Vec<bool>]) -> Array2<bool> {
+    let mut sources = layout.source.iter();
+    layout.visual.mapv(|visual| {
+        let source = if visual { sources.next() } else { None };
+        source.is_some_and(|(image, row)| discarded.get(*image).is_some_and(|d| d[*row]))
+    })
+}
+
 /// Kept indices at every drop point, for every row.
 pub(super) type Kept = Vec<Vec<Vec<usize>>>;
 
@@ -542,19 +564,18 @@ fn run_probed(
     decoder: &mut RunDecoder,
     input: &StepInput,
     cache: &crate::runtime::Cache,
-    drops: usize,
+    names: &[String],
 ) -> Result<(crate::runtime::StepOutput, Kept), ValidateError> {
     let output = decoder.step(input, cache)?;
-    let kept = kept_of(&output.extra, drops)?;
+    let kept = kept_of(&output.extra, names)?;
     Ok((output, kept))
 }
 
 /// The kept indices among a run's further outputs.
-pub(super) fn kept_of(extra: &[(String, Value)], drops: usize) -> Result<Kept, ValidateError> {
+pub(super) fn kept_of(extra: &[(String, Value)], names: &[String]) -> Result<Kept, ValidateError> {
     let mut kept = Vec::new();
-    for drop in 1..=drops {
-        let name = format!("duet/visual_prune/drop{drop}/kept_indices");
-        let Some(value) = extra.iter().find(|(n, _)| *n == name).map(|(_, v)| v) else {
+    for name in names {
+        let Some(value) = extra.iter().find(|(n, _)| n == name).map(|(_, v)| v) else {
             continue;
         };
         let tensor = value.to_tensor()?;

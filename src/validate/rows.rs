@@ -2,14 +2,14 @@
 
 use ndarray::{Array2, Array3};
 
-use super::reference::{Ranking, ReferenceRows, Tolerance, row_feed};
+use super::reference::{Ranking, ReferenceRows, RowsOut, Tolerance, row_feed};
 use super::scenario::{self, Layout, Seeded, Turn, lay_out};
 use super::tally::Tally;
-use super::{ValidateError, probe};
+use super::{ValidateError, oracle, probe};
 use crate::arch::VisionTower;
 use crate::ir::Model;
-use crate::passes::{Count, KEPT_OUTPUT, TokenMerge};
-use crate::runtime::{Grid, GridPositions, Session, SessionOptions, Tensor, Value};
+use crate::passes::{Count, KEPT_OUTPUT, Placement, TokenMerge};
+use crate::runtime::{Grid, GridPositions, Outputs, Session, SessionOptions, Tensor, Value};
 
 /// Grids of tokens that images take in turn: with windows cut off on each side, two frames, and a single row.
 const GRIDS: [[usize; 3]; 5] = [[1, 4, 5], [1, 3, 2], [2, 3, 4], [1, 6, 7], [1, 1, 3]];
@@ -26,6 +26,7 @@ pub(super) struct RowPair {
     /// Patches along the edges of a token.
     unit: [usize; 2],
     next: usize,
+    placement: Placement,
 }
 
 /// An image as both encoders saw it.
@@ -38,6 +39,8 @@ pub(super) struct Seen {
     pub(super) grid: Grid,
     /// Places of the features among them.
     pub(super) kept: Vec<usize>,
+    /// Which of the features were discarded and left in their places.
+    pub(super) gone: Vec<bool>,
 }
 
 /// Patches along the edges of a token that is made of `per`.
@@ -76,11 +79,13 @@ impl RowPair {
         old: &Model,
         new: &Model,
         tower: &VisionTower,
-        merge: Option<&TokenMerge>,
+        merge: Option<(&TokenMerge, Placement)>,
         name: &str,
         options: &SessionOptions,
     ) -> Result<Self, ValidateError> {
         let wrong = |what: &str| ValidateError::Model(format!("{name}: {what}"));
+        let placement = merge.map_or(Placement::Encoder, |(_, placement)| placement);
+        let merge = merge.map(|(merge, _)| merge);
         let rows = tower
             .rows
             .as_ref()
@@ -102,6 +107,7 @@ impl RowPair {
             grids: grids(tower, merge),
             unit: unit(rows.per),
             next: 0,
+            placement,
         })
     }
 
@@ -137,36 +143,56 @@ impl RowPair {
         let expected = self.reference.features(&pixels, patches, Some(ranking))?;
         tally.near_ties += expected.near_ties;
         let found = out.get(&self.features)?.to_tensor()?;
-        tally.features(&expected.features, &found, channel)?;
-        if let Ok(kept) = out.get(KEPT_OUTPUT) {
-            let kept = kept.to_tensor()?;
-            let same = kept
-                .i64s()?
-                .iter()
-                .map(|k| usize::try_from(*k).ok())
-                .eq(expected.kept.iter().map(|k| Some(*k)));
-            if !same {
-                tally.problems.push(format!(
-                    "{KEPT_OUTPUT} of a grid {patches:?} are {:?}, expected {:?}",
-                    kept.i64s()?,
-                    expected.kept
-                ));
+        let all = expected.plain.nrows();
+        let (want, kept, gone) = match self.placement {
+            Placement::Encoder => {
+                self.places(&out, patches, &expected, tally)?;
+                let gone = vec![false; expected.kept.len()];
+                (expected.features, expected.kept, gone)
             }
-        } else if expected.kept.len() < expected.plain.nrows() {
-            tally
-                .problems
-                .push(format!("there is no output {KEPT_OUTPUT}"));
-        }
+            Placement::Decoder => {
+                let (want, gone) = oracle::place(expected.features.view(), &expected.kept, all)?;
+                (want, (0..all).collect(), gone)
+            }
+        };
+        tally.features(&want, &found, channel.then_some(gone.as_slice()))?;
         Ok(Seen {
-            want: expected.features,
+            want,
             found,
             grid: Grid {
                 time,
                 height,
                 width,
             },
-            kept: expected.kept,
+            kept,
+            gone,
         })
+    }
+
+    /// Compares the places that the rewritten encoder gives out.
+    fn places(
+        &self,
+        out: &Outputs,
+        grid: [usize; 3],
+        expected: &RowsOut,
+        tally: &mut Tally,
+    ) -> Result<(), ValidateError> {
+        let Ok(found) = out.get(KEPT_OUTPUT) else {
+            if expected.kept.len() < expected.plain.nrows() {
+                tally
+                    .problems
+                    .push(format!("there is no output {KEPT_OUTPUT}"));
+            }
+            return Ok(());
+        };
+        let found = found.to_tensor()?.i64s()?.to_vec();
+        let want: Vec<i64> = expected.kept.iter().map(|k| *k as i64).collect();
+        if found != want {
+            tally.problems.push(format!(
+                "{KEPT_OUTPUT} of a grid {grid:?} are {found:?}, expected {want:?}"
+            ));
+        }
+        Ok(())
     }
 }
 
@@ -250,6 +276,7 @@ mod tests {
                 width,
             },
             kept: kept.to_vec(),
+            gone: vec![false; kept.len()],
         };
         let all = [seen(&[1, 5], 2, 3), seen(&[3], 2, 2)];
         let layout = lay_out(&turn, &[2, 1]);

@@ -81,12 +81,28 @@ pub(super) fn check(
         {
             tower_check(models, tower, feed, label, options, report)?;
         }
-        if let (Some(decoder), Some(prune)) = (decoder, recipe.pass::<VisualPrune>()) {
+        let prune = recipe.pass::<VisualPrune>();
+        let placed = recipe.placed(base);
+        if let Some(decoder) = decoder.filter(|_| prune.is_some() || placed) {
             let feed = match whole {
                 Some(feed) => feed,
-                None => decoder_feed(&old.model, &new.model, decoder, &mut rng)?,
+                None => decoder_feed(&old.model, &new.model, decoder, placed, &mut rng)?,
             };
-            decoder_check(models, decoder, prune, &feed, label, options, report)?;
+            if placed {
+                gone_check(
+                    models,
+                    decoder,
+                    prune.is_some(),
+                    &feed,
+                    label,
+                    options,
+                    report,
+                )?;
+            }
+            if let Some(prune) = prune {
+                let of = (prune, placed);
+                decoder_check(models, decoder, of, &feed, label, options, report)?;
+            }
         }
     }
     Ok(())
@@ -216,11 +232,51 @@ fn tower_feed(
     Ok(Some(feed))
 }
 
+/// Where discarded tokens leave.
+fn gone_check(
+    (old, new): (&Model, &Model),
+    decoder: &Decoder,
+    prunes: bool,
+    feed: &[(String, Tensor)],
+    label: &str,
+    options: &Options,
+    report: &mut Report,
+) -> Result<(), ValidateError> {
+    let pass = if prunes {
+        "visual_prune"
+    } else {
+        "token_merge"
+    };
+    let boundary = decoder.layers[1].boundary[0];
+    let inputs = [
+        port(old.name(boundary), 3, decoder.dtype),
+        port(format!("duet/{pass}/entry/gone_mask"), 2, DataType::Bool),
+    ];
+    let outputs = [
+        port(
+            format!("duet/{pass}/drop0/kept_indices"),
+            2,
+            DataType::Int64,
+        ),
+        port(format!("duet/{pass}/drop0/hidden"), 3, decoder.dtype),
+    ];
+    let check = format!("{label}tract: discarded tokens");
+    compare(
+        new,
+        &inputs,
+        &outputs,
+        feed.to_vec(),
+        &check,
+        options,
+        report,
+    )
+}
+
 /// Every drop point of one decoder.
 fn decoder_check(
     (old, new): (&Model, &Model),
     decoder: &Decoder,
-    prune: &VisualPrune,
+    (prune, placed): (&VisualPrune, bool),
     feed: &[(String, Tensor)],
     label: &str,
     options: &Options,
@@ -229,6 +285,11 @@ fn decoder_check(
     for drop in 1..=prune.drops.len() {
         let scope = format!("duet/visual_prune/drop{drop}");
         let layer = &decoder.layers[prune.drops[drop - 1].after_layer];
+        // Discarded tokens leave there too, before the others.
+        let entered = match placed && drop == 1 && prune.drops[0].after_layer == 1 {
+            true => "duet/visual_prune/drop0/hidden",
+            false => old.name(layer.boundary[0]),
+        };
         let rank = |projection: &Projection| match projection.layout {
             Layout::Heads => 4,
             Layout::Rows { .. } => 3,
@@ -236,12 +297,15 @@ fn decoder_check(
         let mut inputs = vec![
             port(format!("{scope}/query"), rank(&layer.query), decoder.dtype),
             port(format!("{scope}/key"), rank(&layer.new_key), decoder.dtype),
-            port(old.name(layer.boundary[0]), 3, decoder.dtype),
+            port(entered, 3, decoder.dtype),
             port("duet/visual_prune/entry/visual_mask", 2, DataType::Bool),
             port("duet/visual_prune/entry/real_mask", 2, DataType::Bool),
             port("duet/visual_prune/entry/text_mask", 2, DataType::Bool),
         ];
-        if drop > 1 {
+        if placed {
+            inputs.push(port("duet/visual_prune/entry/gone_mask", 2, DataType::Bool));
+        }
+        if drop > 1 || placed {
             inputs.push(port(
                 format!("duet/visual_prune/drop{}/kept_indices", drop - 1),
                 2,
@@ -275,6 +339,7 @@ fn decoder_feed(
     base: &Model,
     model: &Model,
     decoder: &Decoder,
+    placed: bool,
     rng: &mut Seeded,
 ) -> Result<Vec<(String, Tensor)>, ValidateError> {
     // A batch, padded if the model takes padding.
@@ -297,6 +362,8 @@ fn decoder_feed(
             Tensor::from(ndarray::Array3::from_shape_fn(
                 (b, l, width),
                 |(r, i, d)| match (marked && d + 1 == width, layout.visual[[r, i]]) {
+                    // Rows differ in how many are discarded.
+                    (true, true) if placed && (i + r).is_multiple_of(2 + r) => 2.0,
                     (true, true) => 1.0,
                     (true, false) => 0.0,
                     _ => rng.normal(),

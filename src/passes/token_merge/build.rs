@@ -14,6 +14,10 @@ pub(super) struct Build<'a, 'm> {
     pub(super) patch: &'a mut Patch<'m>,
     /// The features of a tower of patch rows as a batch of one, once they are needed.
     pub(super) features: Option<ValueId>,
+    /// Which of the N tokens the merged ones stand for, in their order (CLS aside):
+    /// int64 `[n, ·]` each. Dominant tokens stand for themselves, contextual ones for
+    /// their anchors.
+    pub(super) stand_for: Vec<ValueId>,
 }
 
 impl<'a, 'm> Build<'a, 'm> {
@@ -29,6 +33,7 @@ impl<'a, 'm> Build<'a, 'm> {
             sizes,
             patch,
             features: None,
+            stand_for: Vec::new(),
         }
     }
 
@@ -87,6 +92,7 @@ impl<'a, 'm> Build<'a, 'm> {
         let (dominant, pool) = self.select(score);
         if let Some(dominant) = dominant {
             self.patch.name_value(dominant, "dominant_indices");
+            self.stand_for.push(dominant);
             parts.push(self.rows(dominant));
         }
         if let Some(pool) = pool {
@@ -286,6 +292,7 @@ impl<'a, 'm> Build<'a, 'm> {
         let at = self.patch.i64s(&anchors);
         let anchor = self.patch.gather(pool, at, 1);
         self.patch.name_value(anchor, "anchor_indices");
+        self.stand_for.push(anchor);
         let anchor_rows = self.rows(anchor);
         if members.is_empty() {
             return (anchor, anchor_rows);
@@ -332,6 +339,7 @@ impl<'a, 'm> Build<'a, 'm> {
         let (_, place) = self.patch.top_k(received, Size::Known(contextual), true);
         let anchor = self.patch.gather_rows(residual, place);
         self.patch.name_value(anchor, "anchor_indices");
+        self.stand_for.push(anchor);
         let anchor_rows = self.rows(anchor);
         let width = self.merge.cluster_width.min(size - 1);
         if width == 0 {

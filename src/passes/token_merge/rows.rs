@@ -6,9 +6,11 @@
 //! nothing is an error.
 
 use super::build::Build;
+use super::place::Rows;
 use super::sizes::Sizes;
 use crate::arch::PatchRows;
 use crate::ir::{DataType, Dim, Patch, Size, ValueId, ValueType, int};
+use crate::passes::marker::wider;
 
 /// What is left of the tokens of one call.
 pub(super) struct MergedRows {
@@ -46,6 +48,29 @@ impl MergedRows {
         patch.replace_output(output, features, ty);
         let ty = ValueType::tensor(DataType::Int64, vec![count()]);
         patch.publish(kept, super::KEPT_OUTPUT, ty);
+    }
+}
+
+impl MergedRows {
+    /// `placement: decoder`: N features as before, each in its place, with the marker channel.
+    pub(super) fn stay(self, patch: &mut Patch<'_>, output: usize) {
+        let model = patch.model();
+        let stated = model.value(model.graph().outputs[output]).ty.clone();
+        let stated = stated.unwrap_or(ValueType::Tensor {
+            dtype: DataType::Float,
+            shape: None,
+        });
+        patch.scope("place");
+        let rows = Rows {
+            features: self.rows,
+            places: self.kept,
+            slots: self.all,
+            dtype: stated.dtype().unwrap_or(DataType::Float),
+        };
+        let placed = rows.placed(patch);
+        let features = patch.squeeze(placed, &[0]);
+        patch.name_value(features, "features");
+        patch.replace_output(output, features, wider(&stated));
     }
 }
 
