@@ -12,7 +12,7 @@ use crate::onnx::{
     DataMode, Layout, ModelDir, Outputs, mark_newline, patch_genai, patch_processor, serialize,
     suffixed, write_beside, write_out,
 };
-use crate::passes::{Placement, Recipe, Rewritten, TokenMerge, VisualPrune, rewrite};
+use crate::passes::{Count, Placement, Recipe, Rewritten, TokenMerge, VisualPrune, rewrite};
 
 /// Arguments of `duet rewrite`.
 #[derive(Debug, clap::Args)]
@@ -299,6 +299,46 @@ fn inlined(part: &Part) -> String {
     }
 }
 
+/// Visual tokens by layer where only the run tells how many an image has: of one with as many as
+/// the recipe's counts or more, or in percent of an image's.
+fn open_layers(done: &Rewritten, recipe: &Recipe) -> Option<String> {
+    let (_, decoder) = done.vlm.decoders().next()?;
+    let merge = recipe.pass::<TokenMerge>();
+    // Hundredths of a percent keep what a product of two ratios has.
+    let whole = 10_000;
+    let (entering, counted) = match merge.map(|m| (m.dominant, m.contextual)) {
+        Some((Count::Tokens(a), Count::Tokens(b))) => (a + b, true),
+        Some((a @ Count::Ratio(_), b @ Count::Ratio(_))) => {
+            ((a.of(whole) + b.of(whole)).min(whole), false)
+        }
+        // A count beside a ratio is neither.
+        Some(_) => return None,
+        None => (whole, false),
+    };
+    let after = match recipe.pass::<VisualPrune>() {
+        Some(prune) => prune.tokens_per_layer(entering, decoder.depth()),
+        None => vec![entering; decoder.depth()],
+    };
+    let placed = recipe.placed(&done.vlm);
+    let first = if placed { " (the first sees all)" } else { "" };
+    Some(match counted {
+        true => format!(
+            "visual tokens by layer{first}, of an image of {entering} or more: {}; average {:.2}",
+            style::layers(&after),
+            average(&after)
+        ),
+        false => {
+            let percent = |n: f64| 100.0 * n / whole as f64;
+            let shares: Vec<i64> = after.iter().map(|n| n * 100 / whole).collect();
+            format!(
+                "visual tokens by layer{first}, in percent of an image's: {}; average {:.1} %",
+                style::layers(&shares),
+                percent(average(&after))
+            )
+        }
+    })
+}
+
 /// What was done, for people.
 pub(super) fn report(done: &Rewritten, recipe: &Recipe, global: &Global) {
     for (pass, summary) in &done.summaries {
@@ -316,6 +356,12 @@ pub(super) fn report(done: &Rewritten, recipe: &Recipe, global: &Global) {
     // The precisions of one tower say the same.
     let towers = [false, true].map(|video| done.vlm.towers().find(|(_, t)| t.video == video));
     for (_, tower) in towers.into_iter().flatten() {
+        if tower.open() {
+            open_layers(done, recipe)
+                .into_iter()
+                .for_each(|l| global.say(l));
+            continue;
+        }
         let Some((before, after)) = by_layer(&done.vlm, tower, recipe) else {
             continue;
         };
