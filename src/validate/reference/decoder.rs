@@ -148,7 +148,7 @@ impl ReferenceDecoder {
         for number in 0..=drops.len() {
             let first = if number == 0 { 0 } else { drops[number - 1] };
             let mut patch = Patch::new(model, "cut");
-            let mut more = Vec::new();
+            let (mut more, mut entering) = (Vec::new(), Vec::new());
             if number > 0 {
                 for (i, &boundary) in decoder.layers[first].boundary.iter().enumerate() {
                     let source = if i == 0 {
@@ -164,6 +164,7 @@ impl ReferenceDecoder {
                         _ => source,
                     };
                     patch.rewire_all(boundary, hidden);
+                    entering.push(hidden);
                 }
                 if positions == Positions::Keep {
                     Turn::inputs(&mut patch, decoder);
@@ -173,7 +174,14 @@ impl ReferenceDecoder {
             let mut outputs = Vec::new();
             if let Some(&next) = drops.get(number) {
                 let layer = &decoder.layers[next];
-                outputs.extend(&layer.boundary);
+                // What no layer lies before any more is not computed.
+                let gone = next == first;
+                outputs.extend(layer.boundary.iter().filter(|_| !gone));
+                for &value in entering.iter().filter(|_| gone) {
+                    let copy = patch.op("Identity", &[value]);
+                    patch.add_output(copy, probe::INFERRED);
+                    outputs.push(copy);
+                }
                 outputs.extend([layer.query.value, layer.new_key.value]);
                 let mut copies = Vec::new();
                 // In a mixed graph, other layers' attention may count positions.
