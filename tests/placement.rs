@@ -3,6 +3,7 @@
 
 #![allow(clippy::print_stdout, reason = "tests print what they measured")]
 
+mod commands;
 #[macro_use]
 mod support;
 
@@ -14,6 +15,7 @@ use duet_onnx::validate::scenario::{Seeded, standard};
 use duet_onnx::validate::{Options, Report, check};
 use ndarray::Array2;
 
+use commands::{PARTS, Place, part};
 use support::conversation::{apart, hold};
 use support::forms;
 use support::goldens::{Client, Goldens};
@@ -297,7 +299,7 @@ fn discarded_features_have_no_say_in_exported_decoders() {
 fn discarded_features_have_no_say_in_other_forms() {
     for name in [
         "qwen2-ts-sdpa",
-        "fp16-ts-sdpa-mha",
+        "fp16io-ts-eager-mha",
         "genai09-mha-mha",
         "split-ts-sdpa-gqa",
     ] {
@@ -392,4 +394,45 @@ fn what_does_not_go_together_is_refused() {
         refused(&whole, MERGE, ""),
         &["whole model", "placement: encoder"],
     );
+}
+
+/// On the command line: the client's configs stay as they are, the first layer counts in what is said, and the
+/// model answers.
+#[test]
+fn no_config_of_the_client_changes() {
+    let recipe =
+        "version: 1\npasses:\n  - token_merge: {dominant: 30, contextual: 6, placement: decoder}\n";
+    for prunes in [false, true] {
+        let more = "  - visual_prune: {drops: [{after_layer: 3, keep: 0.5}]}\n";
+        let place = Place::new(&format!("{recipe}{}", if prunes { more } else { "" }));
+        place.configs("model");
+        for name in PARTS {
+            place.put(
+                &part("ts-sdpa-gqa", name),
+                &format!("model/onnx/{name}.onnx"),
+            );
+        }
+        let ran = place.rewritten(&[]);
+        let layers = match prunes {
+            true => "visual tokens by layer: 1: 81, 2–3: 36, 4–8: 18; average 30.38",
+            false => "visual tokens by layer: 1: 81, 2–8: 36; average 41.62",
+        };
+        for what in [
+            layers,
+            "81 features come out",
+            "masked in the decoder's first layer",
+        ] {
+            assert!(
+                ran.stderr.contains(what),
+                "expected '{what}' in:\n{}",
+                ran.stderr
+            );
+        }
+        let (before, after) = (place.files("model"), place.files("out"));
+        for (name, bytes) in before.iter().filter(|(n, _)| !n.ends_with(".onnx")) {
+            assert!(after[name] == *bytes, "{name} changed");
+        }
+        place.valid();
+        assert_eq!(place.answer("out", &[])["visual_tokens"], 81);
+    }
 }

@@ -13,10 +13,12 @@
 mod decoder;
 mod operands;
 mod projection;
+mod step;
 mod ties;
 mod vision;
 
-pub use decoder::{ReferenceDecoder, State, StepIn, StepOut};
+pub use decoder::ReferenceDecoder;
+pub use step::{State, StepIn, StepOut};
 pub use ties::{Choice, Ranking, Tolerance};
 pub(in crate::validate) use vision::per_image;
 pub use vision::{ReferenceFeatures, ReferenceVision};
