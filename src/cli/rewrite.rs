@@ -12,7 +12,7 @@ use crate::onnx::{
     DataMode, Layout, ModelDir, Outputs, mark_newline, patch_genai, patch_processor, serialize,
     suffixed, write_beside, write_out,
 };
-use crate::passes::{Recipe, Rewritten, TokenMerge, VisualPrune, rewrite};
+use crate::passes::{Count, Placement, Recipe, Rewritten, TokenMerge, VisualPrune, rewrite};
 
 /// Arguments of `duet rewrite`.
 #[derive(Debug, clap::Args)]
@@ -81,7 +81,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         (Some(out), None) => {
             write_out(dir, &outputs, out, mode)?;
             report(&done, &recipe, global);
-            if let Some(note) = crops_note(dir, &recipe) {
+            if let Some(note) = crops_note(dir, &done.vlm, &recipe) {
                 global.say(note);
             }
             for left in &selected.left_out {
@@ -167,8 +167,8 @@ pub(super) fn outputs(
 }
 
 /// What the counts mean for images of any resolution, and what their clients do.
-fn crops_note(dir: &ModelDir, recipe: &Recipe) -> Option<&'static str> {
-    let merge = recipe.pass::<TokenMerge>();
+fn crops_note(dir: &ModelDir, vlm: &Vlm, recipe: &Recipe) -> Option<&'static str> {
+    let merge = recipe.pass::<TokenMerge>().filter(|_| !recipe.placed(vlm));
     let text = std::fs::read_to_string(dir.root.join("config.json")).ok()?;
     let config: serde_json::Value = serde_json::from_str(&text).ok()?;
     config.get("image_grid_pinpoints")?;
@@ -198,18 +198,23 @@ fn marked_width(done: &Rewritten) -> Option<i64> {
 
 /// (patch tokens of the tower, features per image now), if they differ.
 fn token_counts(vlm: &Vlm, recipe: &Recipe) -> Option<(i64, i64)> {
+    if recipe.placed(vlm) {
+        return None;
+    }
     let (index, tower) = vlm.towers().next()?;
     let model = &vlm.parts[index].model;
+    let merge = recipe.pass::<TokenMerge>();
+    let left = || merge?.tokens_left(tower, Placement::Encoder);
     let after = match tower.features_index {
         // Of clips the output need not say how many tokens a frame gives.
-        _ if tower.video => recipe.pass::<TokenMerge>()?.tokens_out(tower)?,
+        _ if tower.video => left()?,
         Some(output) => {
             let output = model.graph().outputs[output];
             let shape = model.value(output).ty.as_ref()?.shape()?;
             shape.get(1)?.known().filter(|_| shape.len() == 3)?
         }
         // An inner value need not state its shape.
-        None => recipe.pass::<TokenMerge>()?.tokens_out(tower)?,
+        None => left()?,
     };
     (Some(after) != tower.features_per_image()).then_some((tower.candidates()?, after))
 }
@@ -262,14 +267,23 @@ fn frames(tower: &VisionTower) -> i64 {
 fn by_layer(vlm: &Vlm, tower: &VisionTower, recipe: &Recipe) -> Option<(Vec<i64>, Vec<i64>)> {
     let (_, decoder) = vlm.decoders().next()?;
     let before = frames(tower) * tower.features_per_image()?;
+    let placed = recipe.placed(vlm);
+    let placement = match placed {
+        true => Placement::Decoder,
+        false => Placement::Encoder,
+    };
     let entering = match recipe.pass::<TokenMerge>() {
-        Some(merge) => frames(tower) * merge.tokens_out(tower)?,
+        Some(merge) => frames(tower) * merge.tokens_left(tower, placement)?,
         None => before,
     };
-    let after = match recipe.pass::<VisualPrune>() {
+    let mut after = match recipe.pass::<VisualPrune>() {
         Some(prune) => prune.tokens_per_layer(entering, decoder.depth()),
         None => vec![entering; decoder.depth()],
     };
+    // Discarded features go through the first layer with the others.
+    if placed && let Some(first) = after.first_mut() {
+        *first = before;
+    }
     Some((vec![before; decoder.depth()], after))
 }
 
@@ -283,6 +297,46 @@ fn inlined(part: &Part) -> String {
         [] => String::new(),
         names => format!("; functions inlined: {}", names.join(", ")),
     }
+}
+
+/// Visual tokens by layer where only the run tells how many an image has: of one with as many as
+/// the recipe's counts or more, or in percent of an image's.
+fn open_layers(done: &Rewritten, recipe: &Recipe) -> Option<String> {
+    let (_, decoder) = done.vlm.decoders().next()?;
+    let merge = recipe.pass::<TokenMerge>();
+    // Hundredths of a percent keep what a product of two ratios has.
+    let whole = 10_000;
+    let (entering, counted) = match merge.map(|m| (m.dominant, m.contextual)) {
+        Some((Count::Tokens(a), Count::Tokens(b))) => (a + b, true),
+        Some((a @ Count::Ratio(_), b @ Count::Ratio(_))) => {
+            ((a.of(whole) + b.of(whole)).min(whole), false)
+        }
+        // A count beside a ratio is neither.
+        Some(_) => return None,
+        None => (whole, false),
+    };
+    let after = match recipe.pass::<VisualPrune>() {
+        Some(prune) => prune.tokens_per_layer(entering, decoder.depth()),
+        None => vec![entering; decoder.depth()],
+    };
+    let placed = recipe.placed(&done.vlm);
+    let first = if placed { " (the first sees all)" } else { "" };
+    Some(match counted {
+        true => format!(
+            "visual tokens by layer{first}, of an image of {entering} or more: {}; average {:.2}",
+            style::layers(&after),
+            average(&after)
+        ),
+        false => {
+            let percent = |n: f64| 100.0 * n / whole as f64;
+            let shares: Vec<i64> = after.iter().map(|n| n * 100 / whole).collect();
+            format!(
+                "visual tokens by layer{first}, in percent of an image's: {}; average {:.1} %",
+                style::layers(&shares),
+                percent(average(&after))
+            )
+        }
+    })
 }
 
 /// What was done, for people.
@@ -302,6 +356,12 @@ pub(super) fn report(done: &Rewritten, recipe: &Recipe, global: &Global) {
     // The precisions of one tower say the same.
     let towers = [false, true].map(|video| done.vlm.towers().find(|(_, t)| t.video == video));
     for (_, tower) in towers.into_iter().flatten() {
+        if tower.open() {
+            open_layers(done, recipe)
+                .into_iter()
+                .for_each(|l| global.say(l));
+            continue;
+        }
         let Some((before, after)) = by_layer(&done.vlm, tower, recipe) else {
             continue;
         };
