@@ -1,8 +1,9 @@
-"""Seeded, random-weight Qwen2.5-VL models: small, but with the structure of the real ones.
+"""Seeded, random-weight Qwen2.5-VL and Qwen2-VL models: small, but with the structure of the real ones.
 
 Windowed vision attention with full attention in some blocks and in the last, a 2x2 merger behind it, and a
 Qwen2 decoder with biases on queries, keys and values, grouped key heads and M-RoPE: three rows of position
-ids (time, height, width), each of which turns its own part of every head.
+ids (time, height, width), each of which turns its own part of every head. Of Qwen2-VL there is the vision tower:
+full attention in every block, LayerNorm with biases, QuickGELU.
 """
 
 import importlib
@@ -11,7 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 LLAVA = Path(__file__).parents[1] / "llava"
 sys.path.append(str(LLAVA))
@@ -110,3 +116,41 @@ def model(_: str = "qwen2.5-vl", attention: str = "eager") -> Qwen2_5_VLForCondi
             parameter.copy_(llava._draw(key, parameter.shape, generator).bfloat16().float())
         net.lm_head.weight[tokens.silent()] = 0
     return net.requires_grad_(False)
+
+
+def qwen2(attention: str = "eager") -> Qwen2VLForConditionalGeneration:
+    """A Qwen2-VL whose vision tower is drawn, fp32; its decoder is as small as can be and means nothing.
+
+    The weights are the same whatever version of Transformers has the class.
+    """
+    cfg = Qwen2VLConfig(
+        vision_config={
+            "depth": 3,
+            "embed_dim": SIZE.vision_width,
+            "hidden_size": SIZE.width,
+            "mlp_ratio": 2,
+            "num_heads": SIZE.vision_heads,
+            "patch_size": SIZE.patch,
+        },
+        # Given flat, as every version takes it.
+        vocab_size=tokens.VOCAB,
+        hidden_size=SIZE.width,
+        intermediate_size=SIZE.width,
+        num_hidden_layers=1,
+        num_attention_heads=SIZE.heads,
+        num_key_value_heads=SIZE.heads,
+        rope_scaling={"type": "mrope", "mrope_section": list(SIZE.section)},
+        bos_token_id=tokens.BOS,
+        eos_token_id=tokens.EOS,
+    )
+    net = Qwen2VLForConditionalGeneration._from_config(cfg, attn_implementation=attention).float().eval()
+    generator = torch.Generator().manual_seed(SIZE.seed + 1)
+    with torch.no_grad():
+        for key, parameter in sorted(tower(net).named_parameters()):
+            parameter.copy_(llava._draw(key, parameter.shape, generator).bfloat16().float())
+    return net.requires_grad_(False)
+
+
+def tower(net):
+    """The vision tower of a Qwen model, wherever a version of Transformers keeps it."""
+    return net.visual if hasattr(net, "visual") else net.model.visual

@@ -38,8 +38,9 @@ pub(super) fn head_rows(model: &Model, site: &Site, width: i64) -> Option<[HeadR
     let transposed = product && !super::attention::transposed(model, site);
     let (query, key) = (site.query.value, site.key.value);
     let rank = |value| consts::known_rank(model, value);
-    // Of rank 3 the operator ONNX Attention splits rows into heads.
-    if !product && (rank(query) == Some(3) || node.attr_int("q_num_heads").is_some()) {
+    // Of rank 3 the operator ONNX Attention splits rows into heads; a loop over segments has rows.
+    let splits = node.is("Loop") || node.attr_int("q_num_heads").is_some();
+    if !product && (rank(query) == Some(3) || splits) {
         let rows = |value| HeadRows {
             value,
             axes: "bsx".into(),
