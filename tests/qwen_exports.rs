@@ -170,10 +170,7 @@ fn several_images_in_one_call_are_one_set() {
     let some = "version: 1\npasses: [token_merge: {dominant: 9, contextual: 3}]";
     let grids = [[1, 6, 10], [1, 6, 10]];
     let (plain, _) = run(&mut base, &grids, 7, 96);
-    let mut all = open(
-        &rewritten(&vlm, keep_all).parts[0].model,
-        Path::new("all"),
-    );
+    let mut all = open(&rewritten(&vlm, keep_all).parts[0].model, Path::new("all"));
     assert_eq!(run(&mut all, &grids, 7, 96).0, plain);
     let mut fewer = open(&rewritten(&vlm, some).parts[0].model, Path::new("fewer"));
     let kept = run(&mut fewer, &grids, 7, 96).1.expect("places");
@@ -186,7 +183,9 @@ fn one_grid_for_each_file() {
     let found = tower(&vlm);
     let rows = found.rows.as_ref().expect("rows of patches");
     assert_eq!((rows.grid, found.candidates()), (None, Some(35)));
-    as_pytorch_has_it("vision-fixed-ts-eager", "merge", |image| image.grid == FIXED);
+    as_pytorch_has_it("vision-fixed-ts-eager", "merge", |image| {
+        image.grid == FIXED
+    });
 }
 
 #[test]
@@ -210,7 +209,12 @@ fn qwen2_of_an_older_transformers() {
 /// What is merged is what the unmodified file of the same precision has, layer by layer.
 #[test]
 fn other_precisions_validate() {
-    for name in ["vision-fp16", "vision-int8", "vision-genai-int4", "vision-genai"] {
+    for name in [
+        "vision-fp16",
+        "vision-int8",
+        "vision-genai-int4",
+        "vision-genai",
+    ] {
         let base = form(name);
         for merge in [
             "{dominant: 7, contextual: 3, placement: encoder}",
