@@ -153,8 +153,13 @@ fn back(model: &Model, value: ValueId, axes: String, width: i64) -> Option<HeadR
 }
 
 /// (heads, head width) of an operand: from the reshape, behind rotary embeddings and copies,
-/// that splits a projection into heads of all its columns.
-pub(super) fn heads_behind(model: &Model, value: ValueId) -> Option<(i64, i64)> {
+/// that splits a projection into heads of all its columns; into `stated` heads, where their
+/// number is known.
+pub(super) fn heads_behind(
+    model: &Model,
+    value: ValueId,
+    stated: Option<i64>,
+) -> Option<(i64, i64)> {
     let (mut stack, mut seen) = (vec![value], std::collections::HashSet::new());
     let (mut splits, mut projected) = (Vec::new(), None);
     while let Some(at) = stack.pop() {
@@ -183,7 +188,8 @@ pub(super) fn heads_behind(model: &Model, value: ValueId) -> Option<(i64, i64)> 
     }
     // Packed projections hold queries, keys and values.
     let fits = |(heads, width): &(i64, i64)| {
-        projected.is_none_or(|all| [1, 2, 3].iter().any(|parts| heads * width * parts == all))
+        let all = projected.is_none_or(|all| [1, 2, 3].iter().any(|n| heads * width * n == all));
+        all && stated.is_none_or(|stated| stated == *heads)
     };
     splits.into_iter().find(fits)
 }

@@ -67,7 +67,11 @@ impl<'m> Body<'m> {
             ));
         };
         let ends = same(model, *goes_on) != *going;
-        if ends || node.input(1).is_some_and(|c| consts::int(model, c) != Some(1)) {
+        if ends
+            || node
+                .input(1)
+                .is_some_and(|c| consts::int(model, c) != Some(1))
+        {
             return Err("expected a loop without a condition of its own".into());
         }
         Ok(Self {
@@ -112,8 +116,8 @@ impl<'m> Body<'m> {
             ));
         }
         let (query, key) = (parts[0].0, parts[1].0);
-        let split = heads_behind(model, query).or_else(|| heads_behind(model, key));
-        let Some((_, width)) = split.filter(|(h, _)| *h == heads) else {
+        let behind = |value| heads_behind(model, value, Some(heads));
+        let Some((_, width)) = behind(query).or_else(|| behind(key)) else {
             return Err(format!(
                 "the width of its {heads} heads cannot be read off the reshapes in front"
             ));
@@ -209,7 +213,14 @@ fn same(model: &Model, value: ValueId) -> ValueId {
         let Some(node) = model.producer_node(at) else {
             break;
         };
-        let kept = ["Cast", "CastLike", "Identity", "Reshape", "Squeeze", "Unsqueeze"];
+        let kept = [
+            "Cast",
+            "CastLike",
+            "Identity",
+            "Reshape",
+            "Squeeze",
+            "Unsqueeze",
+        ];
         match node.input(0) {
             Some(before) if kept.iter().any(|op| node.is(op)) => at = before,
             _ => break,
