@@ -155,8 +155,13 @@ fn back(model: &Model, value: ValueId, axes: String, width: i64) -> Option<HeadR
 }
 
 /// (heads, head width) of an operand: from the reshape, behind rotary embeddings and copies,
-/// that splits a projection into heads of all its columns.
-pub(super) fn heads_behind(model: &Model, value: ValueId) -> Option<(i64, i64)> {
+/// that splits a projection into heads of all its columns; into `stated` heads, where their
+/// number is known.
+pub(super) fn heads_behind(
+    model: &Model,
+    value: ValueId,
+    stated: Option<i64>,
+) -> Option<(i64, i64)> {
     let (mut stack, mut seen) = (vec![value], std::collections::HashSet::new());
     let (mut splits, mut projected) = (Vec::new(), None);
     while let Some(at) = stack.pop() {
@@ -199,7 +204,8 @@ pub(super) fn heads_behind(model: &Model, value: ValueId) -> Option<(i64, i64)> 
         });
         fitting.next()
     };
-    splits.into_iter().find_map(complete)
+    let mut found = splits.into_iter().filter_map(complete);
+    found.find(|(heads, _)| stated.is_none_or(|stated| stated == *heads))
 }
 
 /// The last two dimensions of a reshape target of rank 3 or more, where they are stated. A width
