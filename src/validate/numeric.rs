@@ -487,6 +487,7 @@ impl Pair {
                 Some(_) => input.positions.clone().into(),
                 None => input.positions.index_axis(Axis(0), 0).to_owned().into(),
             }),
+            blocks: None,
             visual: Some(input.visual.clone()),
             salient: Some(input.salient.clone()),
         };
