@@ -19,7 +19,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 import build
-from build import SIZE, sibling
+from build import SIZE, Size, sibling
 
 import tokens
 
@@ -33,14 +33,14 @@ FORMS = {
 TOLERANCE = 2e-4
 
 
-def parts(net) -> list[shared.Part]:
+def parts(net, size: Size = SIZE) -> list[shared.Part]:
     g = torch.Generator().manual_seed(0)
     batch, seq, past = 2, 5, 3
-    head = SIZE.width // SIZE.heads
-    cache = [torch.randn(batch, SIZE.kv_heads, past, head, generator=g) for _ in range(2 * SIZE.layers)]
+    head = size.width // size.heads
+    cache = [torch.randn(batch, size.kv_heads, past, head, generator=g) for _ in range(2 * size.layers)]
     seq_axes = {0: "batch_size", 1: "sequence_length"}
-    names = shared.cache_names("past_key_values", SIZE.layers)
-    presents = shared.cache_names("present", SIZE.layers)
+    names = shared.cache_names("past_key_values", size.layers)
+    presents = shared.cache_names("present", size.layers)
     # Three rows that differ: the exporter must not take them for one.
     positions = torch.arange(past, past + seq).repeat(3, batch, 1) + torch.arange(3)[:, None, None]
     return [
@@ -56,7 +56,7 @@ def parts(net) -> list[shared.Part]:
             "decoder_model_merged",
             shared.Decoder(net),
             (
-                torch.randn(batch, seq, SIZE.width, generator=g),
+                torch.randn(batch, seq, size.width, generator=g),
                 torch.tensor([[0] + [1] * (past + seq - 1), [1] * (past + seq)]),
                 positions,
                 cache,

@@ -34,7 +34,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 import build
-from build import SIZE, sibling
+from build import SIZE, Size, sibling
 
 shared = sibling("export")
 
@@ -102,9 +102,9 @@ class Vision(nn.Module):
         return visual.merger(hidden)[torch.argsort(order)]
 
 
-def part(net, form) -> shared.Part:
+def part(net, form, size: Size = SIZE) -> shared.Part:
     grid = torch.tensor([GRIDS[1]])
-    width = 3 * 2 * SIZE.patch**2
+    width = 3 * 2 * size.patch**2
     pixels = torch.randn(int(grid.prod()), width, generator=torch.Generator().manual_seed(0))
     axes = {"pixel_values": {0: "num_patches"}, "image_grid_thw": {}, "image_features": {0: "num_tokens"}}
     names = ["pixel_values", "image_grid_thw"]
