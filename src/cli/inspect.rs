@@ -292,9 +292,10 @@ fn print(parts: &[Part]) {
             );
         }
         if part.source.branch.is_some() && earlier_recipe(model).is_none() {
-            anstream::println!(
-                "  branch     of a merged file; rewrite changes every branch and joins them again"
-            );
+            anstream::println!("{}", match part.source.is_tower() {
+                true => "  input      of a file of two towers; rewrite changes both and joins them again",
+                false => "  branch     of a merged file; rewrite changes every branch and joins them again",
+            });
         }
         if let Some((version, recipe)) = earlier_recipe(model) {
             anstream::println!("  rewritten by duet {version} with");
@@ -359,7 +360,7 @@ fn print_tower(model: &Model, t: &VisionTower) {
     );
     if t.video {
         let frames = t.frames.map_or("any number".into(), |n| n.to_string());
-        anstream::println!("  clips      {frames} of frames, each seen alone");
+        anstream::println!("  clips      {frames} of frames, each merged alone");
     }
     anstream::println!("  merge at   {}", model.name(merge_point(t)));
 }

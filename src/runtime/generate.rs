@@ -310,20 +310,26 @@ impl VlmPipeline {
         clips: &[Vec<Pixels>],
     ) -> Result<Prepared> {
         let start = Instant::now();
-        let mut features = Seen {
-            images: self.encode_images(images)?,
-            clips: Vec::new(),
-        };
-        if !clips.is_empty() {
-            let encoder = self.clips.as_mut().ok_or_else(|| {
-                RuntimeError::Prompt("the model has no encoder of clips (pixels of rank 5)".into())
-            })?;
-            features.clips = encoder.encode(clips)?;
-        }
+        let features = self.see(images, clips)?;
         let vision_time = start.elapsed();
         let encoded = self.text.encode(&prompt)?;
         let salient = salient_mask(&prompt, &encoded.offsets, question);
         self.assemble(prompt, encoded.ids, salient, features, vision_time)
+    }
+
+    /// Features of images and clips.
+    fn see(&mut self, images: &[Pixels], clips: &[Vec<Pixels>]) -> Result<Seen> {
+        let images = self.encode_images(images)?;
+        let clips = match (clips, &mut self.clips) {
+            ([], _) => Vec::new(),
+            (clips, Some(encoder)) => encoder.encode(clips)?,
+            (_, None) => {
+                return Err(RuntimeError::Prompt(
+                    "the model has no encoder of clips (pixels of rank 5)".into(),
+                ));
+            }
+        };
+        Ok(Seen { images, clips })
     }
 
     /// Prepares another turn on the cache of an answer. `messages` is the whole conversation, with the answer
@@ -337,12 +343,30 @@ impl VlmPipeline {
         messages: &[Message],
         images: &[Pixels],
     ) -> Result<Prepared> {
-        let new = messages.last().map_or(0, Message::images);
-        if new != images.len() {
-            return Err(RuntimeError::Prompt(format!(
-                "the new question mentions {new} images, {} are given",
-                images.len()
-            )));
+        self.prepare_follow_up_with_clips(previous, messages, images, &[])
+    }
+
+    /// The same with clips, each given as its frames; `clips` are the new question's.
+    ///
+    /// # Errors
+    /// As [`prepare_follow_up`](Self::prepare_follow_up); there are clips and the model sees none.
+    pub fn prepare_follow_up_with_clips(
+        &mut self,
+        previous: &Generation,
+        messages: &[Message],
+        images: &[Pixels],
+        clips: &[Vec<Pixels>],
+    ) -> Result<Prepared> {
+        let last = messages.last();
+        for (what, mentioned, given) in [
+            ("images", last.map_or(0, Message::images), images.len()),
+            ("clips", last.map_or(0, Message::clips), clips.len()),
+        ] {
+            if mentioned != given {
+                return Err(RuntimeError::Prompt(format!(
+                    "the new question mentions {mentioned} {what}, {given} are given"
+                )));
+            }
         }
         let prompt = self.text.render(messages)?;
         let answer = previous.text.trim();
@@ -360,10 +384,7 @@ impl VlmPipeline {
         let question = question.start.max(from) - from..question.end.max(from) - from;
 
         let start = Instant::now();
-        let features = Seen {
-            images: self.encode_images(images)?,
-            clips: Vec::new(),
-        };
+        let features = self.see(images, clips)?;
         let vision_time = start.elapsed();
         let encoded = self.text.encode_raw(begun, false)?;
         let mut salient = salient_mask(begun, &encoded.offsets, question);

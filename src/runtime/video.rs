@@ -20,7 +20,7 @@ use super::error::{Result, RuntimeError};
 use super::image::{ImageProcessor, Pixels, read_json};
 use super::session::{Session, SessionOptions};
 use super::tensor::Tensor;
-use super::vision::VisionEncoder;
+use super::vision::{VisionEncoder, is_clips};
 
 /// Image files that a folder of frames may hold.
 const FRAMES: [&str; 6] = ["png", "jpg", "jpeg", "gif", "bmp", "webp"];
@@ -299,8 +299,10 @@ impl ClipEncoder {
     pub fn open(file: &Path, configs: &Path, options: &SessionOptions) -> Result<Self> {
         let processor = ClipProcessor::from_dir(configs)?;
         let session = Session::open(file, options)?;
-        let dims = session.inputs().first().map(|port| port.dims.clone());
-        let dims = dims.filter(|d| d.len() == 5);
+        let inputs = session.inputs();
+        // In a file of two towers it is told by its name.
+        let port = inputs.iter().find(|p| is_clips(p)).or(inputs.first());
+        let dims = port.map(|port| port.dims.clone()).filter(|d| d.len() == 5);
         let fixed = dims
             .as_ref()
             .ok_or_else(|| RuntimeError::Interface {
@@ -316,7 +318,7 @@ impl ClipEncoder {
             .get(1)
             .and_then(|dim| dim.fixed());
         Ok(Self {
-            encoder: VisionEncoder::new(session)?,
+            encoder: VisionEncoder::for_clips(session)?,
             processor,
             fixed,
         })
