@@ -16,7 +16,10 @@ use std::path::PathBuf;
 
 use duet_onnx::arch::{Kind, Role, Vlm};
 use duet_onnx::onnx::read;
-use duet_onnx::runtime::{Embedder, StepInput, Tensor, Value, VisionEncoder, scatter};
+use duet_onnx::runtime::{
+    ClipEncoder, Embedder, GenerateOptions, Message, StepInput, Tensor, Token, Value, VisionEncoder,
+    VlmFiles, VlmPipeline, scatter, video,
+};
 use duet_onnx::validate::scenario::Seeded;
 use ndarray::Array2;
 use serde_json::Value as Json;
@@ -567,5 +570,70 @@ fn a_tower_whose_frames_see_each_other_is_scored_by_the_attention_within_a_frame
         let found = unmarked(&found, want.shape()[2]);
         let apart = difference(&want.f32s().expect("numbers"), &found);
         assert!(apart <= LIMIT, "{name}: {apart:.1e}");
+    }
+}
+
+/// Another question, about another clip, on the cache of an answer: what a prompt of both turns gives from nothing.
+#[test]
+fn a_second_clip_goes_on_from_the_cache() {
+    commands::runtime();
+    let options = duet_onnx::runtime::SessionOptions {
+        intra_threads: 1,
+        ..Default::default()
+    };
+    let onnx = |name: &str| folder().join(format!("onnx/{name}.onnx"));
+    let files = VlmFiles {
+        vision_encoder: onnx("vision_encoder"),
+        embed_tokens: onnx("embed_tokens"),
+        decoder: onnx("decoder_model_merged"),
+        configs: folder(),
+    };
+    let clips = ClipEncoder::open(&onnx("video_encoder"), &folder(), &options).expect("clips");
+    let mut vlm = VlmPipeline::open(&files, &options).expect("a model").with_clips(clips);
+    let ball = commands::source("models/video_llava/images/ball.gif");
+    let forward = video::sample(&ball, 8).expect("frames");
+    let backward: Vec<_> = forward.iter().rev().cloned().collect();
+    let generate = GenerateOptions {
+        max_new_tokens: 5,
+        ..Default::default()
+    };
+    let mut go_on = |_: &Token| std::ops::ControlFlow::Continue(());
+    let first = [Message::user_with(0, 1, "What is it?")];
+    let prepared = vlm
+        .prepare_with_clips(&first, &[], std::slice::from_ref(&forward))
+        .expect("a prompt");
+    let answer = vlm.generate(&prepared, None, &generate, &mut go_on).expect("an answer");
+    let messages = [
+        first[0].clone(),
+        Message::assistant(answer.text.trim()),
+        Message::user_with(0, 1, "And this one?"),
+    ];
+    let given = std::slice::from_ref(&backward);
+    let turn = vlm
+        .prepare_follow_up_with_clips(&answer, &messages, &[], given)
+        .expect("another turn");
+    assert_eq!(turn.visual.iter().filter(|v| **v).count(), 8 * 82);
+    let second = vlm
+        .generate(&turn, Some(&answer.cache), &generate, &mut go_on)
+        .expect("an answer");
+
+    let mut whole = turn.clone();
+    let said = &answer.tokens[..answer.tokens.len() - 1];
+    whole.ids = [prepared.ids.as_slice(), said, &turn.ids].concat();
+    whole.visual = [prepared.visual.clone(), vec![false; said.len()], turn.visual.clone()].concat();
+    whole.salient = vec![false; whole.ids.len()];
+    let features = vlm.clips.as_mut().expect("clips").encode(&[forward, backward.clone()]);
+    let embeds = vlm.embedder.run_row(&whole.ids).expect("embeddings").to_tensor();
+    let embeds = scatter(embeds.expect("numbers"), &whole.visual, &features.expect("features"));
+    whole.embeds = Value::new(embeds.expect("as many places as features")).expect("embeddings");
+    let again = vlm.generate(&whole, None, &generate, &mut go_on).expect("an answer");
+    assert_eq!(again.tokens, second.tokens);
+    assert_eq!(again.cache_lengths, second.cache_lengths);
+
+    for (clips, said) in [(&[][..], "mentions 1 clips, 0 are given"), (&[backward.clone(), backward], "2 are given")] {
+        let error = vlm
+            .prepare_follow_up_with_clips(&answer, &messages, &[], clips)
+            .expect_err("another number of clips");
+        assert!(error.to_string().contains(said), "{error}");
     }
 }
