@@ -9,6 +9,7 @@ mod attention;
 mod decoder;
 mod embedding;
 mod hidden;
+mod lanes;
 mod pixels;
 mod projection;
 mod residual;

@@ -15,7 +15,7 @@ mod recount;
 mod token_merge;
 mod visual_prune;
 
-pub use budget::{BudgetShape, Planned, plan};
+pub use budget::{BudgetShape, Planned, PlannedShare, Style, plan, plan_share};
 pub use error::PassError;
 pub use manager::{Change, Rewritten, earlier_recipe, rewrite};
 pub use marker::{Marker, VISUAL_MASK_INPUT};
