@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::style;
 use crate::arch::{DEFAULT_FRAMES, VisionTower, Vlm};
-use crate::passes::{Count, Recipe, TokenMerge, VisualPrune};
+use crate::passes::{Count, Placement, Recipe, TokenMerge, VisualPrune};
 
 /// What decoder layers see of one image or clip.
 #[derive(Clone, Debug, PartialEq)]
@@ -16,6 +16,9 @@ pub(super) struct LayerTable {
     pub(super) before: Option<Vec<i64>>,
     /// Tokens that each layer sees.
     pub(super) after: Seen,
+    /// Whether the first layer sees all of them, however many that is, and `after` has
+    /// there what is left behind it.
+    pub(super) all_at_first: bool,
 }
 
 /// Tokens, or shares where their number is known only when an image is there.
@@ -60,6 +63,18 @@ impl LayerTable {
             of => format!(" of {of}"),
         };
         match &self.after {
+            Seen::Tokens(counts) if self.all_at_first => {
+                let mut each: Vec<String> = counts.iter().map(i64::to_string).collect();
+                if let Some(first) = each.first_mut() {
+                    *first = "all".into();
+                }
+                format!(
+                    "visual tokens{of} by layer: {}; average {:.2}{fewer}, with {} in the first layer for all",
+                    style::layers(&each),
+                    average(counts),
+                    counts.first().unwrap_or(&0)
+                )
+            }
             Seen::Tokens(counts) => {
                 let full = self.before.as_ref().map(|b| format!(" of {:.0}", average(b)));
                 format!(
@@ -95,6 +110,7 @@ impl LayerTable {
             "before_average": self.before.as_deref().map(average),
             "by_layer": tokens,
             "share_by_layer": shares,
+            "first_layer_sees_all": self.all_at_first,
             "average": self.after.average(),
             "fewer": self.fewer(),
         })
@@ -136,14 +152,23 @@ fn by_layer(
 ) -> Option<(Vec<i64>, Vec<i64>)> {
     let (_, decoder) = vlm.decoders().next()?;
     let before = images * tower.features_per_image()?;
+    let placed = recipe.placed(vlm);
+    let placement = match placed {
+        true => Placement::Decoder,
+        false => Placement::Encoder,
+    };
     let entering = match recipe.pass::<TokenMerge>() {
-        Some(merge) => images * merge.tokens_out(tower)?,
+        Some(merge) => images * merge.tokens_left(tower, placement)?,
         None => before,
     };
-    let after = match recipe.pass::<VisualPrune>() {
+    let mut after = match recipe.pass::<VisualPrune>() {
         Some(prune) => prune.tokens_per_layer(entering, decoder.depth()),
         None => vec![entering; decoder.depth()],
     };
+    // Discarded features go through the first layer with the others.
+    if placed && let Some(first) = after.first_mut() {
+        *first = before;
+    }
     Some((vec![before; decoder.depth()], after))
 }
 
@@ -154,6 +179,7 @@ fn open(vlm: &Vlm, recipe: &Recipe) -> Option<LayerTable> {
     let depth = decoder.depth();
     let prune = recipe.pass::<VisualPrune>();
     let merge = recipe.pass::<TokenMerge>();
+    let placed = recipe.placed(vlm);
     if let Some(merge) = merge
         && let (Count::Tokens(dominant), Count::Tokens(contextual)) =
             (merge.dominant, merge.contextual)
@@ -167,6 +193,7 @@ fn open(vlm: &Vlm, recipe: &Recipe) -> Option<LayerTable> {
             of: format!("an image of {entering} tokens or more"),
             before: None,
             after: Seen::Tokens(after),
+            all_at_first: placed,
         });
     }
     let entering = match merge.map(|m| (m.dominant, m.contextual)) {
@@ -178,6 +205,9 @@ fn open(vlm: &Vlm, recipe: &Recipe) -> Option<LayerTable> {
         Some(_) => return None,
     };
     let kept = |layer: usize| {
+        if placed && layer == 0 {
+            return 1.0;
+        }
         let drops = prune.map_or(&[][..], |p| &p.drops);
         let last = drops.iter().rev().find(|d| d.after_layer <= layer);
         entering * last.map_or(1.0, |d| d.keep)
@@ -186,6 +216,7 @@ fn open(vlm: &Vlm, recipe: &Recipe) -> Option<LayerTable> {
         of: "an image".into(),
         before: None,
         after: Seen::Shares((0..depth).map(kept).collect()),
+        all_at_first: false,
     })
 }
 
@@ -206,6 +237,7 @@ pub(super) fn tables(vlm: &Vlm, recipe: &Recipe, crops: Option<i64>) -> Vec<Laye
                     of,
                     before: Some(before),
                     after: Seen::Tokens(after),
+                    all_at_first: false,
                 });
             }
         };
@@ -263,6 +295,7 @@ mod tests {
             of: "a clip of 8 frames".into(),
             before: Some(vec![2056; 4]),
             after: Seen::Tokens(vec![1536, 1536, 768, 0]),
+            all_at_first: false,
         };
         assert_eq!(
             clip.line(),
@@ -273,6 +306,7 @@ mod tests {
             of: "an image".into(),
             before: None,
             after: Seen::Shares(vec![1.0, 1.0, 0.5, 0.25]),
+            all_at_first: false,
         };
         assert_eq!(
             shares.line(),
@@ -284,8 +318,14 @@ mod tests {
             of: "an image of 640 tokens or more".into(),
             before: None,
             after: Seen::Tokens(vec![640, 320]),
+            all_at_first: false,
         };
         assert!(open.line().ends_with("average 480.00"), "{}", open.line());
         assert_eq!(open.json()["fewer"], Value::Null);
+        let placed = LayerTable {
+            all_at_first: true,
+            ..open
+        };
+        assert!(placed.line().contains("by layer: 1: all, 2: 320; average 480.00, with 640"), "{}", placed.line());
     }
 }

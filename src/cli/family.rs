@@ -137,7 +137,7 @@ fn by_structure(root: &Path, vlm: &Vlm) -> Option<(&'static Family, &'static str
         return Some((of("qwen2_5_vl")?, shows));
     }
     // Frames alone, CLS among their features: no pooling, as other video models have.
-    let clips = |t: &crate::arch::VisionTower| t.video && t.cls && t.entry == t.hidden;
+    let clips = |t: &crate::arch::VisionTower| t.video && t.gives_cls();
     if vlm.towers().any(|(_, t)| clips(t)) {
         return Some((of("video_llava")?, "its tower for clips shows"));
     }

@@ -11,7 +11,7 @@ use crate::arch::{
 };
 use crate::ir::{TensorData, verify};
 use crate::onnx::{ModelDir, read};
-use crate::passes::{Recipe, TokenMerge, earlier_recipe};
+use crate::passes::{Recipe, earlier_recipe, gives_fewer};
 use crate::runtime::CacheHeads;
 
 /// Files of `passes/` with their names.
@@ -504,9 +504,7 @@ pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(Model
         (None, Some(video)) => video,
         _ => pick(Kind::Vision, "vision encoder (pixels → features)")?,
     };
-    let merged = earlier_recipe(&vlm.parts[vision].model)
-        .and_then(|(_, text)| Recipe::parse(text).ok())
-        .is_some_and(|recipe| recipe.pass::<TokenMerge>().is_some());
+    let merged = gives_fewer(&vlm.parts[vision].model);
     let trio = Trio {
         merged,
         heads: cache_heads(&vlm.parts[decoder].model).and_then(heads_of),

@@ -97,6 +97,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
                 of: target.of,
                 before: None,
                 after: Seen::Shares(planned.shares),
+                all_at_first: false,
             };
             (planned.recipe, table)
         }
@@ -112,6 +113,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
                 of,
                 before: all.map(|all| vec![all; shape.layers.max(1)]),
                 after: Seen::Tokens(planned.tokens),
+                all_at_first: false,
             };
             (planned.recipe, table)
         }

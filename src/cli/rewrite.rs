@@ -13,7 +13,7 @@ use crate::onnx::{
     DataMode, Layout, ModelDir, Outputs, mark_newline, patch_genai, patch_processor, serialize,
     suffixed, write_beside, write_out,
 };
-use crate::passes::{Recipe, Rewritten, TokenMerge, rewrite};
+use crate::passes::{Placement, Recipe, Rewritten, TokenMerge, rewrite};
 
 /// Arguments of `duet rewrite`.
 #[derive(Debug, clap::Args)]
@@ -86,7 +86,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         (Some(out), None) => {
             write_out(dir, &outputs, out, mode)?;
             report(&done, &recipe, crops, global);
-            if let Some(note) = crops_note(crops, &recipe) {
+            if let Some(note) = crops_note(crops, &done.vlm, &recipe) {
                 global.say(note);
             }
             for left in &selected.left_out {
@@ -99,7 +99,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
             let only_changed = changed_only(outputs, &done);
             let written = write_beside(dir, &only_changed, suffix)?;
             report(&done, &recipe, crops, global);
-            if let Some(note) = crops_note(crops, &recipe) {
+            if let Some(note) = crops_note(crops, &done.vlm, &recipe) {
                 global.say(note);
             }
             for path in &written {
@@ -212,9 +212,9 @@ pub(super) fn outputs(
 }
 
 /// What the counts mean for images of any resolution, and what their clients do.
-fn crops_note(crops: Option<i64>, recipe: &Recipe) -> Option<&'static str> {
+fn crops_note(crops: Option<i64>, vlm: &Vlm, recipe: &Recipe) -> Option<&'static str> {
     crops?;
-    Some(match recipe.pass::<TokenMerge>() {
+    Some(match recipe.pass::<TokenMerge>().filter(|_| !recipe.placed(vlm)) {
         Some(_) => {
             "images of several crops: clients put the crops' merged tokens one after the other, the base crop's first, \
              without newline tokens (duet run does); the processor's own count of placeholders is for unmerged crops"
@@ -239,18 +239,23 @@ fn marked_width(done: &Rewritten) -> Option<i64> {
 
 /// (patch tokens of the tower, features per image now), if they differ.
 fn token_counts(vlm: &Vlm, recipe: &Recipe) -> Option<(i64, i64)> {
+    if recipe.placed(vlm) {
+        return None;
+    }
     let (index, tower) = vlm.towers().next()?;
     let model = &vlm.parts[index].model;
+    let merge = recipe.pass::<TokenMerge>();
+    let left = || merge?.tokens_left(tower, Placement::Encoder);
     let after = match tower.features_index {
         // Of clips the output need not say how many tokens a frame gives.
-        _ if tower.video => recipe.pass::<TokenMerge>()?.tokens_out(tower)?,
+        _ if tower.video => left()?,
         Some(output) => {
             let output = model.graph().outputs[output];
             let shape = model.value(output).ty.as_ref()?.shape()?;
             shape.get(1)?.known().filter(|_| shape.len() == 3)?
         }
         // An inner value need not state its shape.
-        None => recipe.pass::<TokenMerge>()?.tokens_out(tower)?,
+        None => left()?,
     };
     (Some(after) != tower.features_per_image()).then_some((tower.candidates()?, after))
 }
