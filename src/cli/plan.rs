@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 
 use super::{Global, ModelArgument, Outcome, load, style};
 use crate::arch::Vlm;
-use crate::passes::{BudgetShape, plan};
+use crate::passes::{BudgetShape, Placement, placement_in, plan};
 
 /// Arguments of `duet plan`.
 #[derive(Debug, clap::Args)]
@@ -114,6 +114,7 @@ fn shape(vlm: &Vlm) -> anyhow::Result<BudgetShape> {
         cls: tower.cls,
         features,
         merges: tower.grid.is_none(),
+        placed: placement_in(None, vlm) == Placement::Decoder,
         layers,
     })
 }

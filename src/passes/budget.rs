@@ -19,6 +19,9 @@ pub struct BudgetShape {
     pub features: i64,
     /// Whether tokens can be merged behind the tower.
     pub merges: bool,
+    /// Whether discarded features would keep their places, so that the first layer sees
+    /// all (`placement: decoder`).
+    pub placed: bool,
     /// Decoder layers; 0 if there is no decoder to prune.
     pub layers: usize,
 }
@@ -61,13 +64,16 @@ pub fn plan(shape: BudgetShape, budget: f64) -> Result<Planned, String> {
 }
 
 /// Tokens by layer under `drops`: (layers that have run, share of the entering tokens).
-fn by_layer(entering: i64, drops: &[(usize, f64)], layers: usize) -> Vec<i64> {
+/// The first layer sees as many as `first`, if there are more of them.
+fn by_layer(entering: i64, first: i64, drops: &[(usize, f64)], layers: usize) -> Vec<i64> {
     let kept = |layer: usize| {
         let last = drops.iter().rev().find(|(after, _)| *after <= layer);
         #[allow(clippy::cast_possible_truncation, reason = "token counts fit")]
         last.map_or(entering, |(_, keep)| (entering as f64 * keep) as i64)
     };
-    (0..layers.max(1)).map(kept).collect()
+    let mut counts: Vec<i64> = (0..layers.max(1)).map(kept).collect();
+    counts[0] = counts[0].max(first);
+    counts
 }
 
 fn mean(counts: &[i64]) -> f64 {
@@ -84,7 +90,8 @@ fn merging(shape: BudgetShape, budget: f64) -> Result<Planned, String> {
         }
     }
     let most = shape.patches + i64::from(shape.cls);
-    let fits = |entering: &i64| mean(&by_layer(*entering, &drops, layers)) <= budget;
+    let first = if shape.placed { shape.features } else { 0 };
+    let fits = |entering: &i64| mean(&by_layer(*entering, first, &drops, layers)) <= budget;
     let Some(entering) = (1..=most).rev().find(fits) else {
         return Err(format!(
             "no token is left at a budget of {budget:.2} per layer"
@@ -104,7 +111,7 @@ fn merging(shape: BudgetShape, budget: f64) -> Result<Planned, String> {
         recipe,
         "\n      contextual: {contextual}\n      cluster_width: 4\n      selector: attention\n"
     );
-    Ok(finish(recipe, entering, &drops, layers))
+    Ok(finish(recipe, entering, first, &drops, layers))
 }
 
 /// Contextual tokens among `entering`, as the published budgets have them.
@@ -146,7 +153,7 @@ fn pruning(shape: BudgetShape, budget: f64) -> Result<Planned, String> {
     };
     let fits = |step: &i32| {
         let drops = schedule(f64::from(*step) / 1000.0);
-        mean(&by_layer(shape.features, &drops, layers)) <= budget
+        mean(&by_layer(shape.features, 0, &drops, layers)) <= budget
     };
     let Some(step) = (0..1000).rev().find(fits) else {
         return Err(format!(
@@ -159,12 +166,19 @@ fn pruning(shape: BudgetShape, budget: f64) -> Result<Planned, String> {
     Ok(finish(
         "version: 1\npasses:\n".into(),
         shape.features,
+        0,
         &drops,
         layers,
     ))
 }
 
-fn finish(mut recipe: String, entering: i64, drops: &[(usize, f64)], layers: usize) -> Planned {
+fn finish(
+    mut recipe: String,
+    entering: i64,
+    first: i64,
+    drops: &[(usize, f64)],
+    layers: usize,
+) -> Planned {
     if !drops.is_empty() {
         recipe += "  - visual_prune:\n      drops:\n";
         for (after, keep) in drops {
@@ -175,7 +189,7 @@ fn finish(mut recipe: String, entering: i64, drops: &[(usize, f64)], layers: usi
         }
         recipe += "      text: all\n";
     }
-    let tokens = by_layer(entering, drops, layers);
+    let tokens = by_layer(entering, first, drops, layers);
     let average = mean(&tokens);
     Planned {
         recipe,
@@ -194,6 +208,7 @@ mod tests {
         cls: true,
         features: 576,
         merges: true,
+        placed: false,
         layers: 32,
     };
 
@@ -232,6 +247,7 @@ mod tests {
                             cls: merges,
                             features: patches,
                             merges,
+                            placed: false,
                             layers,
                         };
                         let budget = (patches * percent) as f64 / 100.0;
@@ -251,6 +267,19 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn the_first_layer_counts_where_features_keep_their_places() {
+        let placed = BudgetShape {
+            placed: true,
+            ..LLAVA
+        };
+        let (fewer, all) = (plan(placed, 192.0).unwrap(), plan(LLAVA, 192.0).unwrap());
+        assert_eq!(fewer.tokens[0], 576);
+        assert!(fewer.tokens[1] < all.tokens[1] && fewer.average <= 192.0);
+        // One layer of 32 sees all 576, which alone makes 18.
+        assert!(plan(placed, 18.0).is_err());
     }
 
     #[test]
