@@ -1,4 +1,4 @@
-"""Exports the vision tower of build.py, for any grid, and compares it with Transformers' own.
+"""Exports the vision towers of build.py, for any grid, and compares them with Transformers' own.
 
     python models/qwen_vl/vision.py [--out models/qwen_vl/fixtures] [NAME ...]
 
@@ -34,7 +34,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 import build
-from build import SIZE, sibling
+from build import SIZE, Size, sibling
 
 shared = sibling("export")
 
@@ -55,8 +55,10 @@ class Vision(nn.Module):
         super().__init__()
         self.visual, self.eager = net.model.visual, eager
         self.merge = self.visual.spatial_merge_size
-        # Edge of a window, in tokens.
-        self.window = self.visual.window_size // self.merge // self.visual.patch_size
+        # Edge of a window, in tokens; Qwen2-VL has no windows.
+        self.windowed = hasattr(self.visual, "fullatt_block_indexes")
+        if self.windowed:
+            self.window = self.visual.window_size // self.merge // self.visual.patch_size
 
     def places(self, grid: torch.Tensor, tokens: int):
         """Order of the tokens by window [n]; and in that order, of every patch: its window and frame [n * m * m],
@@ -75,6 +77,17 @@ class Vision(nn.Module):
         spread = lambda x: x[order][:, None].expand(-1, m * m).reshape(-1)  # noqa: E731
         return order, spread(window), spread(frame), torch.stack([down, across], dim=-1).reshape(-1, 2)
 
+    def plain(self, grid: torch.Tensor, tokens: int):
+        """Frame of every patch [n * m * m], and its row and column [n * m * m, 2], in the tokens' own order."""
+        m = self.merge
+        rows, columns = grid[0, 1] // m, grid[0, 2] // m
+        token = torch.arange(tokens)
+        frame, row, column = token // (rows * columns), token // columns % rows, token % columns
+        within = torch.arange(m * m)
+        down = row[:, None] * m + within // m
+        across = column[:, None] * m + within % m
+        return frame[:, None].expand(-1, m * m).reshape(-1), torch.stack([down, across], dim=-1).reshape(-1, 2)
+
     def attend(self, attn, x: torch.Tensor, tables, seen: torch.Tensor) -> torch.Tensor:
         qkv = attn.qkv(x).reshape(-1, 3, attn.num_heads, attn.head_dim).permute(1, 0, 2, 3)
         query, key = apply_rotary_pos_emb_vision(qkv[0], qkv[1], *tables)
@@ -91,6 +104,13 @@ class Vision(nn.Module):
         visual, unit = self.visual, self.merge**2
         hidden = visual.patch_embed(pixel_values)
         tokens = hidden.shape[0] // unit
+        if not self.windowed:
+            frame, places = self.plain(image_grid_thw, tokens)
+            tables, full = visual.rotary_pos_emb(hidden, places), frame[:, None] == frame[None, :]
+            for block in visual.blocks:
+                hidden = hidden + self.attend(block.attn, block.norm1(hidden), tables, full)
+                hidden = hidden + block.mlp(block.norm2(hidden))
+            return visual.merger(hidden)
         order, window, frame, places = self.places(image_grid_thw, tokens)
         hidden = hidden.reshape(-1, unit, hidden.shape[1])[order].reshape(-1, hidden.shape[1])
         tables = visual.rotary_pos_emb(hidden, places)
@@ -102,9 +122,9 @@ class Vision(nn.Module):
         return visual.merger(hidden)[torch.argsort(order)]
 
 
-def part(net, form) -> shared.Part:
+def part(net, form, size: Size = SIZE) -> shared.Part:
     grid = torch.tensor([GRIDS[1]])
-    width = 3 * 2 * SIZE.patch**2
+    width = 3 * 2 * size.patch**2
     pixels = torch.randn(int(grid.prod()), width, generator=torch.Generator().manual_seed(0))
     axes = {"pixel_values": {0: "num_patches"}, "image_grid_thw": {}, "image_features": {0: "num_tokens"}}
     names = ["pixel_values", "image_grid_thw"]

@@ -1,6 +1,6 @@
 """Stage 2: a Llama decoder with a cache for each layer that drops visual tokens between layers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class Drop:
     after_layer: int
     kept: torch.Tensor  # int64 [B, S']
     origin: torch.Tensor  # int64 [B, S'], the same tokens' indices at the decoder's entry
-    visual: torch.Tensor  # int64 [B], visual tokens left in each row
+    visual: torch.Tensor  # int64 [B], tokens left in each row that count as visual
 
 
 @dataclass
@@ -157,6 +157,19 @@ class Decoder:
             kept.append(stays.nonzero().flatten())
         return torch.stack(kept)
 
+    def _ranked(self, tokens: Tokens, before: float, keep: float) -> tuple[Tokens, int]:
+        """With `ratio_base: current` (see recipe.Prune): the tokens with only those still visual that are ranked at
+        this drop, and how many every row loses of them."""
+        visual, asks, lose = tokens.visual.clone(), tokens.asks.clone(), []
+        for row in range(visual.shape[0]):
+            seen = visual[row].nonzero().flatten()
+            ranked = int(len(seen) * before)
+            visual[row, seen[ranked:]] = False
+            if self.prune.text == "all":
+                asks[row, seen[ranked:]] = True
+            lose.append(ranked - int(len(seen) * keep))
+        return replace(tokens, visual=visual, asks=asks), min(lose)
+
     def _behind(self, index: int, kept: torch.Tensor, tokens: Tokens, earlier: int) -> tuple[Tokens, Drop]:
         """The tokens behind a drop point; `earlier` left there in earlier calls."""
         tokens = tokens.take(kept)
@@ -170,7 +183,7 @@ class Decoder:
         """With `placed`, gone tokens leave before the second layer, as many of each row as of any other."""
         entered, discarded = (flags.sum(dim=1).tolist() for flags in (tokens.visual, tokens.gone))
         schedule = dict(self.prune.drops) if self.prune else {}
-        cache, drops, lost = [], [], 0
+        cache, drops, lost, ratio = [], [], 0, 1.0
         for index, layer in enumerate(self.model.layers):
             earlier = past[index - 1].real.shape[1] - past[index].real.shape[1] if past and index else 0
             if placed and index == 1:
@@ -184,9 +197,12 @@ class Decoder:
                 earlier = 0
             if index in schedule:
                 # Rows stay of one length: all lose what the row that may lose least loses.
-                target = min(n - int(n * schedule[index]) + g for n, g in zip(entered, discarded))
-                kept = self._drop(index, target - lost, tokens, margins)
-                lost = target
+                if self.prune.ratio_base == "current":
+                    tokens, lose = self._ranked(tokens, ratio, schedule[index])
+                else:
+                    target = min(n - int(n * schedule[index]) + g for n, g in zip(entered, discarded))
+                    lose, lost = target - lost, target
+                kept, ratio = self._drop(index, lose, tokens, margins), schedule[index]
                 tokens, drop = self._behind(index, kept, tokens, earlier)
                 drops.append(drop)
             tokens.hidden, layer_cache = self._layer(layer, tokens, past[index] if past else None)

@@ -15,13 +15,13 @@ mod recount;
 mod token_merge;
 mod visual_prune;
 
-pub use budget::{BudgetShape, Planned, plan};
+pub use budget::{BudgetShape, Planned, PlannedShare, Style, plan, plan_share};
 pub use error::PassError;
 pub use manager::{Change, Rewritten, earlier_recipe, gives_fewer, rewrite};
 pub use marker::{Marker, VISUAL_MASK_INPUT};
 pub use recipe::{Count, KvLayout, Positions, Recipe, StaticSpan};
 pub use token_merge::{
-    Cls, MergeBudget, Placement, Selector, TokenMerge, merge_budget, placement_in,
+    Cls, KEPT_OUTPUT, MergeBudget, Placement, Selector, TokenMerge, merge_budget, placement_in,
 };
 pub use visual_prune::{Drop, RankMask, SALIENT_MASK_INPUT, TextQueries, VisualPrune};
 

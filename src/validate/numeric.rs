@@ -5,9 +5,10 @@ use ndarray::{Array2, Array3, Axis};
 use super::precision::{lower, precision, quantised, ties, tolerance};
 use super::reference::{Choice, Ranking, ReferenceVision, State, StepIn};
 use super::report::Report;
+use super::rows::RowPair;
 use super::scenario::{Frame, Layout, Scenario, Seeded, lay_out, standard};
 use super::tally::Tally;
-use super::{ValidateError, decoders, embed, probe, scenario, second, structure, whole};
+use super::{ValidateError, decoders, embed, probe, rows, scenario, second, structure, whole};
 use crate::arch::{Decoder, DecoderFiles, FileSet, Role, Vlm};
 use crate::ir::{DataType, Model};
 use crate::passes::{Marker, Recipe, TextQueries, TokenMerge, VisualPrune, placement_in};
@@ -91,6 +92,7 @@ pub fn check(
             let scenarios = match &pair {
                 Pair {
                     vision: None,
+                    rows: None,
                     embed: None,
                     decoder: None,
                     ..
@@ -137,12 +139,14 @@ pub fn check(
 }
 
 /// What the rewritten vision encoder ranks its tokens by, `[n, N]`.
-const SCORE: &str = "duet/token_merge/score";
+pub(super) const SCORE: &str = "duet/token_merge/score";
 
 /// Both models, opened.
 struct Pair {
     label: String,
     vision: Option<(ReferenceVision, VisionEncoder, Frame)>,
+    /// The same for an encoder that takes rows of patches.
+    rows: Option<RowPair>,
     embed: Option<(Embedder, Embedder)>,
     decoder: Option<(decoders::Reference, RunDecoder)>,
     /// Plain width of embeddings.
@@ -194,6 +198,7 @@ impl Pair {
         let mut pair = Self {
             label: String::new(),
             vision: None,
+            rows: None,
             embed: None,
             decoder: None,
             width: 0,
@@ -223,6 +228,13 @@ impl Pair {
             let name = new.file.display().to_string();
             pair.quantised |= quantised(&old.model);
             match &old.role {
+                Role::Vision(tower) if tower.rows.is_some() => {
+                    let pair_of =
+                        RowPair::open(&old.model, &new.model, tower, merge, &name, session)?;
+                    pair.rows = Some(pair_of);
+                    pair.dtype = lower(pair.dtype, precision(&old.model));
+                    pair.width = tower.feature_width.map_or(pair.width, |w| w as usize);
+                }
                 Role::Vision(tower) => {
                     let reference = ReferenceVision::open(&old.model, tower, merge, session)?;
                     let score: Vec<_> = new.model.find(SCORE).into_iter().collect();
@@ -277,7 +289,7 @@ impl Pair {
         match decoder.position_rows {
             None => Ok(()),
             Some(3) => {
-                if self.vision.is_none() && self.placeholder.is_none() {
+                if self.vision.is_none() && self.rows.is_none() && self.placeholder.is_none() {
                     // As many as several grids have.
                     self.features = 12;
                 }
@@ -371,9 +383,18 @@ impl Pair {
         let mut tally = Tally::default();
         for turn in &scenario.turns {
             let images: usize = turn.images().iter().sum();
-            let (mut plain, mut marked) = (Vec::new(), Vec::new());
+            let (mut plain, mut marked, mut seen_rows) = (Vec::new(), Vec::new(), Vec::new());
             let mut discarded: Vec<Vec<bool>> = Vec::new();
-            if let (true, Some((reference, run, frame))) = (images > 0, &mut self.vision) {
+            if let Some(rows) = &mut self.rows {
+                let tolerance = ties(self.dtype, self.quantised);
+                for _ in 0..images {
+                    let seen = rows.see(&mut rng, tolerance, self.channel, &mut tally)?;
+                    plain.push(Tensor::from(seen.want.clone()));
+                    marked.push(seen.found.clone());
+                    discarded.push(seen.gone.clone());
+                    seen_rows.push(seen);
+                }
+            } else if let (true, Some((reference, run, frame))) = (images > 0, &mut self.vision) {
                 let pixels = frame.pixels(images, &mut rng);
                 let [_, h, w] = frame.size;
                 let mask = run.takes_mask().then(|| rng.masks(images, h, w));
@@ -406,8 +427,8 @@ impl Pair {
             if self.decoder.is_none() {
                 continue;
             }
-            let rows: Vec<usize> = plain.iter().map(|t| t.shape()[0]).collect();
-            let layout = lay_out(turn, &rows);
+            let counts: Vec<usize> = plain.iter().map(|t| t.shape()[0]).collect();
+            let layout = lay_out(turn, &counts);
             let (base_embeds, run_embeds) = self.embeddings(&layout, plain, marked, &mut rng)?;
             let past = seen.clone();
             seen = ndarray::concatenate(ndarray::Axis(1), &[seen.view(), layout.mask.view()])
@@ -418,7 +439,10 @@ impl Pair {
                     && !layout.visual[[r, i]]
                     && (r + i) % 3 == 0
             });
-            let positions = self.positions(&layout, &past, &mut places, &rows)?;
+            let positions = match (self.position_rows, seen_rows.is_empty()) {
+                (Some(_), false) => rows::positions(turn, &layout, &seen_rows, &mut places)?,
+                _ => self.positions(&layout, &past, &mut places, &counts)?,
+            };
             let mut visual = self.visual_for(&layout, past.ncols());
             let gone = gone_of(&layout, &discarded);
             visual.zip_mut_with(&gone, |visual, gone| *visual &= !gone);
@@ -511,6 +535,7 @@ impl Pair {
                 Some(_) => input.positions.clone().into(),
                 None => input.positions.index_axis(Axis(0), 0).to_owned().into(),
             }),
+            blocks: None,
             visual: Some(input.visual.clone()),
             salient: Some(input.salient.clone()),
         };

@@ -6,11 +6,11 @@ use ndarray::Array2;
 use super::report::Report;
 use super::scenario::{Frame, Scenario, Seeded, lay_out, standard};
 use super::{Options, ValidateError, probe};
-use crate::arch::{Decoder, Layout, Projection, Role, VisionTower, Vlm};
+use crate::arch::{Decoder, Layout, PatchRows, Projection, Role, VisionTower, Vlm};
 use crate::ir::cone::ancestors;
 use crate::ir::{DataType, Dim, Model, ValueId, ValueType, extract, verify};
 use crate::onnx::serialize;
-use crate::passes::{Recipe, VisualPrune};
+use crate::passes::{Recipe, TokenMerge, VisualPrune};
 use crate::runtime::{Session, Tensor, Value, lay_out_pixels};
 
 /// A value of an inserted sub-graph: its name, rank and element type.
@@ -73,6 +73,9 @@ pub(super) fn check(
             && new.model.find("duet/token_merge/merged_tokens").is_some()
             && let Some(feed) = match &whole {
                 Some(feed) => Some(feed.clone()),
+                None if tower.rows.is_some() => {
+                    rows_feed(&old.model, tower, recipe.pass::<TokenMerge>(), &mut rng)?
+                }
                 None => tower_feed(&old.model, tower, &mut rng)?,
             }
         {
@@ -115,6 +118,11 @@ fn tower_check(
     report: &mut Report,
 ) -> Result<(), ValidateError> {
     let name = |v: ValueId| old.name(v).to_owned();
+    let check = format!("{label}tract: token_merge");
+    if let Some(rows) = &tower.rows {
+        let (inputs, outputs) = row_ports(old, tower, rows);
+        return compare(new, &inputs, &outputs, feed, &check, options, report);
+    }
     let mut inputs = vec![port(name(tower.hidden), 3, tower.dtype)];
     if tower.shuffle.is_some() {
         inputs.push(port(name(tower.entry), 3, tower.dtype));
@@ -130,8 +138,68 @@ fn tower_check(
         inputs.push(port(name(value), rank, dtype));
     }
     let outputs = [port("duet/token_merge/merged_tokens", 3, tower.dtype)];
-    let check = format!("{label}tract: token_merge");
     compare(new, &inputs, &outputs, feed, &check, options, report)
+}
+
+/// Borders of the merge behind a tower of patch rows.
+fn row_ports(old: &Model, tower: &VisionTower, rows: &PatchRows) -> (Vec<Port>, Vec<Port>) {
+    let name = |v: ValueId| old.name(v).to_owned();
+    // The features that it merges are no output any more.
+    let mut inputs = vec![port("duet/token_merge/features:inner", 2, tower.dtype)];
+    let mut add = |value: ValueId, rank: usize, dtype: DataType| {
+        if inputs.iter().all(|p| p.name != name(value)) {
+            inputs.push(port(name(value), rank, dtype));
+        }
+    };
+    for (laid, operand) in [
+        (&rows.query, &tower.site.query),
+        (&rows.key, &tower.site.key),
+    ] {
+        match laid {
+            Some(laid) => add(laid.value, laid.axes.len(), rows.dtype),
+            None => {
+                for (value, rank, dtype) in operand.reads(old, rows.dtype) {
+                    add(value, rank, dtype);
+                }
+            }
+        }
+    }
+    for (value, rank, dtype) in tower.site.mask_reads(old) {
+        add(value, rank, dtype);
+    }
+    for step in &rows.moves {
+        add(step.indices, if step.nd { 2 } else { 1 }, DataType::Int64);
+    }
+    let outputs = vec![
+        port("duet/token_merge/merged_tokens", 3, tower.dtype),
+        port("duet/token_merge/kept_indices", 2, DataType::Int64),
+    ];
+    (inputs, outputs)
+}
+
+/// Patches of one image and their grid.
+fn rows_feed(
+    model: &Model,
+    tower: &VisionTower,
+    merge: Option<&TokenMerge>,
+    rng: &mut Seeded,
+) -> Result<Option<Vec<(String, Tensor)>>, ValidateError> {
+    let Some((grid, width)) = super::rows::sample(model, tower, merge) else {
+        return Ok(None);
+    };
+    let kind = |v: ValueId| model.value(v).ty.as_ref().and_then(ValueType::dtype);
+    let stated = kind(tower.pixels).unwrap_or(DataType::Float);
+    let pixels = super::rows::noise(grid, width, rng)?.cast_float(dtype(stated))?;
+    let mut feed = vec![(model.name(tower.pixels).to_owned(), pixels)];
+    if let Some(input) = tower.rows.as_ref().and_then(|r| r.grid) {
+        let thw = match kind(input) {
+            #[allow(clippy::cast_possible_truncation, reason = "edges of grids")]
+            Some(DataType::Int32) => Tensor::new([1, 3], grid.map(|n| n as i32).to_vec())?,
+            _ => Tensor::new([1, 3], grid.map(|n| n as i64).to_vec())?,
+        };
+        feed.push((model.name(input).to_owned(), thw));
+    }
+    Ok(Some(feed))
 }
 
 /// Pixels of two images; nothing if their size is not fixed.
@@ -404,6 +472,15 @@ fn compare(
             None => first.get(name)?.to_tensor()?,
         };
         given.push((name, tensor));
+    }
+    // A file need not say what rank its masks have; the run does.
+    for ((_, ty), (_, tensor)) in borders.iter_mut().zip(&given) {
+        if let (Some(dtype), true) = (
+            ty.dtype(),
+            ty.shape().is_none_or(|s| s.len() != tensor.shape().len()),
+        ) {
+            *ty = ValueType::tensor(dtype, vec![Dim::Unknown; tensor.shape().len()]);
+        }
     }
     let part = extract(model, &borders, &wanted)?;
     let bytes = serialize(verify(&part)?).to_vec();

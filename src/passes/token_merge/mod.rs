@@ -27,6 +27,27 @@
 //! K. They are no grid any more, so no newline tokens belong between their rows, and
 //! no padding can be cut off by rows: clients put them one after the other.
 //!
+//! **Towers of patch rows** (Qwen2-VL, Qwen2.5-VL) take the patches of a grid that only the run
+//! tells, and a merger behind them makes one token of each 2×2. What the public code does is
+//! followed, which merges the *features*: the merger's rows, put back into the image's order. So
+//! the merger runs on all of them, other than projectors do.
+//!
+//! ```text
+//!  before:  blocks ─ hidden ─ merger ─ Gather(order) ─▶ features [N, D]
+//!
+//!  after:   blocks ─ hidden ─ merger ─ Gather(order) ─▶ H [N, D] ────────┬───────────┐
+//!             └ q, k of the last attention, behind the rotary embedding  ▼           ▼
+//!               └─▶ score, metric ─ mean of 2×2 ─ Gather(order) ─▶ dominant, contextual
+//!                                                                        └─ by place ┘
+//!                                      features [K, D], kept_token_indices [K] ◀─┘
+//! ```
+//!
+//! Score: as of other towers without CLS, under the mask of the last block. Score and metric are
+//! averaged over each merge group and put into order as the features are. Dominant and contextual
+//! tokens come out together, by ascending place, a contextual token at its anchor's. Counts are
+//! computed in the graph: `dominant` = min(k₁, N), `contextual` = min(k₂, N − k₁); an image with
+//! fewer tokens than the budget keeps all. Several images in one call are one list to the encoder
+//! and are merged as one; for a budget for each, call once for each.
 //! **Placement.** With `placement: decoder` the features keep their number and order (see
 //! [`place`]); the decoder masks the discarded ones in its first layer and drops them
 //! before its second.
@@ -40,6 +61,8 @@
 mod build;
 mod place;
 mod resize;
+mod rows;
+mod sizes;
 
 pub use place::placement_in;
 
@@ -47,10 +70,11 @@ use serde::Deserialize;
 
 use self::build::Build;
 use self::resize::{fixed_length, resize};
+use self::sizes::Sizes;
 use super::recipe::Count;
 use super::{Context, Entry, Pass, PassError, marker, recount, visual_prune};
 use crate::arch::{NoMatch, VisionTower, Vlm};
-use crate::ir::{Patch, PatchPlan};
+use crate::ir::{Model, Patch, PatchPlan};
 
 pub(super) const ENTRY: Entry = Entry {
     name: "token_merge",
@@ -66,6 +90,11 @@ pub(super) const ENTRY: Entry = Entry {
     parse: super::parse::<TokenMerge>,
     keep_everything: "{dominant: 1.0, contextual: 0, cls: drop}",
 };
+
+/// The output of a rewritten encoder of patch rows that says which tokens its features are:
+/// int64 `[merged_tokens]`, the place of each row among the tokens that the unmodified encoder
+/// gives for the call, ascending. Clients need it for positions in the image's grid.
+pub const KEPT_OUTPUT: &str = "kept_token_indices";
 
 /// Which tokens become contextual, and of what they are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
@@ -258,6 +287,54 @@ impl TokenMerge {
         }
         Ok(())
     }
+
+    /// Whether the merge fits a tower of patch rows.
+    fn fits_rows(
+        &self,
+        model: &Model,
+        tower: &VisionTower,
+        placement: Placement,
+    ) -> Result<(), String> {
+        let features = model.name(tower.features);
+        let ty = model.value(tower.features).ty.as_ref();
+        let rank = ty.and_then(|t| t.shape()).map(<[_]>::len);
+        if let Some(rank) = rank.filter(|rank| *rank != 2) {
+            return Err(format!(
+                "'{features}' has {rank} axes; features of a tower of patch rows are expected as [tokens, width]"
+            ));
+        }
+        let taken = model.find(KEPT_OUTPUT);
+        if let Some(taken) = taken.filter(|_| placement == Placement::Encoder) {
+            return Err(format!(
+                "the merged encoder gives out '{KEPT_OUTPUT}', and the file has a value of that name ({}) already",
+                model
+                    .producer_of(taken)
+                    .map_or_else(|| "an input".into(), |n| model.describe(n))
+            ));
+        }
+        let none = |count: Count| matches!(count, Count::Tokens(0) | Count::Ratio(0.0));
+        let total = self.tokens_left(tower, Placement::Encoder);
+        if total == Some(0) || none(self.dominant) && none(self.contextual) {
+            return Err("dominant and contextual leave no token; keep at least one".into());
+        }
+        Ok(())
+    }
+
+    fn plan_rows(&self, model: &Model, tower: &VisionTower, placement: Placement) -> PatchPlan {
+        let mut patch = Patch::new(model, ENTRY.name);
+        let sizes = rows::sizes(&mut patch, self, tower);
+        let merged = Build::new(self, tower, sizes, &mut patch).in_place();
+        if let Some(output) = tower.features_index {
+            match placement {
+                Placement::Encoder => {
+                    let total = self.tokens_left(tower, placement);
+                    merged.come_out(&mut patch, output, total);
+                }
+                Placement::Decoder => merged.stay(&mut patch, output),
+            }
+        }
+        patch.finish()
+    }
 }
 
 impl Pass for TokenMerge {
@@ -291,6 +368,12 @@ impl Pass for TokenMerge {
         for (index, tower) in vlm.towers() {
             let file = vlm.parts[index].label();
             let model = &vlm.parts[index].model;
+            if tower.rows.is_some() {
+                if let Err(problem) = self.fits_rows(model, tower, placement) {
+                    return fail(format!("{file}: {problem}"));
+                }
+                continue;
+            }
             let stated = model.value(tower.features).ty.as_ref();
             let stated = stated.and_then(|t| t.shape()).map(<[_]>::len);
             if let Some(rank) = stated.filter(|rank| !(2..=3).contains(rank)) {
@@ -360,17 +443,16 @@ impl Pass for TokenMerge {
                 file: part.label(),
                 problem,
             };
+            if tower.rows.is_some() {
+                plans.push((index, self.plan_rows(&part.model, tower, placement)));
+                continue;
+            }
             let budget = self
                 .budget(tower, placement)
                 .ok_or_else(|| unsupported("the token count is not fixed".into()))?;
             let mut patch = Patch::new(&part.model, ENTRY.name);
-            let mut build = Build {
-                merge: self,
-                tower,
-                budget,
-                patch: &mut patch,
-                stand_for: Vec::new(),
-            };
+            let sizes = Sizes::known(budget);
+            let mut build = Build::new(self, tower, sizes, &mut patch);
             let merged = build.tokens();
             let stand_for = build.stand_for;
             patch.rewire_all(tower.entry, merged);
@@ -421,10 +503,21 @@ impl Pass for TokenMerge {
         let mut lines: Vec<String> = vlm
             .towers()
             .filter_map(|(_, tower)| {
+                if let Some(rows) = tower.rows.as_ref().filter(|_| tower.open()) {
+                    return Some(format!(
+                        "tokens of {} patches each, as many as the run tells → {}, after block {}",
+                        rows.per,
+                        rows::open_summary(self),
+                        tower.layers
+                    ));
+                }
                 let b = self.budget(tower, placement)?;
                 let cls = if b.cls { "CLS + " } else { "" };
                 let kind = match &tower.shuffle {
                     Some(shuffle) => format!("shuffled tokens ({} patches each)", shuffle.per),
+                    None if tower.rows.is_some() => {
+                        format!("tokens of {} patches each", tower.patches_per_token())
+                    }
                     None if tower.video => "patch tokens of each frame".into(),
                     None => "patch tokens".into(),
                 };

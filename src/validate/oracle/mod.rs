@@ -23,6 +23,7 @@ mod merge;
 mod place;
 mod prune;
 mod rotary;
+mod rows;
 
 pub(in crate::validate) use math::descending as by_score;
 pub use merge::{
@@ -35,6 +36,7 @@ pub use prune::{
     renumber, select, text_rows, visual_tokens_per_layer,
 };
 pub use rotary::rotate;
+pub use rows::{Placed, at_least_one, mass_of, mass_received, merge_rows};
 
 /// Why the oracle cannot say what a stage must compute.
 ///

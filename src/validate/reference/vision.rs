@@ -277,10 +277,6 @@ pub(in crate::validate) fn params(
         .candidates()
         .and_then(|n| usize::try_from(n).ok())
         .ok_or_else(|| ValidateError::Model("the tower's token count is not fixed".into()))?;
-    let budget = |count: Count| match count {
-        Count::Tokens(n) => oracle::Budget::Count(usize::try_from(n).unwrap_or(0)),
-        Count::Ratio(r) => oracle::Budget::Ratio(r),
-    };
     let cls = tower
         .cls
         .then_some(match merge.keeps_cls(tower, placement) {
@@ -291,13 +287,26 @@ pub(in crate::validate) fn params(
         dominant: budget(merge.dominant).resolve(patches)?,
         contextual: budget(merge.contextual).resolve(patches)?,
         cluster_width: usize::try_from(merge.cluster_width).unwrap_or(1),
-        selector: match merge.selector {
-            Selector::Attention => oracle::Selector::Attention,
-            Selector::Uniform => oracle::Selector::Uniform,
-            Selector::Local => oracle::Selector::Local,
-        },
+        selector: selector(merge.selector),
         cls,
     })
+}
+
+/// A recipe's count in the oracle's words.
+pub(super) fn budget(count: Count) -> oracle::Budget {
+    match count {
+        Count::Tokens(n) => oracle::Budget::Count(usize::try_from(n).unwrap_or(0)),
+        Count::Ratio(r) => oracle::Budget::Ratio(r),
+    }
+}
+
+/// A recipe's selector in the oracle's words.
+pub(super) fn selector(selector: Selector) -> oracle::Selector {
+    match selector {
+        Selector::Attention => oracle::Selector::Attention,
+        Selector::Uniform => oracle::Selector::Uniform,
+        Selector::Local => oracle::Selector::Local,
+    }
 }
 
 /// Runs the base graph's own re-arrangement on the numbers of the patches, digit
