@@ -166,7 +166,10 @@ fn target(root: &Path, vlm: &Vlm, arguments: &Arguments) -> anyhow::Result<Targe
     let layers = decoder.map_or(0, |d| d.depth());
     let rows = decoder.and_then(|d| d.position_rows);
     // Of a model that takes both, clips are what is long.
-    let tower = vlm.towers().find(|(_, t)| t.video).or_else(|| vlm.towers().next());
+    let tower = vlm
+        .towers()
+        .find(|(_, t)| t.video)
+        .or_else(|| vlm.towers().next());
     let tower = tower.map(|(_, t)| t);
     let counted = tower.and_then(VisionTower::candidates);
     let (Some(tower), Some(patches)) = (tower, counted) else {
@@ -272,11 +275,19 @@ fn grid_tokens(root: &Path, (width, height): (usize, usize)) -> anyhow::Result<i
         stated.filter(|n| *n >= 1.0).unwrap_or(default)
     };
     let group = number(&["/patch_size"], 14.0) * number(&["/merge_size"], 2.0);
-    let least = number(&["/min_pixels", "/size/shortest_edge", "/size/min_pixels"], 3136.0);
-    let most = number(&["/max_pixels", "/size/longest_edge", "/size/max_pixels"], 1_003_520.0);
+    let least = number(
+        &["/min_pixels", "/size/shortest_edge", "/size/min_pixels"],
+        3136.0,
+    );
+    let most = number(
+        &["/max_pixels", "/size/longest_edge", "/size/max_pixels"],
+        1_003_520.0,
+    );
     let (w, h) = (width as f64, height as f64);
     if w.max(h) / w.min(h) > 200.0 {
-        bail!("an image of {width} × {height} is more than 200 times as long as it is wide, which the processor refuses");
+        bail!(
+            "an image of {width} × {height} is more than 200 times as long as it is wide, which the processor refuses"
+        );
     }
     // Halves to even, as Python rounds.
     let mut sides = [h, w].map(|side| (side / group).round_ties_even());

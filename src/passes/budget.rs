@@ -287,12 +287,7 @@ fn pruning(shape: BudgetShape, features: i64, budget: f64) -> Result<Planned, St
         ));
     };
     let drops = schedule(f64::from(step) / 1000.0);
-    Ok(finish(
-        "version: 1\npasses:\n".into(),
-        all,
-        &drops,
-        layers,
-    ))
+    Ok(finish("version: 1\npasses:\n".into(), all, &drops, layers))
 }
 
 fn finish(mut recipe: String, entering: i64, drops: &[(usize, f64)], layers: usize) -> Planned {
@@ -355,7 +350,13 @@ mod tests {
     }
 
     /// (dominant, contextual, drops) of a recipe.
-    fn parts(text: &str) -> (crate::passes::Count, crate::passes::Count, Vec<(usize, f64)>) {
+    fn parts(
+        text: &str,
+    ) -> (
+        crate::passes::Count,
+        crate::passes::Count,
+        Vec<(usize, f64)>,
+    ) {
         let recipe = Recipe::parse(text).unwrap();
         let merge = recipe.pass::<TokenMerge>().unwrap();
         let drops = &recipe.pass::<VisualPrune>().unwrap().drops;
@@ -388,7 +389,11 @@ mod tests {
         assert_eq!((planned.tokens[0], planned.average), (640, 300.0));
         assert_eq!(
             parts(&planned.recipe),
-            (Tokens(108), Tokens(20), vec![(8, 0.5), (16, 0.25), (24, 0.125)])
+            (
+                Tokens(108),
+                Tokens(20),
+                vec![(8, 0.5), (16, 0.25), (24, 0.125)]
+            )
         );
         let grid = BudgetShape {
             patches: None,
@@ -398,12 +403,18 @@ mod tests {
             style: Style::Grid,
             ..LLAVA
         };
-        for (budget, dominant, contextual) in [(440.0, 540, 100), (220.0, 270, 50), (110.0, 135, 25)] {
+        for (budget, dominant, contextual) in
+            [(440.0, 540, 100), (220.0, 270, 50), (110.0, 135, 25)]
+        {
             let planned = plan(grid, budget).unwrap();
             assert_eq!(planned.average, budget);
             assert_eq!(
                 parts(&planned.recipe),
-                (Tokens(dominant), Tokens(contextual), vec![(14, 0.5), (21, 0.25)])
+                (
+                    Tokens(dominant),
+                    Tokens(contextual),
+                    vec![(14, 0.5), (21, 0.25)]
+                )
             );
         }
         let alone = BudgetShape {
@@ -428,7 +439,10 @@ mod tests {
                 let share = f64::from(percent) / 100.0;
                 let shape = BudgetShape { merges, ..grid };
                 let planned = plan_share(shape, share).unwrap();
-                assert!(planned.average <= share && planned.average > share - 0.01, "{planned:?}");
+                assert!(
+                    planned.average <= share && planned.average > share - 0.01,
+                    "{planned:?}"
+                );
                 let recipe = Recipe::parse(&planned.recipe).unwrap();
                 let merge = recipe.pass::<TokenMerge>();
                 assert!(merges || merge.is_none());
@@ -444,7 +458,11 @@ mod tests {
             merges: false,
             ..grid
         };
-        assert!(plan_share(alone, 0.2).unwrap_err().contains("pruning alone"));
+        assert!(
+            plan_share(alone, 0.2)
+                .unwrap_err()
+                .contains("pruning alone")
+        );
         assert!(plan_share(grid, 1.0).is_err() && plan_share(grid, 0.0).is_err());
     }
 

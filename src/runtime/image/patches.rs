@@ -316,7 +316,10 @@ mod tests {
             json!({"max_pixels": "many"}),
         ] {
             let error = bounds(wrong.clone()).unwrap_err().to_string();
-            assert!(error.contains("preprocessor_config.json"), "{wrong}: {error}");
+            assert!(
+                error.contains("preprocessor_config.json"),
+                "{wrong}: {error}"
+            );
         }
     }
 
@@ -324,7 +327,10 @@ mod tests {
     fn slivers_are_refused() {
         let cuts = plain(14, json!({}));
         let error = cuts.patches(&[frame(201, 1, 0)]).unwrap_err().to_string();
-        assert!(error.contains("201×1") && error.contains("200 times"), "{error}");
+        assert!(
+            error.contains("201×1") && error.contains("200 times"),
+            "{error}"
+        );
         assert!(cuts.patches(&[frame(200, 1, 0)]).is_ok());
     }
 }

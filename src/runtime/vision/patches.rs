@@ -40,11 +40,13 @@ pub struct PatchFeatures {
 
 /// Pixels, and the grid that goes with them.
 fn ports(session: &Session) -> Option<(&Port, Option<&Port>)> {
-    let rows =
-        |port: &Port| port.dtype.is_some_and(DType::is_float) && port.dims.len() == 2;
+    let rows = |port: &Port| port.dtype.is_some_and(DType::is_float) && port.dims.len() == 2;
     let grid = |port: &Port| {
         let whole = matches!(port.dtype, Some(DType::I64 | DType::I32));
-        let three = port.dims.last().is_some_and(|d| d.fixed().is_none_or(|n| n == 3));
+        let three = port
+            .dims
+            .last()
+            .is_some_and(|d| d.fixed().is_none_or(|n| n == 3));
         whole && three && (1..=2).contains(&port.dims.len())
     };
     match session.inputs() {
@@ -80,7 +82,9 @@ impl PatchEncoder {
             ));
         };
         if let Some(grid) = grid {
-            let images = (grid.dims.len() == 2).then(|| grid.dims[0].fixed()).flatten();
+            let images = (grid.dims.len() == 2)
+                .then(|| grid.dims[0].fixed())
+                .flatten();
             if images.is_some_and(|n| n != 1) {
                 return Err(wrong(
                     "a vision encoder that takes one image in a run, image_grid_thw [1, 3] or [images, 3]",
@@ -196,7 +200,11 @@ impl PatchEncoder {
 /// The output that holds features: the first of floating-point numbers.
 fn features(session: &Session) -> Option<&str> {
     let float = |port: &&Port| port.dtype.is_some_and(DType::is_float);
-    session.outputs().iter().find(float).map(|p| p.name.as_str())
+    session
+        .outputs()
+        .iter()
+        .find(float)
+        .map(|p| p.name.as_str())
 }
 
 fn grid_value(port: &Port, grid: [usize; 3]) -> Result<Value> {
