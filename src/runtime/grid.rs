@@ -349,7 +349,10 @@ mod tests {
         let (visual, mask) = drawn(&["tiiiit"]);
         let mut some = GridPositions::new(1);
         let found = some.advance_blocks(&visual, &mask, &[block]).unwrap();
-        let columns = [0].into_iter().chain(kept.iter().map(|k| k + 1)).chain([13]);
+        let columns = [0]
+            .into_iter()
+            .chain(kept.iter().map(|k| k + 1))
+            .chain([13]);
         for (new, old) in columns.enumerate() {
             assert_eq!(found.slice(s![.., 0, new]), expected.slice(s![.., 0, old]));
         }

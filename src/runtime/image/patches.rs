@@ -236,6 +236,7 @@ mod tests {
     use serde_json::{Value as Json, json};
 
     use super::*;
+    use crate::runtime::test_models::models_dir;
 
     fn processor(config: &Json) -> Result<ImageProcessor> {
         let mut config = config.clone();
@@ -316,7 +317,29 @@ mod tests {
             json!({"max_pixels": "many"}),
         ] {
             let error = bounds(wrong.clone()).unwrap_err().to_string();
-            assert!(error.contains("preprocessor_config.json"), "{wrong}: {error}");
+            assert!(
+                error.contains("preprocessor_config.json"),
+                "{wrong}: {error}"
+            );
+        }
+    }
+
+    /// Transformers' `smart_resize`, recorded by `models/qwen_vl/answers.py`.
+    #[test]
+    fn sizes_are_those_of_transformers() {
+        let path = models_dir().join("../qwen_vl/goldens/answers.json");
+        let text = std::fs::read_to_string(path).unwrap();
+        let goldens: Json = serde_json::from_str(&text).unwrap();
+        let rows: Vec<[usize; 7]> = serde_json::from_value(goldens["sizes"].clone()).unwrap();
+        assert!(rows.len() > 200);
+        for [height, width, factor, least, most, tall, wide] in rows {
+            let bounds = Bounds {
+                factor,
+                least,
+                most,
+            };
+            let found = bounds.of(height, width).unwrap();
+            assert_eq!(found, (tall, wide), "{height}×{width}, {bounds:?}");
         }
     }
 
@@ -324,7 +347,10 @@ mod tests {
     fn slivers_are_refused() {
         let cuts = plain(14, json!({}));
         let error = cuts.patches(&[frame(201, 1, 0)]).unwrap_err().to_string();
-        assert!(error.contains("201×1") && error.contains("200 times"), "{error}");
+        assert!(
+            error.contains("201×1") && error.contains("200 times"),
+            "{error}"
+        );
         assert!(cuts.patches(&[frame(200, 1, 0)]).is_ok());
     }
 }

@@ -40,11 +40,13 @@ pub struct PatchFeatures {
 
 /// Pixels, and the grid that goes with them.
 fn ports(session: &Session) -> Option<(&Port, Option<&Port>)> {
-    let rows =
-        |port: &Port| port.dtype.is_some_and(DType::is_float) && port.dims.len() == 2;
+    let rows = |port: &Port| port.dtype.is_some_and(DType::is_float) && port.dims.len() == 2;
     let grid = |port: &Port| {
         let whole = matches!(port.dtype, Some(DType::I64 | DType::I32));
-        let three = port.dims.last().is_some_and(|d| d.fixed().is_none_or(|n| n == 3));
+        let three = port
+            .dims
+            .last()
+            .is_some_and(|d| d.fixed().is_none_or(|n| n == 3));
         whole && three && (1..=2).contains(&port.dims.len())
     };
     match session.inputs() {
@@ -80,7 +82,9 @@ impl PatchEncoder {
             ));
         };
         if let Some(grid) = grid {
-            let images = (grid.dims.len() == 2).then(|| grid.dims[0].fixed()).flatten();
+            let images = (grid.dims.len() == 2)
+                .then(|| grid.dims[0].fixed())
+                .flatten();
             if images.is_some_and(|n| n != 1) {
                 return Err(wrong(
                     "a vision encoder that takes one image in a run, image_grid_thw [1, 3] or [images, 3]",
@@ -196,7 +200,11 @@ impl PatchEncoder {
 /// The output that holds features: the first of floating-point numbers.
 fn features(session: &Session) -> Option<&str> {
     let float = |port: &&Port| port.dtype.is_some_and(DType::is_float);
-    session.outputs().iter().find(float).map(|p| p.name.as_str())
+    session
+        .outputs()
+        .iter()
+        .find(float)
+        .map(|p| p.name.as_str())
 }
 
 fn grid_value(port: &Port, grid: [usize; 3]) -> Result<Value> {
@@ -221,4 +229,58 @@ fn indices(value: &Value) -> Result<Vec<usize>> {
     data.iter()
         .map(|i| usize::try_from(*i).map_err(|_| wrong()))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::Array2;
+
+    use super::*;
+    use crate::runtime::library::ensure;
+    use crate::runtime::session::SessionOptions;
+    use crate::runtime::test_models::{self as models, Type};
+
+    fn open(dims: &[&str]) -> Session {
+        ensure(&mut |_| ()).unwrap();
+        let model = models::unary("Neg", Type::F32, dims);
+        Session::from_bytes(&model, "vision", &SessionOptions::default()).unwrap()
+    }
+
+    fn patches(count: usize) -> Patches {
+        Patches {
+            values: Array2::zeros((count, 6)),
+            grid: [1, 2, count / 2],
+            merge: 2,
+        }
+    }
+
+    /// A file that was made for one grid takes no other, and a wrong number of features is no answer.
+    #[test]
+    fn counts_that_do_not_fit_are_errors() {
+        let mut fixed = PatchEncoder::new(open(&["8", "6"])).unwrap();
+        let error = fixed.encode(&patches(12)).unwrap_err().to_string();
+        assert!(
+            error.contains("an input of 8 patches, and an image of 12"),
+            "{error}"
+        );
+        // The test model gives a feature for each patch, where there should be one for four.
+        let error = fixed.encode(&patches(8)).unwrap_err().to_string();
+        assert!(
+            error.contains("[2, width]") && error.contains(KEPT),
+            "{error}"
+        );
+        assert_eq!(
+            fixed.run(&patches(8)).unwrap().first().unwrap().shape(),
+            [8, 6]
+        );
+    }
+
+    #[test]
+    fn interfaces_are_told_apart() {
+        assert!(PatchEncoder::fits(&open(&["n", "6"])));
+        let images = open(&["n", "3", "h", "w"]);
+        assert!(!PatchEncoder::fits(&images));
+        let error = PatchEncoder::new(images).unwrap_err().to_string();
+        assert!(error.contains("image_grid_thw"), "{error}");
+    }
 }
