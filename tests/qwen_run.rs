@@ -35,6 +35,7 @@ const VISION: &str = "model/onnx/vision_encoder.onnx";
 #[derive(Deserialize)]
 struct Goldens {
     answers: BTreeMap<String, Vec<Answer>>,
+    clips: BTreeMap<String, Clip>,
     prune: Json,
     settings: BTreeMap<String, Json>,
     pictures: Vec<Picture>,
@@ -55,6 +56,15 @@ struct Answer {
     further: Option<String>,
     answer: Option<String>,
     further_tokens: Option<Vec<u32>>,
+}
+
+#[derive(Deserialize)]
+struct Clip {
+    grid: [usize; 3],
+    question: String,
+    prompt: String,
+    prompt_tokens: usize,
+    tokens: Vec<u32>,
 }
 
 #[derive(Deserialize)]
@@ -483,6 +493,29 @@ fn a_genai_directory_is_run() {
     place.write("model/processor_config.json", own.to_string().as_bytes());
     let error = refused(&place, &["--image", &picture("street")]);
     assert!(error.contains("preprocessor_config.json"), "{error}");
+}
+
+/// Two frames of each second of a GIF, whose rows of patches have the times that they were taken at.
+#[test]
+fn clips_are_seen_as_transformers_sees_them() {
+    commands::runtime();
+    let clip = source("models/video_llava/images/ball.gif");
+    let clip = clip.to_str().expect("UTF-8");
+    let goldens = goldens();
+    for (fixture, family) in FIXTURES {
+        let place = place(fixture, "");
+        let golden = &goldens.clips[family];
+        let model = place.at("model");
+        let mut all = vec!["run", &model, "--prompt", &golden.question, "--video", clip];
+        all.extend(["--json", "--max-new-tokens", "16", "--threads", "1"]);
+        let found = duet(&all).json();
+        assert_eq!(found["prompt"], golden.prompt, "{fixture}");
+        assert_eq!(found["prompt_tokens"], golden.prompt_tokens, "{fixture}");
+        let visual: usize = golden.grid.iter().product();
+        assert_eq!(found["visual_tokens"], visual / 4, "{fixture}");
+        let tokens = numbers::<u32>(&found["tokens"]);
+        assert_eq!(tokens, golden.tokens, "{fixture}");
+    }
 }
 
 /// What the pipeline tells of the places of tokens, for clients in Rust.

@@ -7,6 +7,7 @@ Writes OUT/answers.json and OUT/patches.safetensors:
 - `answers`: the greedy answers of Transformers' own `generate` to chats, prepared by its own processor; `halved`
   are those to the first picture's chat if of every picture only the tokens at even places are there, with the
   positions that they have in the whole grid; `pruned` those of the reference with a recipe;
+- `clips`: the same for a clip, `video_llava/images/ball.gif`, of which two frames of each second are taken;
 - `pictures`: rows of patches and grids that its image processor (the one with Pillow) makes of pictures of several
   shapes; the tensors hold them before rescaling and normalising, as bytes;
 - `sizes`: what `smart_resize` makes of heights and widths.
@@ -42,6 +43,7 @@ MEAN, STD = shared.inputs.MEAN, shared.inputs.STD
 
 GOLDENS = Path(__file__).parent / "goldens"
 IMAGES = LLAVA / "images"
+CLIP = LLAVA.parent / "video_llava" / "images" / "ball.gif"
 NEW = 16
 # For the models of both families, which have three layers at least.
 PRUNE = {
@@ -211,6 +213,51 @@ def answers(name: str) -> list[dict]:
     return result
 
 
+def clip(name: str) -> dict:
+    """The greedy answer to a question about CLIP.
+
+    The processor's part for clips needs torchvision. Here frames are prepared by that for images: of the first
+    frame of a patch the first moment is taken, of the second the second.
+    """
+    net, prepare = build.model(name), processor(name)
+    with Image.open(CLIP) as file:
+        frames, lasting = [], []
+        for index in range(file.n_frames):
+            file.seek(index)
+            frames.append(file.convert("RGB"))
+            lasting.append(file.info["duration"] / 1e3)
+    total, seconds = len(frames), sum(lasting)
+    # Transformers' sample_frames at 2 frames a second.
+    count = int(min(max(seconds * 2, 4), total // 2 * 2)) // 2 * 2
+    chosen = torch.arange(0, total, total / count).int().tolist()
+    made = [prepare.image_processor(frames[i], return_tensors="pt") for i in chosen]
+    _, height, width = made[0]["image_grid_thw"][0].tolist()
+    moments = torch.stack([m["pixel_values"] for m in made]).reshape(count // 2, 2, height * width, 3, 2, -1)
+    # [pair, moment, patch, channel, copy, pixel] -> rows of [channel, moment, pixel], one pair after the other.
+    pixels = moments[:, :, :, :, 0].permute(0, 2, 3, 1, 4).reshape(count // 2 * height * width, -1)
+    grid = [count // 2, height, width]
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": FIRST}]}]
+    prompt = prepare.apply_chat_template(messages, add_generation_prompt=True)
+    ids = []
+    for token in prepare.tokenizer(prompt, add_special_tokens=False).input_ids:
+        ids += [token] * (int(np.prod(grid)) // 4 if token == words.VIDEO_ID else 1)
+    ids = torch.tensor([ids])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": 2 * (ids == words.VIDEO_ID).int(),
+        "pixel_values_videos": pixels,
+        "video_grid_thw": torch.tensor([grid]),
+    }
+    each = 2 * seconds / count
+    if name == "qwen2.5-vl":
+        inputs["second_per_grid_ts"] = torch.tensor([each])
+    fact = {"frames": chosen, "seconds_per_grid": each, "grid": grid, "question": FIRST, "prompt": prompt}
+    fact |= {"prompt_tokens": ids.shape[1], "tokens": ask(net, inputs)}
+    print(f"{name:10} clip     {ids.shape[1]:4} tokens: {fact['tokens']}, {chosen}, {each} s, {grid}")
+    return fact
+
+
 def patches() -> tuple[dict[str, np.ndarray], list[dict]]:
     """Rows of patches of every picture with every setting as bytes, and their grids."""
     tensors, facts = {}, []
@@ -261,8 +308,10 @@ def main() -> int:
     tensors, pictures = patches()
     shared.inputs.save(tensors, args.out / "patches.safetensors")
     known = {name: answers(name) for name in SIZES}
+    clips = {name: clip(name) for name in SIZES}
     settings = {k: {"image_processor_type": "Qwen2VLImageProcessor", **v} for k, v in SETTINGS.items()}
-    head = {"schema_version": 1, "answers": known, "prune": PRUNE, "settings": settings, "pictures": pictures, "sizes": sizes()}
+    head = {"schema_version": 1, "answers": known, "clips": clips, "prune": PRUNE}
+    head |= {"settings": settings, "pictures": pictures, "sizes": sizes()}
     (args.out / "answers.json").write_text(shared.compact(head) + "\n", encoding="utf-8")
     return 0
 

@@ -7,6 +7,7 @@ use serde_json::Value as Json;
 use super::*;
 use crate::runtime::image::Pixels;
 use crate::runtime::library::ensure;
+use crate::runtime::sampling::Sampler;
 use crate::runtime::template::Message;
 use crate::runtime::test_models::models_dir;
 use crate::runtime::vision::scatter;

@@ -209,6 +209,11 @@ impl ImageProcessor {
         self.patches.is_some()
     }
 
+    /// Frames in a patch, for processors that cut images into rows of patches.
+    pub fn moments(&self) -> Option<usize> {
+        Some(self.patches?.moments)
+    }
+
     /// Rows of patches of an image, or of the frames of a clip.
     ///
     /// # Errors
@@ -296,9 +301,11 @@ mod tests {
 
     #[test]
     fn bounds_are_read_under_both_names() {
-        let bounds = |config: Json| match processor(&config)?.resize {
-            Some((super::super::Size::Bounded(b), _)) => Ok((b.factor, b.least, b.most)),
-            other => panic!("{other:?}"),
+        let bounds = |config: Json| -> Result<(usize, usize, usize)> {
+            match processor(&config)?.resize {
+                Some((super::super::Size::Bounded(b), _)) => Ok((b.factor, b.least, b.most)),
+                other => panic!("{other:?}"),
+            }
         };
         let read = |config: Json| bounds(config).unwrap();
         assert_eq!(read(json!({})), (28, 3136, 1_003_520));
