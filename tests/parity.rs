@@ -312,6 +312,7 @@ fn positions_one_too_high_while_decoding(name: &str) {
                 (first + i + shift) as i64
             }),
             visual: Array2::from_shape_fn((batch, length), |(_, i)| (4..34).contains(&i)),
+            gone: Array2::from_elem((batch, length), false),
             salient: Array2::from_elem((batch, length), false),
             ids: None,
         };

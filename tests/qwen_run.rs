@@ -36,7 +36,7 @@ const VISION: &str = "model/onnx/vision_encoder.onnx";
 struct Goldens {
     answers: BTreeMap<String, Vec<Answer>>,
     clips: BTreeMap<String, Clip>,
-    prune: Json,
+    recipes: BTreeMap<String, Json>,
     settings: BTreeMap<String, Json>,
     pictures: Vec<Picture>,
 }
@@ -53,6 +53,8 @@ struct Answer {
     halved: Option<Vec<u32>>,
     pruned: Option<Vec<u32>>,
     pruned_lengths: Option<Vec<usize>>,
+    both: Option<Vec<u32>>,
+    both_lengths: Option<Vec<usize>>,
     further: Option<String>,
     answer: Option<String>,
     further_tokens: Option<Vec<u32>>,
@@ -273,22 +275,59 @@ fn tokens_that_the_encoder_leaves_out_leave_holes() {
     }
 }
 
+/// Rewrites a fixture and asks it: tokens and cache lengths are those that `expected` gives, or without pictures
+/// those of the unmodified model.
+fn reproduces<'a>(
+    fixture: &str,
+    cases: &'a [Answer],
+    recipe: &Json,
+    expected: impl Fn(&'a Answer) -> Option<(&'a Vec<u32>, Vec<usize>)>,
+) {
+    let place = place(fixture, &recipe.to_string());
+    place.rewritten(&[]);
+    for case in cases {
+        let what = format!("{fixture}, {}, {recipe}", case.name);
+        let found = ask(&place.at("out"), case);
+        let (tokens, lengths) = match expected(case) {
+            Some((tokens, lengths)) => (tokens, Some(lengths)),
+            None => (&case.tokens, None),
+        };
+        assert_eq!(numbers::<u32>(&found["tokens"]), *tokens, "{what}");
+        if let Some(lengths) = lengths {
+            assert_eq!(numbers::<usize>(&found["cache_lengths"]), lengths, "{what}");
+        }
+    }
+}
+
 #[test]
 fn a_pruned_decoder_answers_as_the_reference_does() {
     let goldens = goldens();
     for (fixture, family) in FIXTURES {
-        let place = place(fixture, &goldens.prune.to_string());
-        place.rewritten(&[]);
-        for case in &goldens.answers[family] {
-            let what = format!("{fixture}, {}", case.name);
-            let found = ask(&place.at("out"), case);
-            let expected = case.pruned.as_ref().unwrap_or(&case.tokens);
-            assert_eq!(numbers::<u32>(&found["tokens"]), *expected, "{what}");
-            if let Some(lengths) = &case.pruned_lengths {
-                let found = numbers::<usize>(&found["cache_lengths"]);
-                assert_eq!(found, *lengths, "{what}");
-            }
-        }
+        let recipe = &goldens.recipes["pruned"];
+        reproduces(fixture, &goldens.answers[family], recipe, |case| {
+            Some((case.pruned.as_ref()?, case.pruned_lengths.clone()?))
+        });
+    }
+}
+
+/// Fewer features than the grid has tokens, each at its place; and all of them, of which the decoder drops the
+/// discarded behind its first layer: the same answers.
+#[test]
+fn a_merged_model_answers_as_the_reference_does() {
+    let goldens = goldens();
+    for (fixture, family) in FIXTURES {
+        let recipe = &goldens.recipes["both"];
+        let cases = &goldens.answers[family];
+        reproduces(fixture, cases, recipe, |case| {
+            Some((case.both.as_ref()?, case.both_lengths.clone()?))
+        });
+        let mut later = recipe.clone();
+        later["passes"][0]["token_merge"]["placement"] = json!("decoder");
+        reproduces(fixture, cases, &later, |case| {
+            let mut lengths = case.both_lengths.clone()?;
+            lengths[0] = case.prompt_tokens;
+            Some((case.both.as_ref()?, lengths))
+        });
     }
 }
 

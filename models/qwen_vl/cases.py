@@ -49,3 +49,22 @@ CASES = {
     "second-turn": Case("a second question on the cache", prune(*FALL), (ONE, SECOND_TEXT)),
     "second-image": Case("a second image on the cache", prune(*STEPS), (TWO, SECOND_IMAGE)),
 }
+
+# The public code's schedule, in a list of its own.
+CURRENT = {
+    "current": Case(
+        "ratios of what is left, ranked without the causal mask: the public code's schedule",
+        prune(*STEPS, ratio_base="current", rank_mask="none"),
+        (ONE,),
+    ),
+    "current-zero": Case("ratios of what is left, to zero", prune(*FALL, ratio_base="current"), (TWO,)),
+    "current-padded": Case(
+        "ratios of what is left, rows with one and two images", prune(*STEPS, ratio_base="current"), (MIXED,)
+    ),
+    "current-last": Case(
+        "ratios of what is left, ranked by the last token", prune(*STEPS, ratio_base="current", text="last"), (VIDEO,)
+    ),
+    "current-second-image": Case(
+        "ratios of what is left, a second image on the cache", prune(*STEPS, ratio_base="current"), (TWO, SECOND_IMAGE)
+    ),
+}

@@ -2,9 +2,10 @@
 
     python models/qwen_vl/goldens.py [--out models/qwen_vl/goldens]
 
-Writes OUT/CASE.safetensors and OUT/cases.json. Features are seeded noise, so that cases do not depend on a
-vision tower; positions are Transformers' own (`get_rope_index`). A case is refused if double precision would
-choose other tokens, or if a choice was so close that another right implementation could choose otherwise.
+Writes OUT/CASE.safetensors and OUT/cases.json (OUT/current.json for the cases of `ratio_base: current`). Features
+are seeded noise, so that cases do not depend on a vision tower; positions are Transformers' own
+(`get_rope_index`). A case is refused if double precision would choose other tokens, or if a choice was so close
+that another right implementation could choose otherwise.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from build import sibling
 import tokens
 
 sys.path.insert(1, str(Path(__file__).parents[1]))
-from cases import CASES, Case, Turn  # noqa: E402
+from cases import CASES, CURRENT, Case, Turn  # noqa: E402
 from reference.decoder import entry  # noqa: E402
 from reference.families import Family  # noqa: E402
 from reference.order import Margins  # noqa: E402
@@ -128,16 +129,11 @@ def unmodified(net, tensors: dict) -> float:
     return float(np.abs(net.lm_head(out)[:, -1].numpy() - tensors["turn0.logits"]).max())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=GOLDENS)
-    args = parser.parse_args()
-    torch.set_num_threads(2)
-    torch.set_grad_enabled(False)
-    args.out.mkdir(parents=True, exist_ok=True)
+def record(name: str, cases: dict[str, Case], out: Path) -> None:
+    """Writes OUT/NAME.json and the tensors of each of `cases`."""
     net, exact, tokenizer = build.model(), build.model().double(), tokens.tokenizer()
     index = []
-    for key, case in CASES.items():
+    for key, case in cases.items():
         tensors, turns, margin = play(case, net, tokenizer)
         more, same, _ = play(case, exact, tokenizer)
         if turns != same:
@@ -150,14 +146,25 @@ def main() -> int:
             float(np.abs(tensors[t] - more[t]).max() / more[t].std()) for t in tensors if t.endswith("logits")
         )
         saved = {k: np.ascontiguousarray(v) for k, v in sorted(tensors.items())}
-        shared.inputs.save(saved, args.out / f"{key}.safetensors")
+        shared.inputs.save(saved, out / f"{key}.safetensors")
         closest = margin if np.isfinite(margin) else None
         index.append(
             {"name": key, "what": case.what, "recipe": case.recipe, "smallest_margin": closest, "turns": turns}
         )
         print(f"{key:14} margin {margin:8.1e}  fp32 against fp64 {error:.1e} of a standard deviation")
     head = {"schema_version": 1, "image_token_id": tokens.IMAGE, "cases": index}
-    (args.out / "cases.json").write_text(shared.compact(head) + "\n", encoding="utf-8")
+    (out / f"{name}.json").write_text(shared.compact(head) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=GOLDENS)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    torch.set_grad_enabled(False)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, cases in (("cases", CASES), ("current", CURRENT)):
+        record(name, cases, args.out)
     return 0
 
 

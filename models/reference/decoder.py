@@ -1,6 +1,6 @@
 """Stage 2: a Llama decoder with a cache for each layer that drops visual tokens between layers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ class Drop:
     after_layer: int
     kept: torch.Tensor  # int64 [B, S']
     origin: torch.Tensor  # int64 [B, S'], the same tokens' indices at the decoder's entry
-    visual: torch.Tensor  # int64 [B], visual tokens left in each row
+    visual: torch.Tensor  # int64 [B], tokens left in each row that count as visual
 
 
 @dataclass
@@ -151,18 +151,33 @@ class Decoder:
             kept.append(stays.nonzero().flatten())
         return torch.stack(kept)
 
+    def _ranked(self, tokens: Tokens, before: float, keep: float) -> tuple[Tokens, int]:
+        """With `ratio_base: current` (see recipe.Prune): the tokens with only those still visual that are ranked at
+        this drop, and how many every row loses of them."""
+        visual, asks, lose = tokens.visual.clone(), tokens.asks.clone(), []
+        for row in range(visual.shape[0]):
+            seen = visual[row].nonzero().flatten()
+            ranked = int(len(seen) * before)
+            visual[row, seen[ranked:]] = False
+            if self.prune.text == "all":
+                asks[row, seen[ranked:]] = True
+            lose.append(ranked - int(len(seen) * keep))
+        return replace(tokens, visual=visual, asks=asks), min(lose)
+
     def run(self, tokens: Tokens, past: list[Cache] | None, margins: Margins) -> Result:
         entered = tokens.visual.sum(dim=1).tolist()
         schedule = dict(self.prune.drops) if self.prune else {}
-        cache, drops, lost = [], [], 0
+        cache, drops, lost, ratio = [], [], 0, 1.0
         for index, layer in enumerate(self.model.layers):
             if index in schedule:
                 # Rows stay of one length: all lose what the row that may lose least loses.
-                target = min(n - int(n * schedule[index]) for n in entered)
-                before = tokens
-                kept = self._drop(index, target - lost, tokens, margins)
-                lost = target
-                tokens = before.take(kept)
+                if self.prune.ratio_base == "current":
+                    tokens, lose = self._ranked(tokens, ratio, schedule[index])
+                else:
+                    target = min(n - int(n * schedule[index]) for n in entered)
+                    lose, lost = target - lost, target
+                kept, ratio = self._drop(index, lose, tokens, margins), schedule[index]
+                tokens = tokens.take(kept)
                 if self.prune.positions_of(tokens.positions.dim() == 3) == "renumber":
                     # Less by the visual tokens that left before it, in this call and in earlier ones.
                     gone = kept - torch.arange(kept.shape[1])

@@ -24,6 +24,45 @@ def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return unit[0] @ unit[1].T
 
 
+@dataclass
+class Choice:
+    """What a merge decided, as patch positions without CLS."""
+
+    dominant: torch.Tensor  # ascending
+    anchors: list[int]
+    members: list[list[int]]  # of each anchor, ascending, without it
+
+
+def choose(score, received, keys, counts: tuple[int, int], to: Merge, margins: Margins) -> Choice:
+    """`score` and `received` [N], `keys` [N, head_dim] of one image, for `counts` dominant and contextual tokens."""
+    count, k2 = counts
+    dominant = top(score, count)
+    margins.cut(score, count)
+    left = torch.ones(score.shape[0], dtype=torch.bool)
+    left[dominant] = False
+    rest = left.nonzero().flatten()  # residuals, ascending
+    if not k2:
+        return Choice(dominant, [], [])
+    if to.selector == "local":
+        return Choice(dominant, *_local(rest, received, keys, k2, to.cluster_width, margins))
+    pool = rest
+    if to.selector == "attention":
+        size = min(max(1, to.cluster_width * k2), rest.numel())
+        margins.order(score[rest], size)
+        pool = rest[descending(score[rest])[:size]]
+    return Choice(dominant, *_assign(pool, keys, k2, margins))
+
+
+def contextual(patches: torch.Tensor, choice: Choice, to: Merge) -> torch.Tensor:
+    """The contextual tokens [k2, C] of `patches` [N, C], in anchor order."""
+    if not choice.anchors:
+        return patches[:0]
+    pairs = zip(choice.anchors, choice.members)
+    if to.selector == "local":
+        return torch.stack([patches[[a, *m]].mean(dim=0) for a, m in pairs])
+    return torch.stack([patches[a] + (patches[m].mean(dim=0) if m else 0) for a, m in pairs])
+
+
 def merge(
     hidden: torch.Tensor, probs: torch.Tensor, metric: torch.Tensor, to: Merge, margins: Margins, has_cls: bool = True
 ) -> Merged:
@@ -33,29 +72,10 @@ def merge(
     received = probs[:, :, lead:].sum(dim=(0, 1))
     # Without CLS: attention received, mean over heads of the sum over queries.
     score = probs[:, 0, 1:].sum(dim=0) if has_cls else received / probs.shape[0]
-    count, k2 = to.counts(patches.shape[0], has_cls)
-
-    dominant = top(score, count)
-    margins.cut(score, count)
-    left = torch.ones(patches.shape[0], dtype=torch.bool)
-    left[dominant] = False
-    rest = left.nonzero().flatten()  # residuals, ascending
-
-    anchors, members, tokens = [], [], patches[:0]
-    if k2:
-        if to.selector == "local":
-            anchors, members = _local(rest, received, keys, k2, to.cluster_width, margins)
-            tokens = torch.stack([patches[[a, *m]].mean(dim=0) for a, m in zip(anchors, members)])
-        else:
-            pool = rest
-            if to.selector == "attention":
-                size = min(max(1, to.cluster_width * k2), rest.numel())
-                margins.order(score[rest], size)
-                pool = rest[descending(score[rest])[:size]]
-            anchors, members = _assign(pool, keys, k2, margins)
-            tokens = torch.stack([patches[a] + (patches[m].mean(dim=0) if m else 0) for a, m in zip(anchors, members)])
+    made = choose(score, received, keys, to.counts(patches.shape[0], has_cls), to, margins)
     kept = [cls] if has_cls and to.cls == "keep" else []
-    return Merged(torch.cat([*kept, patches[dominant], tokens]), dominant.tolist(), anchors, members)
+    tokens = torch.cat([*kept, patches[made.dominant], contextual(patches, made, to)])
+    return Merged(tokens, made.dominant.tolist(), made.anchors, made.members)
 
 
 def _assign(pool: torch.Tensor, keys: torch.Tensor, k2: int, margins: Margins) -> tuple[list, list]:

@@ -44,16 +44,34 @@ class Merge:
 
 @dataclass(frozen=True)
 class Prune:
-    """Parameters of `visual_prune`; `drops` holds (layers that have run, fraction kept)."""
+    """Parameters of `visual_prune`; `drops` holds (layers that have run, fraction kept).
+
+    `ratio_base` says what the fractions are of: the visual tokens that `entered` the decoder (the method), or
+    `current`, the schedule of the public code for Qwen2.5-VL, which the method calls a fault. Each drop then looks
+    at the c tokens that count as visual there, with r the fraction before this drop (1 at the first) and r' its own:
+
+    - the first floor(c * r) of them, in sequence order, are ranked. The others stay, and count as text from here on,
+      at later drops and, with `text: all`, among those that ask, beginning with this drop;
+    - of the ranked, the floor(c * r') with the largest score are kept (in sequence order), the rest leave. What is
+      kept is what counts as visual at the next drop: its c is floor(c * r').
+
+    Products are rounded down in double precision, as everywhere. In a batch all rows lose as many as the row that
+    may lose least, the smallest floor(c * r) - floor(c * r'); a row that so keeps more has them count as visual.
+    So [0.5, 0.25] of n tokens leaves floor(n/2) - floor(floor(n/2)/2) + floor(floor(n/2)/4), about 37.5 %, and
+    [0.5, 0] about 25 %. With a single drop it is the same as `entered`. A row without a visual token (text alone, a
+    decode step) loses nothing, so nothing leaves in that call.
+    """
 
     drops: tuple[tuple[int, float], ...]
     text: str = "all"
     positions: str | None = None
     rank_mask: str = "causal"
+    ratio_base: str = "entered"
 
     def __post_init__(self):
         _pick(self.text, TEXTS, "visual_prune.text")
         _pick(self.rank_mask, ("causal", "none"), "visual_prune.rank_mask")
+        _pick(self.ratio_base, ("entered", "current"), "visual_prune.ratio_base")
         _pick(self.positions or "keep", ("renumber", "keep"), "visual_prune.positions")
         for (layer, keep), (later, less) in zip(self.drops, self.drops[1:]):
             if later <= layer or less > keep:

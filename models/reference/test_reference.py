@@ -1,15 +1,19 @@
 """Tests of the reference itself: python -m unittest discover -s models/reference -t models"""
 
+import importlib.util
 import sys
 import unittest
 from pathlib import Path
 
 import torch
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.vision_utils import get_vision_window_index
 
 from .llava import Llava
 from .merge import merge
 from .order import Margins, top
+from .qwen_tower import Seen, look, merge_grid
 from .recipe import Merge, Prune, parse
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("llava", "forms")]
@@ -17,6 +21,17 @@ import build  # noqa: E402
 import common  # noqa: E402
 import towers  # noqa: E402
 import variants  # noqa: E402
+
+
+def qwen_vl(name: str):
+    """A module of models/qwen_vl, whose files are called as llava's are."""
+    spec = importlib.util.spec_from_file_location(f"qwen_vl_{name}", Path(__file__).parents[1] / f"qwen_vl/{name}.py")
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+qwen = qwen_vl("build")
 
 IMAGE = 4
 
@@ -157,6 +172,42 @@ class Stages(unittest.TestCase):
         self.assertEqual([c.real.shape[1] for c in result.cache], [168] * 2 + [127] * 3 + [87] * 3)
         self.assertEqual(result.cache[7].real[0].sum(), 6)
 
+    def test_ratios_of_what_is_left(self):
+        """The public schedule for Qwen2.5-VL: 81 -> 40; 20 of 40 ranked, 10 kept, 20 stay as text; and so on."""
+        steps = ((2, 0.5), (4, 0.25), (5, 0.25), (6, 0.0))
+        llava = Llava(self.net, None, Prune(steps, ratio_base="current"))
+        features, _ = llava.image_features(pixels(1))
+        result = llava.call(*prompt([words(2, 1) + [IMAGE] * 81 + words(4, 2)]), features)
+        self.assertEqual([d.visual.tolist() for d in result.drops], [[40], [10], [2], [0]])
+        # 20 - 10 leave, then 2 - 2 (floor(10 / 4) ranked and kept), then floor(2 / 4) - 0.
+        self.assertEqual([c.real.shape[1] for c in result.cache], [87] * 2 + [46] * 2 + [36, 36, 36, 36])
+        # The first 20 of the 40 were ranked, so the others are all there.
+        first, second = (d.origin[0] for d in result.drops[:2])
+        self.assertTrue(set(first[2:42][20:].tolist()) <= set(second.tolist()))
+
+    def test_ratios_of_what_is_left_in_a_batch(self):
+        steps = ((2, 0.5), (5, 0.25))
+        llava = Llava(self.net, None, Prune(steps, ratio_base="current"))
+        features, _ = llava.image_features(pixels(3))
+        rows = [words(2, 1) + [IMAGE] * 81 + words(4, 2), words(2, 3) + [IMAGE] * 162 + words(4, 4)]
+        result = llava.call(*prompt(rows), features)
+        # 81 - 40 = 41 leave; then of 40 and 121 are 20 and 60 ranked, and 20 - 10 leave.
+        self.assertEqual([d.visual.tolist() for d in result.drops], [[40, 121], [10, 50]])
+        self.assertEqual([c.real.shape[1] for c in result.cache], [168] * 2 + [127] * 3 + [117] * 3)
+        alone = llava.call(*prompt(rows[:1]), features[:1])
+        torch.testing.assert_close(result.logits[0], alone.logits[0], atol=2e-5, rtol=0)
+        nothing = llava.call(*prompt([rows[0], words(9, 3)]), features[:1])
+        self.assertEqual([c.real.shape[1] for c in nothing.cache], [87] * 8)
+
+    def test_one_drop_has_one_base(self):
+        features, kept = None, []
+        for base in ("entered", "current"):
+            llava = Llava(self.net, None, Prune(((3, 0.3),), ratio_base=base))
+            features, _ = llava.image_features(pixels(1)) if features is None else (features, None)
+            result = llava.call(*prompt([words(2, 1) + [IMAGE] * 81 + words(4, 2)]), features)
+            kept.append(result.drops[0].kept.tolist())
+        self.assertEqual(*kept)
+
     def test_a_row_without_an_image_keeps_all(self):
         llava = Llava(self.net, None, Prune(((2, 0.0),)))
         features, _ = llava.image_features(pixels(1))
@@ -246,6 +297,78 @@ class MergeByHand(unittest.TestCase):
         self.assertEqual((got.dominant, got.anchors, got.members), ([0, 1], [2], [[3]]))
 
 
+class QwenTowers(unittest.TestCase):
+    GRIDS = ((1, 8, 8), (1, 10, 6), (1, 2, 14), (2, 6, 10), (1, 2, 2))
+
+    def patches(self, grid, seed=0):
+        return torch.randn(grid[0] * grid[1] * grid[2], 96, generator=torch.Generator().manual_seed(seed))
+
+    def test_features_are_those_of_transformers(self):
+        net = qwen.model()
+        for grid in self.GRIDS:
+            given = self.patches(grid)
+            want = net.model.visual(given, grid_thw=torch.tensor([grid])).pooler_output
+            torch.testing.assert_close(look(net, given, grid).features, want, atol=1e-5, rtol=0)
+
+    def test_scores_are_those_of_windowed_attention_put_back_in_order(self):
+        """Queries and keys as Transformers' last block has them, in the order of windows, and frames as it cuts."""
+        net, calls = qwen.model(), []
+
+        def spy(module, query, key, value, attention_mask, scaling, **_):
+            # Called for each frame, or each window, by itself.
+            calls.append((query[0], key[0]))
+            probs = torch.softmax(query @ key.transpose(2, 3) * scaling, dim=-1)
+            return (probs @ value).transpose(1, 2), probs
+
+        ALL_ATTENTION_FUNCTIONS["spy"] = spy
+        net.config.vision_config._attn_implementation = "spy"
+        for grid in self.GRIDS:
+            given = self.patches(grid, 1)
+            calls.clear()
+            net.model.visual(given, grid_thw=torch.tensor([grid]))
+            received, keys = [], []
+            for query, key in calls[-grid[0] :]:
+                probs = torch.softmax(query @ key.transpose(1, 2) * query.shape[-1] ** -0.5, dim=-1)
+                received.append(probs.sum(dim=1).mean(dim=0))
+                keys.append(key.mean(dim=0))
+            order, _ = get_vision_window_index(torch.tensor([grid]), 2, qwen.SIZE.window, qwen.SIZE.patch)
+            back = order.argsort()
+            score = torch.cat(received).reshape(-1, 4).mean(dim=1)[back]
+            metric = torch.cat(keys).reshape(-1, 4, keys[0].shape[1]).mean(dim=1)[back]
+            seen = look(net, given, grid)
+            torch.testing.assert_close(seen.score, score, atol=1e-6, rtol=0)
+            torch.testing.assert_close(seen.metric, metric, atol=1e-5, rtol=0)
+
+    def test_tokens_come_out_in_ascending_order_each_in_its_place(self):
+        features = torch.tensor([[1.0], [10], [100], [1000], [10000], [100000]])
+        # Dominant 2; residuals by score 5, 0, 4, 1, 3; pool of 4; anchors 5 and 4; 0 and 1 are nearer to 4.
+        score = torch.tensor([0.15, 0.1, 0.4, 0.05, 0.12, 0.18])
+        metric = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [1, 0.05], [0.1, 1], [0, 1]])
+        metric[4] = torch.tensor([1.0, 0.2])
+        got = merge_grid(Seen(features, score, metric), Merge(1, 2, cluster_width=2), Margins())
+        self.assertEqual((got.dominant, got.anchors, got.members), ([2], [5, 4], [[], [0, 1]]))
+        self.assertEqual((got.kept, got.features.flatten().tolist()), ([2, 4, 5], [100, 10000 + 5.5, 100000]))
+
+    def test_budgets_are_clamped_to_what_an_image_has(self):
+        net = qwen.model()
+        for grid in self.GRIDS:
+            seen = look(net, self.patches(grid), grid)
+            n = seen.features.shape[0]
+            for dominant, contextual, k1, k2 in (
+                (540, 100, n, 0),
+                (n, 3, n, 0),
+                (n - 1, 3, n - 1, 1),
+                (0.5, 0.5, n // 2, n // 2),
+                (1.0, 0, n, 0),
+            ):
+                got = merge_grid(seen, Merge(dominant, contextual), Margins())
+                self.assertEqual((len(got.dominant), len(got.anchors)), (k1, k2))
+                self.assertEqual(got.kept, sorted(set(got.dominant) | set(got.anchors)))
+                self.assertEqual(got.features.shape[0], len(got.kept))
+                if k1 == n:
+                    self.assertEqual(got.features.tolist(), seen.features.tolist())
+
+
 class Recipes(unittest.TestCase):
     def test_refusals(self):
         for wrong in (
@@ -253,6 +376,7 @@ class Recipes(unittest.TestCase):
             {"token_merge": {"dominant": 4, "contextual": 1, "selector": "best"}},
             {"visual_prune": {"drops": [{"after_layer": 2, "keep": 0.2}, {"after_layer": 4, "keep": 0.5}]}},
             {"visual_prune": {"drops": [{"after_layer": 8, "keep": 0.5}]}},
+            {"visual_prune": {"drops": [{"after_layer": 2, "keep": 0.5}], "ratio_base": "left"}},
             {"prune": {}},
         ):
             with self.subTest(wrong), self.assertRaises(ValueError):

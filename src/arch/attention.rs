@@ -304,7 +304,7 @@ fn from_product(model: &Model, mut value: ValueId) -> bool {
 }
 
 /// What was rounded to integers, for a value that was made of them again.
-fn quantised_from(model: &Model, value: ValueId) -> Option<ValueId> {
+pub(super) fn quantised_from(model: &Model, value: ValueId) -> Option<ValueId> {
     let back = model
         .producer_node(value)
         .filter(|n| n.is("DequantizeLinear"))?;
@@ -442,7 +442,7 @@ pub(super) fn head_rows(model: &Model, site: &Site) -> Option<ValueId> {
 }
 
 /// Whether the product itself transposes the keys.
-fn transposed(model: &Model, site: &Site) -> bool {
+pub(super) fn transposed(model: &Model, site: &Site) -> bool {
     let reads = |u: &&crate::ir::Use| u.slot == 1 && model.node(u.node).op_type == "FusedMatMul";
     let product = model.value(site.key.value).uses.iter().find(reads);
     product.is_some_and(|u| model.node(u.node).attr_int("transB") == Some(1))

@@ -63,35 +63,10 @@ pub(super) fn no_pixels(model: &Model) -> String {
         let float = ty.and_then(|t| t.dtype()).is_some_and(DataType::is_float);
         float && ty.and_then(|t| t.shape()).is_some_and(|s| s.len() == 3)
     });
-    let none = "no floating-point input of rank 4 or 5 (pixel_values)";
-    if let Some((patches, grid)) = patch_rows(model) {
-        return format!(
-            "{none}; '{}' holds rows of patches, and '{}' the grid that they lie in (Qwen2-VL's layout): a \
-             tower of a grid that only the run tells, with windows and merge groups, is not supported. \
-             visual_prune works on the decoder beside it, with 'marker: input'",
-            model.name(patches),
-            model.name(grid)
-        );
-    }
+    let none = "no floating-point input of rank 4 or 5 (pixel_values), or of rank 2 beside a grid (patches)";
     if cached && !embeds {
         format!("{none}; a language model that takes input_ids and no pixels has no visual tokens")
     } else {
         none.into()
     }
-}
-
-/// Inputs of towers that take patches cut by the client: floating-point `[patches,
-/// width]`, and integers `[images, 3]` (time, height, width).
-fn patch_rows(model: &Model) -> Option<(ValueId, ValueId)> {
-    let find = |fits: &dyn Fn(DataType, &[Dim]) -> bool| {
-        let mut inputs = model.graph().inputs.iter().copied();
-        inputs.find(|&v| {
-            let ty = model.value(v).ty.as_ref();
-            let shape = ty.and_then(|t| Some((t.dtype()?, t.shape()?)));
-            shape.is_some_and(|(dtype, dims)| dims.len() == 2 && fits(dtype, dims))
-        })
-    };
-    let patches = find(&|dtype, dims| dtype.is_float() && dims[1].known().is_some())?;
-    let grid = find(&|dtype, dims| !dtype.is_float() && dims[1].known() == Some(3))?;
-    Some((patches, grid))
 }

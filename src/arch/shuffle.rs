@@ -51,38 +51,20 @@ pub(super) fn find(
     skip: usize,
 ) -> Option<Shuffle> {
     let (&root, rest) = line.split_first()?;
-    let count = IMAGES.checked_mul(tokens)?.checked_mul(width)?;
-    if count == 0 || count > LIMIT {
-        return None;
-    }
-    let mut run = Run {
+    let run = Run::on(
         model,
-        pixels: HashMap::new(),
-    };
-    let data = (0..u32::try_from(count).ok()?).collect();
-    let dims = vec![IMAGES, tokens, width];
-    run.pixels.insert(root, Indices { dims, data });
-    let last = *rest.last()?;
-    for &id in &model.graph().nodes {
-        let node = model.node(id);
-        let reads = |v: &ValueId| run.pixels.contains_key(v);
-        if !carries_data(model, id) || !node.inputs.iter().flatten().any(reads) {
-            continue;
-        }
-        if let (Some(output), Some(result)) = (node.output(0), run.node(node)) {
-            run.pixels.insert(output, result);
-            if output == last {
-                break;
-            }
-        }
-    }
+        root,
+        vec![IMAGES, tokens, width],
+        IMAGES,
+        *rest.last()?,
+    )?;
     let quantised = |v: ValueId| {
         let node = model.producer_node(v);
         node.is_some_and(|n| n.is("QuantizeLinear"))
     };
     rest.iter().rev().find_map(|&value| {
         let indices = run.pixels.get(&value).filter(|_| !quantised(value))?;
-        let patches = whole_patches(indices, tokens, width, skip)?;
+        let patches = whole_patches(indices, [IMAGES, tokens, width], skip)?;
         let per = patches.1;
         (per > 1).then_some(Shuffle {
             output: value,
@@ -92,23 +74,53 @@ pub(super) fn find(
     })
 }
 
+/// Finds the last value of `line` whose rows each hold several whole rows of `line[0]`
+/// `[rows, width]` (or `[1, rows, width]`), run with `rows` of them. The batch is no axis here:
+/// all patches of a call are rows.
+pub(super) fn find_groups(
+    model: &Model,
+    line: &[ValueId],
+    rows: usize,
+    width: usize,
+    rank: usize,
+) -> Option<Shuffle> {
+    let (&root, rest) = line.split_first()?;
+    let mut dims = vec![1; rank.saturating_sub(2)];
+    dims.extend([rows, width]);
+    let run = Run::on(model, root, dims, rows, *rest.last()?)?;
+    rest.iter().rev().find_map(|&value| {
+        let found = run.pixels.get(&value)?;
+        // [1, tokens, …] or [tokens, …]; behind the tokens lies what they are made of.
+        let tokens = match found.dims.as_slice() {
+            [1, tokens, _, ..] | [tokens, _, ..] => *tokens,
+            _ => return None,
+        };
+        let flat = vec![1, tokens, found.data.len().checked_div(tokens)?];
+        let (patches, per) = whole_patches(&found.reshaped(flat)?, [1, rows, width], 0)?;
+        (per > 1).then_some(Shuffle {
+            output: value,
+            patches,
+            per: per as i64,
+        })
+    })
+}
+
 /// The patches of every row, if each row of each image holds all of `per` patches
 /// of that image and nothing else, and images agree.
 fn whole_patches(
     indices: &Indices,
-    tokens: usize,
-    width: usize,
+    [all, tokens, width]: [usize; 3],
     skip: usize,
 ) -> Option<(Vec<i64>, usize)> {
     let [images, rows, wide] = indices.dims.as_slice() else {
         return None;
     };
-    if *images != IMAGES || width == 0 || *wide % width != 0 {
+    if *images != all || width == 0 || *wide % width != 0 {
         return None;
     }
     let per = wide / width;
     let mut of_images: Vec<Vec<i64>> = Vec::new();
-    for image in 0..IMAGES {
+    for image in 0..all {
         let mut all = Vec::with_capacity(rows * per);
         for row in 0..*rows {
             let from = (image * rows + row) * wide;
@@ -180,9 +192,46 @@ impl Indices {
 struct Run<'m> {
     model: &'m Model,
     pixels: HashMap<ValueId, Indices>,
+    /// What a first dimension is that the file does not state.
+    open: usize,
 }
 
-impl Run<'_> {
+impl<'m> Run<'m> {
+    /// Runs what moves the elements of `root`, up to `last`.
+    fn on(
+        model: &'m Model,
+        root: ValueId,
+        dims: Vec<usize>,
+        open: usize,
+        last: ValueId,
+    ) -> Option<Self> {
+        let count = dims.iter().try_fold(1usize, |n, d| n.checked_mul(*d))?;
+        if count == 0 || count > LIMIT {
+            return None;
+        }
+        let mut run = Self {
+            model,
+            pixels: HashMap::new(),
+            open,
+        };
+        let data = (0..u32::try_from(count).ok()?).collect();
+        run.pixels.insert(root, Indices { dims, data });
+        for &id in &model.graph().nodes {
+            let node = model.node(id);
+            let reads = |v: &ValueId| run.pixels.contains_key(v);
+            if !carries_data(model, id) || !node.inputs.iter().flatten().any(reads) {
+                continue;
+            }
+            if let (Some(output), Some(result)) = (node.output(0), run.node(node)) {
+                run.pixels.insert(output, result);
+                if output == last {
+                    break;
+                }
+            }
+        }
+        Some(run)
+    }
+
     /// What a node makes of indices; `None` if it does more than move elements.
     fn node(&self, node: &Node) -> Option<Indices> {
         if !node.domain.is_empty() && node.domain != "ai.onnx" {
@@ -427,7 +476,7 @@ impl Run<'_> {
         let stated = self.model.value(value).ty.as_ref()?.shape()?;
         let known = |(axis, dim): (usize, &Dim)| match dim.known() {
             Some(n) => usize::try_from(n).ok(),
-            None if axis == 0 => Some(IMAGES),
+            None if axis == 0 => Some(self.open),
             None => None,
         };
         stated.iter().enumerate().map(known).collect()

@@ -7,8 +7,9 @@
 use std::collections::HashSet;
 
 use super::attention::{Site, refused, sites};
-use super::pixels::{no_pixels, pixels_of, second_pixels, takes_clips};
+use super::pixels::{no_pixels, pixels_of, takes_clips};
 use super::residual::articulations;
+use super::rows::{PatchRows, patch_inputs};
 use super::shuffle::{self, Shuffle};
 use super::{MIN_OPSET, NoMatch, hidden_network};
 use crate::ir::cone::{ancestors, descendants};
@@ -58,6 +59,10 @@ pub struct VisionTower {
     pub video: bool,
     /// Frames of a clip, where the file fixes their number.
     pub frames: Option<i64>,
+    /// What a tower has besides that takes patches cut by the client. Its `pixels` are
+    /// `[patches, width]`, its `hidden` has a row for each, and `entry` is the features, in
+    /// which a merge chooses among the merger's tokens.
+    pub rows: Option<PatchRows>,
 }
 
 impl VisionTower {
@@ -69,19 +74,36 @@ impl VisionTower {
     /// Tokens that a merge chooses among, where the file fixes their number: the
     /// patches, or what a shuffle made of them.
     pub fn candidates(&self) -> Option<i64> {
-        match &self.shuffle {
-            Some(shuffle) => Some(shuffle.tokens()),
-            None => self.patches(),
+        match (&self.shuffle, &self.rows) {
+            (Some(shuffle), _) => Some(shuffle.tokens()),
+            (None, Some(rows)) => self.tokens.map(|patches| patches / rows.per),
+            (None, None) => self.patches(),
         }
+    }
+
+    /// Patches in a token that a merge chooses among.
+    pub fn patches_per_token(&self) -> i64 {
+        let shuffled = self.shuffle.as_ref().map(|s| s.per);
+        shuffled.or(self.rows.as_ref().map(|r| r.per)).unwrap_or(1)
+    }
+
+    /// Whether only the run tells how many tokens there are to choose among.
+    pub fn open(&self) -> bool {
+        self.rows.is_some() && self.tokens.is_none()
     }
 
     /// Features that come out per image, where the file fixes their number.
     pub fn features_per_image(&self) -> Option<i64> {
-        if let Some(shuffle) = &self.shuffle {
-            return Some(shuffle.tokens());
+        if self.shuffle.is_some() || self.rows.is_some() {
+            return self.candidates();
         }
-        let dropped = self.cls && self.entry != self.hidden;
+        let dropped = self.cls && !self.gives_cls();
         self.tokens.map(|t| t - i64::from(dropped))
+    }
+
+    /// Whether the CLS token is among the features, before those of the patches.
+    pub fn gives_cls(&self) -> bool {
+        self.cls && self.shuffle.is_none() && self.entry == self.hidden
     }
 
     /// Channels, height and width of the pixels, each where the file fixes it.
@@ -105,7 +127,10 @@ impl VisionTower {
         let fail = |found: String| Err(NoMatch::new(want, found));
         let graph = model.graph();
         let Some(pixels) = pixels_of(model) else {
-            return fail(no_pixels(model));
+            return match patch_inputs(model) {
+                Some((patches, grid)) => Self::of_rows(model, patches, grid),
+                None => fail(no_pixels(model)),
+            };
         };
         if model.opset("").unwrap_or(0) < MIN_OPSET {
             let found = model.opset("").unwrap_or(0);
@@ -119,14 +144,6 @@ impl VisionTower {
         }
         if model.input("input_ids").is_some() {
             return fail("it takes input_ids beside the pixels, as a whole model does".into());
-        }
-        if let Some(other) = second_pixels(model, pixels) {
-            return fail(format!(
-                "it takes pixels twice, '{}' and '{}': towers for images and for clips in one file are not \
-                 supported; export a file for each",
-                model.name(pixels),
-                model.name(other)
-            ));
         }
         let reached = descendants(model, &[pixels], true);
         let is_features = |v: &ValueId| {
@@ -250,6 +267,7 @@ impl VisionTower {
             grid: grid_node(model, entry, &needed),
             video,
             frames,
+            rows: None,
         })
     }
 }
@@ -292,7 +310,7 @@ fn grid_node(model: &Model, entry: ValueId, needed: &HashSet<ValueId>) -> Option
 
 /// Width of the rows of a value, where the file says it or a learned vector that
 /// is applied to them does.
-fn row_width(model: &Model, value: ValueId) -> Option<i64> {
+pub(super) fn row_width(model: &Model, value: ValueId) -> Option<i64> {
     let stated = model.value(value).ty.as_ref().and_then(|t| t.shape());
     if let Some(known) = stated.and_then(<[Dim]>::last).and_then(Dim::known) {
         return Some(known);
@@ -350,7 +368,7 @@ fn conv_patches(model: &Model, pixels: ValueId, hidden: ValueId) -> Option<i64> 
 /// last attention: the end of the last block. A fused normalisation
 /// (`SkipLayerNormalization`) sums its inputs too; where it gives out the sum,
 /// that is the end, else what it makes of it.
-fn tower_end(
+pub(super) fn tower_end(
     model: &Model,
     line: &[ValueId],
     reached: &HashSet<ValueId>,

@@ -287,6 +287,17 @@ impl<'m> Patch<'m> {
         self.edits.push(Edit::AddOutput { value });
     }
 
+    /// Makes a value that the patch inserted a graph output after the existing ones, under a
+    /// name that clients are to read it by, outside of the pass's scope.
+    ///
+    /// # Panics
+    /// If the value belongs to the model (a programming error).
+    pub fn publish(&mut self, value: ValueId, name: &str, ty: ValueType) {
+        let new = value.index() - self.model.value_count();
+        name.clone_into(&mut self.values[new].name);
+        self.add_output(value, ty);
+    }
+
     /// Gives a value that the patch inserted a name of its own choosing.
     ///
     /// # Panics

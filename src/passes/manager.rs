@@ -5,6 +5,16 @@ use super::{PassError, Recipe};
 use crate::arch::{Part, ROLE_KEY, Vlm};
 use crate::ir::{Model, Patch, verify};
 
+/// Metadata entry of files in which discarded features keep their places.
+const PLACEMENT_KEY: &str = "duet.placement";
+
+/// Whether a rewritten vision encoder gives fewer features than it did: its recipe merges, and
+/// what is discarded does not keep its place.
+pub fn gives_fewer(model: &Model) -> bool {
+    let recipe = earlier_recipe(model).and_then(|(_, text)| Recipe::parse(text).ok());
+    recipe.is_some_and(|r| r.context.merges) && model.metadata(PLACEMENT_KEY).is_none()
+}
+
 /// What a pass did to a file.
 #[derive(Clone, Debug)]
 pub struct Change {
@@ -70,6 +80,7 @@ pub fn rewrite(mut vlm: Vlm, recipe: &Recipe) -> Result<Rewritten, PassError> {
         }
         pass.ensures(&vlm, &recipe.context)?;
     }
+    let placed = recipe.placed(&vlm);
     let mut stamped: Vec<usize> = changes.iter().map(|c| c.part).collect();
     stamped.sort_unstable();
     stamped.dedup();
@@ -80,6 +91,9 @@ pub fn rewrite(mut vlm: Vlm, recipe: &Recipe) -> Result<Rewritten, PassError> {
             patch.metadata("duet.version", env!("CARGO_PKG_VERSION"));
             patch.metadata("duet.recipe", &recipe.text);
             patch.metadata(ROLE_KEY, kind.word());
+            if placed {
+                patch.metadata(PLACEMENT_KEY, "decoder");
+            }
             let plan = patch.finish();
             model.apply(plan)
         })?;

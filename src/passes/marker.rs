@@ -25,6 +25,9 @@
 //!
 //! A whole model in one file sees the ids: visual is where they are the image
 //! token, the constant that the graph itself compares them with.
+//!
+//! With `placement: decoder` features come out that a merge has discarded. Their mark
+//! is 2: gone is what is > 1.5, visual what lies between 0.5 and 1.5.
 
 use serde::{Deserialize, Serialize};
 
@@ -69,6 +72,9 @@ pub(super) struct Entry {
     pub(super) embeds: ValueId,
     /// Bool `[batch, sequence]`.
     pub(super) visual: ValueId,
+    /// Bool `[batch, sequence]`: features that a merge discarded and left in their
+    /// places, for the decoder to drop.
+    pub(super) gone: Option<ValueId>,
 }
 
 /// Checks that the marker can be made for this model.
@@ -79,9 +85,27 @@ pub(super) fn requires(pass: &'static str, vlm: &Vlm, context: &Context) -> Resu
             problem: problem.to_owned(),
         })
     };
+    let placed = context.placed(vlm);
     for (index, decoder) in vlm.decoders() {
         let file = vlm.parts[index].file.display();
-        match Marker::for_decoder(context.marker, decoder) {
+        let marker = Marker::for_decoder(context.marker, decoder);
+        if placed && marker != Marker::Channel {
+            return fail(&format!(
+                "{file}: 'placement: decoder' tells discarded features from kept ones by the marker channel, \
+                 and {}; use 'placement: encoder'{}",
+                match marker {
+                    Marker::TokenId =>
+                        "this file holds the whole model, which knows visual tokens by their id",
+                    _ => "'marker: input' and 'marker: static' say only where visual tokens are",
+                },
+                if decoder.ids.is_some() {
+                    ""
+                } else {
+                    " or 'marker: channel'"
+                }
+            ));
+        }
+        match marker {
             Marker::Channel if decoder.ids.is_some() => {
                 return fail(&format!(
                     "{file}: 'marker: channel' marks embeddings on their way from one file to another, and \
@@ -96,9 +120,13 @@ pub(super) fn requires(pass: &'static str, vlm: &Vlm, context: &Context) -> Resu
                     (_, None) => "token embedding",
                     _ => continue,
                 };
+                let instead = match placed {
+                    true => "'placement: encoder'",
+                    false => "'marker: input' or 'marker: static'",
+                };
                 return fail(&format!(
                     "no {missing} was recognised beside the decoder, so visual tokens cannot be marked in the \
-                     embeddings; give the whole model directory, or use 'marker: input' or 'marker: static'"
+                     embeddings; give the whole model directory, or use {instead}"
                 ));
             }
             Marker::TokenId if decoder.ids.is_none() => {
@@ -134,7 +162,7 @@ pub(super) fn append_channel(patch: &mut Patch<'_>, index: usize, mark: f64) {
 }
 
 /// The type with one more channel.
-fn wider(ty: &ValueType) -> ValueType {
+pub(super) fn wider(ty: &ValueType) -> ValueType {
     let mut ty = ty.clone();
     if let ValueType::Tensor {
         shape: Some(dims), ..
@@ -192,8 +220,14 @@ pub(super) fn mark_embedding(patch: &mut Patch<'_>, embedding: &Embedding) -> Re
     Ok(())
 }
 
-/// Inserts the decoder's side and returns its new entry.
-pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context) -> Entry {
+/// Inserts the decoder's side and returns its new entry; with `placed`, features that
+/// were discarded are told apart.
+pub(super) fn enter(
+    patch: &mut Patch<'_>,
+    decoder: &Decoder,
+    context: &Context,
+    placed: bool,
+) -> Entry {
     let model = patch.model();
     let embeds = decoder.embeds;
     patch.scope("entry");
@@ -216,7 +250,11 @@ pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context)
             });
             // `requires` has refused decoders without ids.
             let visual = visual.unwrap_or_else(|| patch.constant(Tensor::bool_scalar("", false)));
-            Entry { embeds, visual }
+            Entry {
+                embeds,
+                visual,
+                gone: None,
+            }
         }
         Marker::Channel => {
             let width = Size::Known(-1);
@@ -225,20 +263,32 @@ pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context)
             let channel = patch.slice(embeds, width, end, 2);
             let flat = patch.squeeze(channel, &[2]);
             let half = patch.constant(Tensor::float_scalar("", decoder.dtype, 0.5));
-            let visual = patch.op("Greater", &[flat, half]);
+            let mut visual = patch.op("Greater", &[flat, half]);
+            let gone = placed.then(|| {
+                let between = patch.constant(Tensor::float_scalar("", decoder.dtype, 1.5));
+                let gone = patch.op("Greater", &[flat, between]);
+                let kept = patch.op("Not", &[gone]);
+                visual = patch.op("And", &[visual, kept]);
+                gone
+            });
             if let Some(ty) = &model.value(embeds).ty {
                 patch.set_type(embeds, wider(ty));
             }
             Entry {
                 embeds: split,
                 visual,
+                gone,
             }
         }
         Marker::Input => {
             let dims = sequence_dims(model, decoder);
             let ty = ValueType::tensor(DataType::Bool, dims);
             let visual = patch.add_input(VISUAL_MASK_INPUT, ty);
-            Entry { embeds, visual }
+            Entry {
+                embeds,
+                visual,
+                gone: None,
+            }
         }
         Marker::Static => {
             let span = context
@@ -265,7 +315,11 @@ pub(super) fn enter(patch: &mut Patch<'_>, decoder: &Decoder, context: &Context)
             let shape = patch.op("Shape", &[embeds]);
             let rows = patch.slice(shape, Size::Known(0), Size::Known(2), 0);
             let visual = patch.op("Expand", &[inside, rows]);
-            Entry { embeds, visual }
+            Entry {
+                embeds,
+                visual,
+                gone: None,
+            }
         }
     }
 }

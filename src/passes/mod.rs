@@ -15,12 +15,14 @@ mod recount;
 mod token_merge;
 mod visual_prune;
 
-pub use budget::{BudgetShape, Planned, plan};
+pub use budget::{BudgetShape, Planned, PlannedShare, Style, plan, plan_share};
 pub use error::PassError;
-pub use manager::{Change, Rewritten, earlier_recipe, rewrite};
+pub use manager::{Change, Rewritten, earlier_recipe, gives_fewer, rewrite};
 pub use marker::{Marker, VISUAL_MASK_INPUT};
 pub use recipe::{Count, KvLayout, Positions, Recipe, StaticSpan};
-pub use token_merge::{Cls, MergeBudget, Placement, Selector, TokenMerge, merge_budget};
+pub use token_merge::{
+    Cls, KEPT_OUTPUT, MergeBudget, Placement, Selector, TokenMerge, merge_budget, placement_in,
+};
 pub use visual_prune::{Drop, RankMask, SALIENT_MASK_INPUT, TextQueries, VisualPrune};
 
 use crate::arch::Vlm;
@@ -36,6 +38,19 @@ pub struct Context {
     pub span: Option<StaticSpan>,
     /// How caches of later layers are laid out.
     pub kv: KvLayout,
+    /// Whether the recipe merges tokens.
+    pub merges: bool,
+    /// Where it says that merged tokens leave, if it does.
+    pub placement: Option<Placement>,
+    /// Whether it prunes in the decoder.
+    pub prunes: bool,
+}
+
+impl Context {
+    /// Whether the vision encoder gives discarded features too, for the decoder to drop.
+    pub fn placed(&self, vlm: &Vlm) -> bool {
+        self.merges && placement_in(self.placement, vlm) == Placement::Decoder
+    }
 }
 
 /// A graph pass.

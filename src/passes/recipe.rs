@@ -3,7 +3,9 @@
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 
-use super::{Context, Marker, Pass, PassError, REGISTRY};
+use crate::arch::Vlm;
+
+use super::{Context, Marker, Pass, PassError, REGISTRY, TokenMerge};
 
 /// A token budget: a count, or a ratio of the tokens there are.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -153,15 +155,27 @@ impl Recipe {
         if raw.kv == KvLayout::Padded {
             return Err(bad("kv: padded is not available yet; use ragged".into()));
         }
+        let pass = |name: &str| passes.iter().find(|p| p.name() == name);
+        let merge = pass("token_merge").and_then(|p| p.as_any().downcast_ref::<TokenMerge>());
+        let context = Context {
+            marker: raw.marker,
+            span: raw.span,
+            kv: raw.kv,
+            merges: merge.is_some(),
+            placement: merge.and_then(|m| m.placement),
+            prunes: pass("visual_prune").is_some(),
+        };
         Ok(Self {
             passes,
-            context: Context {
-                marker: raw.marker,
-                span: raw.span,
-                kv: raw.kv,
-            },
+            context,
             text: text.to_owned(),
         })
+    }
+
+    /// Whether `vlm`'s vision encoder gives all features, and the decoder drops those that
+    /// the recipe's merge discards.
+    pub fn placed(&self, vlm: &Vlm) -> bool {
+        self.context.placed(vlm)
     }
 
     /// The concrete pass of type `P`, if the recipe has one.

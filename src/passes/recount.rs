@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::TokenMerge;
+use super::{Placement, TokenMerge};
 use crate::arch::Vlm;
 use crate::ir::cone::{ancestors, descendants};
 use crate::ir::{Dim, Model, Node, NodeId, Patch, PatchPlan, ValueId, ValueType, consts};
@@ -138,7 +138,10 @@ pub(super) fn fed_embeddings(merge: &TokenMerge, vlm: &Vlm) -> Vec<(usize, Patch
     let Some((_, tower)) = vlm.towers().next() else {
         return Vec::new();
     };
-    let (Some(old), Some(new)) = (tower.features_per_image(), merge.tokens_out(tower)) else {
+    let (Some(old), Some(new)) = (
+        tower.features_per_image(),
+        merge.tokens_left(tower, Placement::Encoder),
+    ) else {
         return Vec::new();
     };
     let mut plans = Vec::new();

@@ -231,6 +231,11 @@ impl ImageProcessor {
         self.grids.is_some()
     }
 
+    /// Crops that an image of that size is cut into, the base crop counted.
+    pub fn crop_count(&self, height: usize, width: usize) -> usize {
+        self.grids.as_ref().map_or(1, |g| g.count(height, width))
+    }
+
     /// Pixel values of every crop, `[3, height, width]` each: the whole image in one crop first, then, for
     /// processors of images of any resolution, the crops of its grid row by row.
     ///

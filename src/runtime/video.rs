@@ -20,7 +20,7 @@ use super::error::{Result, RuntimeError};
 use super::image::{ImageProcessor, Pixels, read_json};
 use super::session::{Session, SessionOptions};
 use super::tensor::Tensor;
-use super::vision::VisionEncoder;
+use super::vision::{VisionEncoder, is_clips};
 
 mod patches;
 
@@ -78,8 +78,8 @@ pub fn sample(path: impl AsRef<Path>, count: usize) -> Result<Vec<Pixels>> {
     Ok(take(path, &|total, _| even_steps(total, count))?.frames)
 }
 
-/// Frames of a clip: of a folder, its image files sorted by name; of a GIF, its frames; of any other file what
-/// `ffmpeg` decodes.
+/// Frames of a clip: of a folder, its image files sorted by name (numbers in names by their value); of a GIF, its
+/// frames; of any other file what `ffmpeg` decodes.
 ///
 /// # Errors
 /// There is no such file or no frame in it, a frame cannot be decoded, or the file needs `ffmpeg` and there
@@ -145,13 +145,34 @@ fn folder(path: &Path, choose: Choose<'_>) -> Result<Clip> {
             ),
         ));
     }
-    files.sort();
+    files.sort_by_cached_key(|file| {
+        in_order(&file.file_name().unwrap_or_default().to_string_lossy())
+    });
     let wanted = choose(files.len(), None);
     Ok(pick(&wanted, |index| Pixels::open(&files[index]))?.into())
 }
 
+/// What names are sorted by: runs of digits by the number they are, so that `10.png`
+/// comes behind `9.png`, everything else by its characters. (A name of equal numbers,
+/// `1` and `01`, goes by itself.)
+fn in_order(name: &str) -> (Vec<(String, usize, String)>, String) {
+    let mut pieces = Vec::new();
+    let mut rest = name;
+    while !rest.is_empty() {
+        let digit = |c: char| c.is_ascii_digit();
+        let (text, tail) = rest.split_at(rest.find(digit).unwrap_or(rest.len()));
+        let (number, tail) = tail.split_at(tail.find(|c| !digit(c)).unwrap_or(tail.len()));
+        let number = number.trim_start_matches('0').to_owned();
+        // Longer numbers are larger.
+        pieces.push((text.to_owned(), number.len(), number));
+        rest = tail;
+    }
+    (pieces, name.to_owned())
+}
+
 fn gif(path: &Path, choose: Choose<'_>) -> Result<Clip> {
-    let wrong = |e: image::ImageError| failed(path, e.to_string());
+    let wrong =
+        |e: image::ImageError| failed(path, format!("{e}; the file is damaged or not complete"));
     let frames = || {
         let file = File::open(path).map_err(RuntimeError::io(path))?;
         let decoder = GifDecoder::new(BufReader::new(file)).map_err(wrong)?;
@@ -223,7 +244,8 @@ fn video(ffmpeg: &OsStr, path: &Path, choose: Choose<'_>) -> Result<Clip> {
         }
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
-            let said = said.trim().lines().last().unwrap_or("(nothing)").to_owned();
+            // The first line names the cause, further ones what became of it.
+            let said = said.trim().lines().next().unwrap_or("(nothing)").to_owned();
             let why = format!("ffmpeg cannot decode it ({}): {said}", output.status);
             return Err(failed(path, why));
         }
@@ -352,8 +374,10 @@ impl ClipEncoder {
     pub fn open(file: &Path, configs: &Path, options: &SessionOptions) -> Result<Self> {
         let processor = ClipProcessor::from_dir(configs)?;
         let session = Session::open(file, options)?;
-        let dims = session.inputs().first().map(|port| port.dims.clone());
-        let dims = dims.filter(|d| d.len() == 5);
+        let inputs = session.inputs();
+        // In a file of two towers it is told by its name.
+        let port = inputs.iter().find(|p| is_clips(p)).or(inputs.first());
+        let dims = port.map(|port| port.dims.clone()).filter(|d| d.len() == 5);
         let fixed = dims
             .as_ref()
             .ok_or_else(|| RuntimeError::Interface {
@@ -369,7 +393,7 @@ impl ClipEncoder {
             .get(1)
             .and_then(|dim| dim.fixed());
         Ok(Self {
-            encoder: VisionEncoder::new(session)?,
+            encoder: VisionEncoder::for_clips(session)?,
             processor,
             fixed,
         })

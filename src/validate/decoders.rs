@@ -4,6 +4,7 @@
 use super::reference::{Choice, ReferenceDecoder, State, StepIn, StepOut};
 use super::{ValidateError, probe};
 use crate::arch::{Decoder, DecoderFiles, Part, Role, Vlm};
+use crate::ir::Model;
 use crate::passes::VisualPrune;
 use crate::runtime::{CacheHeads, DType, Decoder as RunDecoder, Session, SessionOptions};
 
@@ -65,6 +66,18 @@ impl Reference {
     }
 }
 
+/// Names of the kept indices of every drop point, in order; with `placed`, the first is
+/// where discarded tokens leave.
+pub(super) fn kept_names(prune: Option<&VisualPrune>, placed: bool) -> Vec<String> {
+    let drops = prune.map_or(0, |p| p.drops.len());
+    let pass = match prune {
+        Some(_) => "visual_prune",
+        None => "token_merge",
+    };
+    let name = |drop| format!("duet/{pass}/drop{drop}/kept_indices");
+    (usize::from(!placed)..=drops).map(name).collect()
+}
+
 /// The reference of a decoder, and the rewritten one with its kept indices for
 /// outputs.
 pub(super) fn open(
@@ -72,8 +85,12 @@ pub(super) fn open(
     rewritten: &Vlm,
     group: &DecoderFiles,
     prune: Option<&VisualPrune>,
+    placed: bool,
     session: &SessionOptions,
 ) -> Result<(Reference, RunDecoder), ValidateError> {
+    let reference = |model: &Model, decoder: &Decoder| {
+        ReferenceDecoder::open_placed(model, decoder, prune, placed, session)
+    };
     let graph = |i: usize| {
         let part = &base.parts[i];
         let decoder = decoder(part)
@@ -81,20 +98,18 @@ pub(super) fn open(
         Ok::<_, ValidateError>((&part.model, decoder))
     };
     let (model, decoder) = graph(group.main)?;
-    let main = ReferenceDecoder::open(model, decoder, prune, session)?;
+    let main = reference(model, decoder)?;
     let prompt = match group.prompt {
         Some(prompt) => {
             let (model, decoder) = graph(prompt)?;
-            Some(ReferenceDecoder::open(model, decoder, prune, session)?)
+            Some(reference(model, decoder)?)
         }
         None => None,
     };
     let reference = Reference { main, prompt };
-    let drops = prune.map_or(0, |p| p.drops.len());
     let mut probed = rewritten.clone();
     for part in &mut probed.parts {
-        for drop in 1..=drops {
-            let kept = format!("duet/visual_prune/drop{drop}/kept_indices");
+        for kept in kept_names(prune, placed) {
             if let Some(value) = part.model.find(&kept) {
                 part.model = probe::with_outputs(&part.model, &[value])?;
             }

@@ -18,6 +18,7 @@ mod numeric;
 mod precision;
 mod probe;
 mod report;
+mod rows;
 mod second;
 mod whole;
 

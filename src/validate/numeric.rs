@@ -5,12 +5,13 @@ use ndarray::{Array2, Array3, Axis};
 use super::precision::{lower, precision, quantised, ties, tolerance};
 use super::reference::{Choice, Ranking, ReferenceVision, State, StepIn};
 use super::report::Report;
+use super::rows::RowPair;
 use super::scenario::{Frame, Layout, Scenario, Seeded, lay_out, standard};
 use super::tally::Tally;
-use super::{ValidateError, decoders, embed, probe, scenario, second, structure, whole};
+use super::{ValidateError, decoders, embed, probe, rows, scenario, second, structure, whole};
 use crate::arch::{Decoder, DecoderFiles, FileSet, Role, Vlm};
 use crate::ir::{DataType, Model};
-use crate::passes::{Marker, Recipe, TextQueries, TokenMerge, VisualPrune};
+use crate::passes::{Marker, Recipe, TextQueries, TokenMerge, VisualPrune, placement_in};
 use crate::runtime::{
     Decoder as RunDecoder, Embedder, Grid, GridPositions, SessionOptions, StepInput, Tensor, Value,
     VisionEncoder, scatter,
@@ -91,6 +92,7 @@ pub fn check(
             let scenarios = match &pair {
                 Pair {
                     vision: None,
+                    rows: None,
                     embed: None,
                     decoder: None,
                     ..
@@ -129,12 +131,14 @@ pub fn check(
 }
 
 /// What the rewritten vision encoder ranks its tokens by, `[n, N]`.
-const SCORE: &str = "duet/token_merge/score";
+pub(super) const SCORE: &str = "duet/token_merge/score";
 
 /// Both models, opened.
 struct Pair {
     label: String,
     vision: Option<(ReferenceVision, VisionEncoder, Frame)>,
+    /// The same for an encoder that takes rows of patches.
+    rows: Option<RowPair>,
     embed: Option<(Embedder, Embedder)>,
     decoder: Option<(decoders::Reference, RunDecoder)>,
     /// Plain width of embeddings.
@@ -154,7 +158,8 @@ struct Pair {
     single_steps: Option<String>,
     /// Rows of its position ids, if these have rank 3.
     position_rows: Option<usize>,
-    drops: usize,
+    /// Names of the kept indices of its drop points.
+    kept: Vec<String>,
     span: Option<crate::passes::StaticSpan>,
 }
 
@@ -178,16 +183,19 @@ impl Pair {
         let session = &options.session;
         let merge = recipe.pass::<TokenMerge>();
         let prune = recipe.pass::<VisualPrune>();
+        let placed = recipe.placed(base);
+        let merge = merge.map(|m| (m, placement_in(m.placement, base)));
         let mut pair = Self {
             label: String::new(),
             vision: None,
+            rows: None,
             embed: None,
             decoder: None,
             width: 0,
             features: 8,
             placeholder: None,
             vocabulary: 32,
-            channel: prune.is_some()
+            channel: (prune.is_some() || placed)
                 && !matches!(recipe.context.marker, Some(m) if m != Marker::Channel),
             dtype: DataType::Float,
             quantised: false,
@@ -195,7 +203,7 @@ impl Pair {
             padding: true,
             single_steps: None,
             position_rows: None,
-            drops: prune.map_or(0, |p| p.drops.len()),
+            kept: decoders::kept_names(prune, placed),
             span: recipe.context.span,
         };
         let decoder = files.map(|f| [f.prompt, Some(f.main)]);
@@ -209,6 +217,13 @@ impl Pair {
             let name = new.file.display().to_string();
             pair.quantised |= quantised(&old.model);
             match &old.role {
+                Role::Vision(tower) if tower.rows.is_some() => {
+                    let pair_of =
+                        RowPair::open(&old.model, &new.model, tower, merge, &name, session)?;
+                    pair.rows = Some(pair_of);
+                    pair.dtype = lower(pair.dtype, precision(&old.model));
+                    pair.width = tower.feature_width.map_or(pair.width, |w| w as usize);
+                }
                 Role::Vision(tower) => {
                     let reference = ReferenceVision::open(&old.model, tower, merge, session)?;
                     let score: Vec<_> = new.model.find(SCORE).into_iter().collect();
@@ -248,7 +263,8 @@ impl Pair {
             }
         }
         if let Some(files) = files {
-            let (mut reference, run) = decoders::open(base, rewritten, files, prune, session)?;
+            let (mut reference, run) =
+                decoders::open(base, rewritten, files, prune, placed, session)?;
             pair.single_steps = reference.continues()?;
             pair.decoder = Some((reference, run));
         }
@@ -261,7 +277,7 @@ impl Pair {
         match decoder.position_rows {
             None => Ok(()),
             Some(3) => {
-                if self.vision.is_none() && self.placeholder.is_none() {
+                if self.vision.is_none() && self.rows.is_none() && self.placeholder.is_none() {
                     // As many as several grids have.
                     self.features = 12;
                 }
@@ -355,8 +371,18 @@ impl Pair {
         let mut tally = Tally::default();
         for turn in &scenario.turns {
             let images: usize = turn.images().iter().sum();
-            let (mut plain, mut marked) = (Vec::new(), Vec::new());
-            if let (true, Some((reference, run, frame))) = (images > 0, &mut self.vision) {
+            let (mut plain, mut marked, mut seen_rows) = (Vec::new(), Vec::new(), Vec::new());
+            let mut discarded: Vec<Vec<bool>> = Vec::new();
+            if let Some(rows) = &mut self.rows {
+                let tolerance = ties(self.dtype, self.quantised);
+                for _ in 0..images {
+                    let seen = rows.see(&mut rng, tolerance, self.channel, &mut tally)?;
+                    plain.push(Tensor::from(seen.want.clone()));
+                    marked.push(seen.found.clone());
+                    discarded.push(seen.gone.clone());
+                    seen_rows.push(seen);
+                }
+            } else if let (true, Some((reference, run, frame))) = (images > 0, &mut self.vision) {
                 let pixels = frame.pixels(images, &mut rng);
                 let [_, h, w] = frame.size;
                 let mask = run.takes_mask().then(|| rng.masks(images, h, w));
@@ -371,11 +397,14 @@ impl Pair {
                 };
                 let expected = reference.features(pixels, mask.as_ref(), Some(ranking))?;
                 tally.near_ties += expected.near_ties;
-                for (want, found) in expected.features.iter().zip(found) {
-                    tally.features(want, &found, self.channel)?;
+                let each = expected.features.iter().zip(&expected.gone);
+                for ((want, gone), found) in each.zip(found) {
+                    let marks = self.channel.then_some(gone.as_slice());
+                    tally.features(want, &found, marks)?;
                     plain.push(Tensor::from(want.clone()));
                     marked.push(found);
                 }
+                discarded = expected.gone;
             } else {
                 for _ in 0..images {
                     let f = Array2::from_shape_fn((self.features, self.width), |_| rng.normal());
@@ -386,8 +415,8 @@ impl Pair {
             if self.decoder.is_none() {
                 continue;
             }
-            let rows: Vec<usize> = plain.iter().map(|t| t.shape()[0]).collect();
-            let layout = lay_out(turn, &rows);
+            let counts: Vec<usize> = plain.iter().map(|t| t.shape()[0]).collect();
+            let layout = lay_out(turn, &counts);
             let (base_embeds, run_embeds) = self.embeddings(&layout, plain, marked, &mut rng)?;
             let past = seen.clone();
             seen = ndarray::concatenate(ndarray::Axis(1), &[seen.view(), layout.mask.view()])
@@ -398,13 +427,19 @@ impl Pair {
                     && !layout.visual[[r, i]]
                     && (r + i) % 3 == 0
             });
-            let positions = self.positions(&layout, &past, &mut places, &rows)?;
-            let visual = self.visual_for(&layout, past.ncols());
+            let positions = match (self.position_rows, seen_rows.is_empty()) {
+                (Some(_), false) => rows::positions(turn, &layout, &seen_rows, &mut places)?,
+                _ => self.positions(&layout, &past, &mut places, &counts)?,
+            };
+            let mut visual = self.visual_for(&layout, past.ncols());
+            let gone = gone_of(&layout, &discarded);
+            visual.zip_mut_with(&gone, |visual, gone| *visual &= !gone);
             let input = StepIn {
                 embeds: array3(&base_embeds)?,
                 mask: layout.mask.clone(),
                 positions,
                 visual,
+                gone,
                 salient,
                 ids: None,
             };
@@ -429,6 +464,7 @@ impl Pair {
                     mask: layout.mask.clone(),
                     positions,
                     visual: layout.visual.clone(),
+                    gone: Array2::from_elem((batch, 1), false),
                     salient: Array2::from_elem((batch, 1), false),
                     ids: None,
                 };
@@ -491,7 +527,7 @@ impl Pair {
             visual: Some(input.visual.clone()),
             salient: Some(input.salient.clone()),
         };
-        let (found, kept) = run_probed(run, &given, cache, self.drops)?;
+        let (found, kept) = run_probed(run, &given, cache, &self.kept)?;
         let choice = Choice {
             kept: &kept,
             tolerance: ties(self.dtype, self.quantised),
@@ -512,6 +548,15 @@ impl Pair {
     }
 }
 
+/// Where a layout holds features that were discarded, given which those are of each image.
+fn gone_of(layout: &Layout, discarded: &[Vec<bool>]) -> Array2<bool> {
+    let mut sources = layout.source.iter();
+    layout.visual.mapv(|visual| {
+        let source = if visual { sources.next() } else { None };
+        source.is_some_and(|(image, row)| discarded.get(*image).is_some_and(|d| d[*row]))
+    })
+}
+
 /// Kept indices at every drop point, for every row.
 pub(super) type Kept = Vec<Vec<Vec<usize>>>;
 
@@ -520,19 +565,18 @@ fn run_probed(
     decoder: &mut RunDecoder,
     input: &StepInput,
     cache: &crate::runtime::Cache,
-    drops: usize,
+    names: &[String],
 ) -> Result<(crate::runtime::StepOutput, Kept), ValidateError> {
     let output = decoder.step(input, cache)?;
-    let kept = kept_of(&output.extra, drops)?;
+    let kept = kept_of(&output.extra, names)?;
     Ok((output, kept))
 }
 
 /// The kept indices among a run's further outputs.
-pub(super) fn kept_of(extra: &[(String, Value)], drops: usize) -> Result<Kept, ValidateError> {
+pub(super) fn kept_of(extra: &[(String, Value)], names: &[String]) -> Result<Kept, ValidateError> {
     let mut kept = Vec::new();
-    for drop in 1..=drops {
-        let name = format!("duet/visual_prune/drop{drop}/kept_indices");
-        let Some(value) = extra.iter().find(|(n, _)| *n == name).map(|(_, v)| v) else {
+    for name in names {
+        let Some(value) = extra.iter().find(|(n, _)| n == name).map(|(_, v)| v) else {
             continue;
         };
         let tensor = value.to_tensor()?;

@@ -6,11 +6,11 @@ use ndarray::Array2;
 use super::report::Report;
 use super::scenario::{Frame, Scenario, Seeded, lay_out, standard};
 use super::{Options, ValidateError, probe};
-use crate::arch::{Decoder, Layout, Projection, Role, VisionTower, Vlm};
+use crate::arch::{Decoder, Layout, PatchRows, Projection, Role, VisionTower, Vlm};
 use crate::ir::cone::ancestors;
 use crate::ir::{DataType, Dim, Model, ValueId, ValueType, extract, verify};
 use crate::onnx::serialize;
-use crate::passes::{Recipe, VisualPrune};
+use crate::passes::{Recipe, TokenMerge, VisualPrune};
 use crate::runtime::{Session, Tensor, Value, lay_out_pixels};
 
 /// A value of an inserted sub-graph: its name, rank and element type.
@@ -73,17 +73,36 @@ pub(super) fn check(
             && new.model.find("duet/token_merge/merged_tokens").is_some()
             && let Some(feed) = match &whole {
                 Some(feed) => Some(feed.clone()),
+                None if tower.rows.is_some() => {
+                    rows_feed(&old.model, tower, recipe.pass::<TokenMerge>(), &mut rng)?
+                }
                 None => tower_feed(&old.model, tower, &mut rng)?,
             }
         {
             tower_check(models, tower, feed, label, options, report)?;
         }
-        if let (Some(decoder), Some(prune)) = (decoder, recipe.pass::<VisualPrune>()) {
+        let prune = recipe.pass::<VisualPrune>();
+        let placed = recipe.placed(base);
+        if let Some(decoder) = decoder.filter(|_| prune.is_some() || placed) {
             let feed = match whole {
                 Some(feed) => feed,
-                None => decoder_feed(&old.model, &new.model, decoder, &mut rng)?,
+                None => decoder_feed(&old.model, &new.model, decoder, placed, &mut rng)?,
             };
-            decoder_check(models, decoder, prune, &feed, label, options, report)?;
+            if placed {
+                gone_check(
+                    models,
+                    decoder,
+                    prune.is_some(),
+                    &feed,
+                    label,
+                    options,
+                    report,
+                )?;
+            }
+            if let Some(prune) = prune {
+                let of = (prune, placed);
+                decoder_check(models, decoder, of, &feed, label, options, report)?;
+            }
         }
     }
     Ok(())
@@ -99,6 +118,11 @@ fn tower_check(
     report: &mut Report,
 ) -> Result<(), ValidateError> {
     let name = |v: ValueId| old.name(v).to_owned();
+    let check = format!("{label}tract: token_merge");
+    if let Some(rows) = &tower.rows {
+        let (inputs, outputs) = row_ports(old, tower, rows);
+        return compare(new, &inputs, &outputs, feed, &check, options, report);
+    }
     let mut inputs = vec![port(name(tower.hidden), 3, tower.dtype)];
     if tower.shuffle.is_some() {
         inputs.push(port(name(tower.entry), 3, tower.dtype));
@@ -114,8 +138,68 @@ fn tower_check(
         inputs.push(port(name(value), rank, dtype));
     }
     let outputs = [port("duet/token_merge/merged_tokens", 3, tower.dtype)];
-    let check = format!("{label}tract: token_merge");
     compare(new, &inputs, &outputs, feed, &check, options, report)
+}
+
+/// Borders of the merge behind a tower of patch rows.
+fn row_ports(old: &Model, tower: &VisionTower, rows: &PatchRows) -> (Vec<Port>, Vec<Port>) {
+    let name = |v: ValueId| old.name(v).to_owned();
+    // The features that it merges are no output any more.
+    let mut inputs = vec![port("duet/token_merge/features:inner", 2, tower.dtype)];
+    let mut add = |value: ValueId, rank: usize, dtype: DataType| {
+        if inputs.iter().all(|p| p.name != name(value)) {
+            inputs.push(port(name(value), rank, dtype));
+        }
+    };
+    for (laid, operand) in [
+        (&rows.query, &tower.site.query),
+        (&rows.key, &tower.site.key),
+    ] {
+        match laid {
+            Some(laid) => add(laid.value, laid.axes.len(), rows.dtype),
+            None => {
+                for (value, rank, dtype) in operand.reads(old, rows.dtype) {
+                    add(value, rank, dtype);
+                }
+            }
+        }
+    }
+    for (value, rank, dtype) in tower.site.mask_reads(old) {
+        add(value, rank, dtype);
+    }
+    for step in &rows.moves {
+        add(step.indices, if step.nd { 2 } else { 1 }, DataType::Int64);
+    }
+    let outputs = vec![
+        port("duet/token_merge/merged_tokens", 3, tower.dtype),
+        port("duet/token_merge/kept_indices", 2, DataType::Int64),
+    ];
+    (inputs, outputs)
+}
+
+/// Patches of one image and their grid.
+fn rows_feed(
+    model: &Model,
+    tower: &VisionTower,
+    merge: Option<&TokenMerge>,
+    rng: &mut Seeded,
+) -> Result<Option<Vec<(String, Tensor)>>, ValidateError> {
+    let Some((grid, width)) = super::rows::sample(model, tower, merge) else {
+        return Ok(None);
+    };
+    let kind = |v: ValueId| model.value(v).ty.as_ref().and_then(ValueType::dtype);
+    let stated = kind(tower.pixels).unwrap_or(DataType::Float);
+    let pixels = super::rows::noise(grid, width, rng)?.cast_float(dtype(stated))?;
+    let mut feed = vec![(model.name(tower.pixels).to_owned(), pixels)];
+    if let Some(input) = tower.rows.as_ref().and_then(|r| r.grid) {
+        let thw = match kind(input) {
+            #[allow(clippy::cast_possible_truncation, reason = "edges of grids")]
+            Some(DataType::Int32) => Tensor::new([1, 3], grid.map(|n| n as i32).to_vec())?,
+            _ => Tensor::new([1, 3], grid.map(|n| n as i64).to_vec())?,
+        };
+        feed.push((model.name(input).to_owned(), thw));
+    }
+    Ok(Some(feed))
 }
 
 /// Pixels of two images; nothing if their size is not fixed.
@@ -148,11 +232,51 @@ fn tower_feed(
     Ok(Some(feed))
 }
 
+/// Where discarded tokens leave.
+fn gone_check(
+    (old, new): (&Model, &Model),
+    decoder: &Decoder,
+    prunes: bool,
+    feed: &[(String, Tensor)],
+    label: &str,
+    options: &Options,
+    report: &mut Report,
+) -> Result<(), ValidateError> {
+    let pass = if prunes {
+        "visual_prune"
+    } else {
+        "token_merge"
+    };
+    let boundary = decoder.layers[1].boundary[0];
+    let inputs = [
+        port(old.name(boundary), 3, decoder.dtype),
+        port(format!("duet/{pass}/entry/gone_mask"), 2, DataType::Bool),
+    ];
+    let outputs = [
+        port(
+            format!("duet/{pass}/drop0/kept_indices"),
+            2,
+            DataType::Int64,
+        ),
+        port(format!("duet/{pass}/drop0/hidden"), 3, decoder.dtype),
+    ];
+    let check = format!("{label}tract: discarded tokens");
+    compare(
+        new,
+        &inputs,
+        &outputs,
+        feed.to_vec(),
+        &check,
+        options,
+        report,
+    )
+}
+
 /// Every drop point of one decoder.
 fn decoder_check(
     (old, new): (&Model, &Model),
     decoder: &Decoder,
-    prune: &VisualPrune,
+    (prune, placed): (&VisualPrune, bool),
     feed: &[(String, Tensor)],
     label: &str,
     options: &Options,
@@ -161,6 +285,11 @@ fn decoder_check(
     for drop in 1..=prune.drops.len() {
         let scope = format!("duet/visual_prune/drop{drop}");
         let layer = &decoder.layers[prune.drops[drop - 1].after_layer];
+        // Discarded tokens leave there too, before the others.
+        let entered = match placed && drop == 1 && prune.drops[0].after_layer == 1 {
+            true => "duet/visual_prune/drop0/hidden",
+            false => old.name(layer.boundary[0]),
+        };
         let rank = |projection: &Projection| match projection.layout {
             Layout::Heads => 4,
             Layout::Rows { .. } => 3,
@@ -168,12 +297,15 @@ fn decoder_check(
         let mut inputs = vec![
             port(format!("{scope}/query"), rank(&layer.query), decoder.dtype),
             port(format!("{scope}/key"), rank(&layer.new_key), decoder.dtype),
-            port(old.name(layer.boundary[0]), 3, decoder.dtype),
+            port(entered, 3, decoder.dtype),
             port("duet/visual_prune/entry/visual_mask", 2, DataType::Bool),
             port("duet/visual_prune/entry/real_mask", 2, DataType::Bool),
             port("duet/visual_prune/entry/text_mask", 2, DataType::Bool),
         ];
-        if drop > 1 {
+        if placed {
+            inputs.push(port("duet/visual_prune/entry/gone_mask", 2, DataType::Bool));
+        }
+        if drop > 1 || placed {
             inputs.push(port(
                 format!("duet/visual_prune/drop{}/kept_indices", drop - 1),
                 2,
@@ -207,6 +339,7 @@ fn decoder_feed(
     base: &Model,
     model: &Model,
     decoder: &Decoder,
+    placed: bool,
     rng: &mut Seeded,
 ) -> Result<Vec<(String, Tensor)>, ValidateError> {
     // A batch, padded if the model takes padding.
@@ -229,6 +362,8 @@ fn decoder_feed(
             Tensor::from(ndarray::Array3::from_shape_fn(
                 (b, l, width),
                 |(r, i, d)| match (marked && d + 1 == width, layout.visual[[r, i]]) {
+                    // Rows differ in how many are discarded.
+                    (true, true) if placed && (i + r).is_multiple_of(2 + r) => 2.0,
                     (true, true) => 1.0,
                     (true, false) => 0.0,
                     _ => rng.normal(),
@@ -337,6 +472,15 @@ fn compare(
             None => first.get(name)?.to_tensor()?,
         };
         given.push((name, tensor));
+    }
+    // A file need not say what rank its masks have; the run does.
+    for ((_, ty), (_, tensor)) in borders.iter_mut().zip(&given) {
+        if let (Some(dtype), true) = (
+            ty.dtype(),
+            ty.shape().is_none_or(|s| s.len() != tensor.shape().len()),
+        ) {
+            *ty = ValueType::tensor(dtype, vec![Dim::Unknown; tensor.shape().len()]);
+        }
     }
     let part = extract(model, &borders, &wanted)?;
     let bytes = serialize(verify(&part)?).to_vec();

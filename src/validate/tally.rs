@@ -42,15 +42,16 @@ impl Tally {
         report.add(name, passed, detail);
     }
 
+    /// Compares features; `gone` says which were discarded, where they bear marks.
     pub(super) fn features(
         &mut self,
         want: &Array2<f32>,
         found: &Tensor,
-        channel: bool,
+        gone: Option<&[bool]>,
     ) -> Result<(), ValidateError> {
         let all = found.to_array()?.into_dimensionality::<ndarray::Ix2>();
         let all = all.map_err(|e| ValidateError::Model(e.to_string()))?;
-        let width = all.ncols() - usize::from(channel);
+        let width = all.ncols() - usize::from(gone.is_some());
         if (all.nrows(), width) != want.dim() {
             self.problems.push(format!(
                 "features are {:?}, expected {:?}",
@@ -59,14 +60,14 @@ impl Tally {
             ));
             return Ok(());
         }
-        if channel
-            && all
-                .column(width)
-                .iter()
-                .any(|m| (*m - 1.0).abs() > f32::EPSILON)
-        {
-            self.problems
-                .push("the marker channel of a feature is not 1".into());
+        if let Some(gone) = gone {
+            let expected = gone.iter().map(|g| if *g { 2.0 } else { 1.0 });
+            let mut marks = all.column(width).into_iter().zip(expected);
+            if let Some((found, want)) = marks.find(|(m, want)| (*m - want).abs() > f32::EPSILON) {
+                self.problems.push(format!(
+                    "the marker channel of a feature is {found}, not {want}"
+                ));
+            }
         }
         let (worst, _) = difference(want, &all.slice(s![.., ..width]).to_owned());
         self.feature = self.feature.max(worst);

@@ -16,10 +16,10 @@ use super::reference::{Choice, ReferenceDecoder, ReferenceVision, StepIn, per_im
 use super::report::Report;
 use super::scenario::{Layout, Scenario, Seeded, lay_out, standard};
 use super::tally::Tally;
-use super::{ValidateError, probe};
+use super::{ValidateError, decoders, probe};
 use crate::arch::{Decoder, Part, Role, VisionTower, Vlm, WholeModel};
 use crate::ir::{DataType, Dim, Model, Patch, ValueId, ValueType, extract};
-use crate::passes::{Recipe, TextQueries, TokenMerge, VisualPrune};
+use crate::passes::{Placement, Recipe, TextQueries, TokenMerge, VisualPrune};
 use crate::runtime::{
     Session, Tensor, Value, WholeInput, WholeModel as Runner, WholeOutput, scatter,
 };
@@ -143,7 +143,8 @@ struct Pair {
     dtype: DataType,
     quantised: bool,
     salient: bool,
-    drops: usize,
+    /// Names of the kept indices of its drop points.
+    kept: Vec<String>,
     span: Option<crate::passes::StaticSpan>,
 }
 
@@ -158,6 +159,8 @@ impl Pair {
         let (model, session) = (&old.model, &options.session);
         let file = new.file.display().to_string();
         let merge = recipe.pass::<TokenMerge>();
+        // (Such a file gives fewer features: it has no marker channel.)
+        let merge = merge.map(|m| (m, Placement::Encoder));
         let prune = recipe.pass::<VisualPrune>();
         let size = |axis| fixed(model, whole.tower.pixels, axis);
         let (Some(height), Some(width)) = (size(2), size(3)) else {
@@ -178,9 +181,9 @@ impl Pair {
         let (cut, decoder) = decoder_alone(model, &whole.decoder)?;
         let reference = ReferenceDecoder::open(&cut, &decoder, prune, session)?;
         let features = model.name(whole.tower.features).to_owned();
-        let drops = prune.map_or(0, |p| p.drops.len());
+        let kept = decoders::kept_names(prune, false);
         let mut names = vec![features.clone()];
-        names.extend((1..=drops).map(|d| format!("duet/visual_prune/drop{d}/kept_indices")));
+        names.extend(kept.iter().cloned());
         let probes: Vec<ValueId> = names.iter().filter_map(|n| new.model.find(n)).collect();
         let probed = probe::with_outputs(&new.model, &probes)?;
         Ok(Self {
@@ -205,7 +208,7 @@ impl Pair {
             dtype: precision(model),
             quantised: quantised(model),
             salient: prune.is_some_and(|p| p.text == TextQueries::Salient),
-            drops,
+            kept,
             span: recipe.context.span,
         })
     }
@@ -345,6 +348,7 @@ impl Pair {
             positions: super::numeric::positions_of(&Array2::zeros((dim.0, 0)), &layout.mask)
                 .insert_axis(Axis(0)),
             visual: visual.clone(),
+            gone: Array2::from_elem(dim, false),
             salient: salient.clone(),
             ids: Some(layout.ids.clone()),
         };
@@ -363,7 +367,7 @@ impl Pair {
             .filter_map(|key| found.extra.iter().find(|(name, _)| name == key))
             .map(|(_, value)| value.shape()[2])
             .collect();
-        let kept = kept_of(&found.extra, self.drops)?;
+        let kept = kept_of(&found.extra, &self.kept)?;
         let choice = Choice {
             kept: &kept,
             tolerance: ties(self.dtype, self.quantised),
@@ -389,7 +393,7 @@ impl Pair {
             return Ok(());
         };
         for (want, found) in expected.iter().zip(per_image(value, expected.len())?) {
-            tally.features(want, &Tensor::from(found), false)?;
+            tally.features(want, &Tensor::from(found), None)?;
         }
         Ok(())
     }
@@ -477,7 +481,7 @@ pub(super) fn feed(
     let rows = interface.rows.unwrap_or(1);
     let size = |axis, other| fixed(old, whole.tower.pixels, axis).unwrap_or(other);
     let features = match recipe.pass::<TokenMerge>() {
-        Some(merge) => merge.tokens_out(&whole.tower),
+        Some(merge) => merge.tokens_left(&whole.tower, Placement::Encoder),
         None => whole.tower.features_per_image(),
     };
     let features = features.and_then(|n| usize::try_from(n).ok()).unwrap_or(1);

@@ -334,6 +334,12 @@ impl Decoder {
     pub fn takes_padding(&self) -> bool {
         self.layers.iter().all(|l| l.masked)
     }
+
+    /// Whether single columns can be kept from every attention: each takes a mask, and the
+    /// client gives it.
+    pub fn hides_columns(&self) -> bool {
+        self.attention_mask.is_some() && self.takes_padding()
+    }
 }
 
 /// What the heads of an attention give together: the depth of the linear layer

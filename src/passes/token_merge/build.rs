@@ -1,7 +1,8 @@
 //! The merge as operators: score, selection, contextual tokens.
 
-use super::{MergeBudget, Selector, TokenMerge};
-use crate::arch::{Mask, Operand, VisionTower};
+use super::sizes::Sizes;
+use super::{Selector, TokenMerge};
+use crate::arch::{Mask, VisionTower};
 use crate::ir::{DataType, Patch, Size, ValueId, int};
 
 /// The construction for one tower. Shapes in comments: n images, T tokens with
@@ -9,11 +10,33 @@ use crate::ir::{DataType, Patch, Size, ValueId, int};
 pub(super) struct Build<'a, 'm> {
     pub(super) merge: &'a TokenMerge,
     pub(super) tower: &'a VisionTower,
-    pub(super) budget: MergeBudget,
+    pub(super) sizes: Sizes,
     pub(super) patch: &'a mut Patch<'m>,
+    /// The features of a tower of patch rows as a batch of one, once they are needed.
+    pub(super) features: Option<ValueId>,
+    /// Which of the N tokens the merged ones stand for, in their order (CLS aside):
+    /// int64 `[n, ·]` each. Dominant tokens stand for themselves, contextual ones for
+    /// their anchors.
+    pub(super) stand_for: Vec<ValueId>,
 }
 
-impl Build<'_, '_> {
+impl<'a, 'm> Build<'a, 'm> {
+    pub(super) fn new(
+        merge: &'a TokenMerge,
+        tower: &'a VisionTower,
+        sizes: Sizes,
+        patch: &'a mut Patch<'m>,
+    ) -> Self {
+        Self {
+            merge,
+            tower,
+            sizes,
+            patch,
+            features: None,
+            stand_for: Vec::new(),
+        }
+    }
+
     /// Rows of patch tokens only.
     fn patches_only(&mut self, x: ValueId, axis: i64) -> ValueId {
         if !self.tower.cls {
@@ -23,15 +46,24 @@ impl Build<'_, '_> {
             .slice(x, Size::Known(1), Size::Known(i64::MAX), axis)
     }
 
-    fn in_f32(&mut self, x: ValueId) -> ValueId {
+    pub(super) fn in_f32(&mut self, x: ValueId) -> ValueId {
         if self.tower.dtype == DataType::Float {
             return x;
         }
         self.patch.cast(x, DataType::Float)
     }
 
-    /// A projection as `[n, T, h, d]`, fp32; with `first` only its first token.
-    fn heads(&mut self, operand: &Operand, first: bool) -> ValueId {
+    /// Queries, or keys, as `[n, T, h, d]`, fp32; with `first` only those of the first token.
+    fn heads(&mut self, key: bool, first: bool) -> ValueId {
+        if let Some(rows) = &self.tower.rows {
+            let split = rows.heads(self.patch, self.tower, key);
+            return match rows.dtype {
+                DataType::Float => split,
+                _ => self.patch.cast(split, DataType::Float),
+            };
+        }
+        let site = &self.tower.site;
+        let operand = if key { &site.key } else { &site.query };
         let (projection, done) = operand.build(self.patch, first);
         let tokens = match done {
             true => 1,
@@ -49,10 +81,36 @@ impl Build<'_, '_> {
     pub(super) fn tokens(&mut self) -> ValueId {
         let tower = self.tower;
         self.patch.scope("score");
+        let (k, probabilities, score) = self.received();
+        let mut parts = Vec::new();
+        if self.sizes.cls {
+            parts.push(
+                self.patch
+                    .slice(tower.hidden, Size::Known(0), Size::Known(1), 1),
+            );
+        }
+        let (dominant, pool) = self.select(score);
+        if let Some(dominant) = dominant {
+            self.patch.name_value(dominant, "dominant_indices");
+            self.stand_for.push(dominant);
+            parts.push(self.rows(dominant));
+        }
+        if let Some(pool) = pool {
+            parts.push(self.clusters(k, pool, probabilities).1);
+        }
+        self.patch.scope("gather");
+        let merged = self.patch.concat(&parts, 1);
+        self.patch.name_value(merged, "merged_tokens");
+        merged
+    }
+
+    /// Keys `[n, T, h, d]`, probabilities `[n, h, T, T]` (`[n, h, 1, T]` where the CLS row
+    /// alone is needed), and the score `[n, N]` of each token to choose among.
+    pub(super) fn received(&mut self) -> (ValueId, ValueId, ValueId) {
+        let tower = self.tower;
         let needs_all = !tower.cls || self.merge.selector == Selector::Local;
-        let q = self.heads(&tower.site.query, !needs_all);
-        let k = self.heads(&tower.site.key, false);
-        // [n, h, T, T] or, for the CLS row alone, [n, h, 1, T]
+        let q = self.heads(false, !needs_all);
+        let k = self.heads(true, false);
         let probabilities = self.attention(q, k, needs_all);
         let of_patches = if tower.cls {
             let row = if needs_all {
@@ -69,29 +127,30 @@ impl Build<'_, '_> {
         };
         let score = self.pooled(of_patches, &[]);
         self.patch.name_value(score, "score");
-        let mut parts = Vec::new();
-        if self.budget.cls {
-            parts.push(
-                self.patch
-                    .slice(tower.hidden, Size::Known(0), Size::Known(1), 1),
-            );
+        (k, probabilities, score)
+    }
+
+    /// Anchors `[n, k₂]` and contextual tokens `[n, k₂, D]`, at least one.
+    pub(super) fn clusters(
+        &mut self,
+        k: ValueId,
+        pool: ValueId,
+        probabilities: ValueId,
+    ) -> (ValueId, ValueId) {
+        let fixed = self.sizes.fixed();
+        match (self.merge.selector, fixed) {
+            (Selector::Local, Some(counts)) => self.neighbours(k, pool, probabilities, counts),
+            (Selector::Local, None) => self.neighbours_open(k, pool, probabilities),
+            (_, Some(counts)) => self.assigned(k, pool, counts),
+            (_, None) => self.assigned_open(k, pool),
         }
-        let (dominant, pool) = self.select(score);
-        if let Some(dominant) = dominant {
-            self.patch.name_value(dominant, "dominant_indices");
-            parts.push(self.rows(dominant));
-        }
-        if let Some(pool) = pool {
-            let contextual = match self.merge.selector {
-                Selector::Attention | Selector::Uniform => self.assigned(k, pool),
-                Selector::Local => self.neighbours(k, pool, probabilities),
-            };
-            parts.push(contextual);
-        }
-        self.patch.scope("gather");
-        let merged = self.patch.concat(&parts, 1);
-        self.patch.name_value(merged, "merged_tokens");
-        merged
+    }
+
+    /// Attention received, summed over heads and queries, of each token: `[n, N]`.
+    pub(super) fn received_sum(&mut self, probabilities: ValueId) -> ValueId {
+        let received = self.patch.reduce_sum(probabilities, &[1, 2], false);
+        let received = self.patches_only(received, 1);
+        self.pooled(received, &[])
     }
 
     /// softmax(q · kᵀ · scale, masked as the tower's own): all rows or the CLS row.
@@ -137,34 +196,46 @@ impl Build<'_, '_> {
 
     /// Indices among the patches: dominant `[n, k₁]` ascending, and the residual
     /// tokens that take part `[n, P]`, by falling score or by position.
-    fn select(&mut self, score: ValueId) -> (Option<ValueId>, Option<ValueId>) {
-        let b = self.budget;
+    pub(super) fn select(&mut self, score: ValueId) -> (Option<ValueId>, Option<ValueId>) {
+        let Sizes {
+            dominant,
+            contextual,
+            pool,
+            ..
+        } = self.sizes;
         self.patch.scope("select");
-        let (_, order) = self
-            .patch
-            .top_k(score, Size::Known(b.dominant + b.pool), true);
-        let dominant = (b.dominant > 0).then(|| {
-            let best = self
-                .patch
-                .slice(order, Size::Known(0), Size::Known(b.dominant), 1);
-            self.patch.sort_ascending(best, Size::Known(b.dominant))
+        let both = self.patch.size_add(dominant, pool);
+        let (_, order) = self.patch.top_k(score, both, true);
+        let best = (dominant != Size::Known(0)).then(|| {
+            let best = self.patch.slice(order, Size::Known(0), dominant, 1);
+            match self.tower.rows {
+                // Sorted together with the contextual ones.
+                Some(_) => best,
+                None => self.patch.sort_ascending(best, dominant),
+            }
         });
-        let pool = (b.contextual > 0).then(|| {
-            let (from, to) = (Size::Known(b.dominant), Size::Known(b.dominant + b.pool));
-            let pool = self.patch.slice(order, from, to, 1);
+        let rest = (contextual != Size::Known(0)).then(|| {
+            let rest = match pool {
+                Size::Known(_) => self.patch.slice(order, dominant, both, 1),
+                Size::Value(_) => self.computed_pool(order),
+            };
             match self.merge.selector {
-                Selector::Attention => pool,
+                Selector::Attention => rest,
                 Selector::Uniform | Selector::Local => {
-                    self.patch.sort_ascending(pool, Size::Known(b.pool))
+                    let count = self.pool_size();
+                    self.patch.sort_ascending(rest, count)
                 }
             }
         });
-        (dominant, pool)
+        (best, rest)
     }
 
     /// Mean over the patches of each shuffled token: `[n, patches, …]` →
     /// `[n, N, …]`, `…` being `rest`. Without a shuffle, x itself.
     fn pooled(&mut self, x: ValueId, rest: &[i64]) -> ValueId {
+        if let Some(rows) = &self.tower.rows {
+            return self.merged_mean(x, rows, rest);
+        }
         let Some(shuffle) = &self.tower.shuffle else {
             return x;
         };
@@ -177,7 +248,11 @@ impl Build<'_, '_> {
     }
 
     /// H at patch indices `[n, m]` → `[n, m, D]`.
-    fn rows(&mut self, indices: ValueId) -> ValueId {
+    pub(super) fn rows(&mut self, indices: ValueId) -> ValueId {
+        if self.tower.rows.is_some() {
+            let features = self.features_batch();
+            return self.patch.gather_rows(features, indices);
+        }
         if self.tower.shuffle.is_some() {
             return self.patch.gather_rows(self.tower.entry, indices);
         }
@@ -191,7 +266,7 @@ impl Build<'_, '_> {
     }
 
     /// Key metric of every patch, of unit length: `[n, N, d]`.
-    fn metric(&mut self, k: ValueId) -> ValueId {
+    pub(super) fn metric(&mut self, k: ValueId) -> ValueId {
         let mean = self.patch.reduce("ReduceMean", k, &[2], false);
         let metric = self.patches_only(mean, 1);
         let metric = self.pooled(metric, &[self.tower.head_dim]);
@@ -204,18 +279,23 @@ impl Build<'_, '_> {
     }
 
     /// Each pool member goes to its nearest anchor; H[anchor] + mean of members.
-    fn assigned(&mut self, k: ValueId, pool: ValueId) -> ValueId {
-        let b = self.budget;
+    fn assigned(
+        &mut self,
+        k: ValueId,
+        pool: ValueId,
+        (contextual, size): (i64, i64),
+    ) -> (ValueId, ValueId) {
         self.patch.scope("contextual");
-        let step = (b.pool / b.contextual).max(1);
-        let anchors: Vec<i64> = (0..b.contextual).map(|i| i * step).collect();
-        let members: Vec<i64> = (0..b.pool).filter(|i| !anchors.contains(i)).collect();
+        let step = (size / contextual).max(1);
+        let anchors: Vec<i64> = (0..contextual).map(|i| i * step).collect();
+        let members: Vec<i64> = (0..size).filter(|i| !anchors.contains(i)).collect();
         let at = self.patch.i64s(&anchors);
         let anchor = self.patch.gather(pool, at, 1);
         self.patch.name_value(anchor, "anchor_indices");
+        self.stand_for.push(anchor);
         let anchor_rows = self.rows(anchor);
         if members.is_empty() {
-            return anchor_rows;
+            return (anchor, anchor_rows);
         }
         let at = self.patch.i64s(&members);
         let member = self.patch.gather(pool, at, 1);
@@ -228,7 +308,7 @@ impl Build<'_, '_> {
         let attributes = vec![int("axis", -1), int("keepdims", 0)];
         let nearest = self.patch.op_with("ArgMax", &[similarity], attributes);
         let nearest = self.patch.unsqueeze(nearest, &[1]);
-        let every: Vec<i64> = (0..b.contextual).collect();
+        let every: Vec<i64> = (0..contextual).collect();
         let every = self.patch.i64s(&every);
         let every = self.patch.reshape(every, &[1, -1, 1]);
         let belongs = self.patch.op("Equal", &[nearest, every]);
@@ -242,24 +322,28 @@ impl Build<'_, '_> {
         let mean = self.patch.op("Div", &[sum, count]);
         let anchor_rows = self.in_f32(anchor_rows);
         let token = self.patch.op("Add", &[anchor_rows, mean]);
-        self.in_model_type(token)
+        (anchor, self.in_model_type(token))
     }
 
     /// Anchors by attention received, each averaged with its w nearest.
-    fn neighbours(&mut self, k: ValueId, residual: ValueId, probabilities: ValueId) -> ValueId {
-        let b = self.budget;
+    fn neighbours(
+        &mut self,
+        k: ValueId,
+        residual: ValueId,
+        probabilities: ValueId,
+        (contextual, size): (i64, i64),
+    ) -> (ValueId, ValueId) {
         self.patch.scope("contextual");
-        let received = self.patch.reduce_sum(probabilities, &[1, 2], false);
-        let received = self.patches_only(received, 1);
-        let received = self.pooled(received, &[]);
+        let received = self.received_sum(probabilities);
         let received = self.patch.gather_rows(received, residual);
-        let (_, place) = self.patch.top_k(received, Size::Known(b.contextual), true);
+        let (_, place) = self.patch.top_k(received, Size::Known(contextual), true);
         let anchor = self.patch.gather_rows(residual, place);
         self.patch.name_value(anchor, "anchor_indices");
+        self.stand_for.push(anchor);
         let anchor_rows = self.rows(anchor);
-        let width = self.merge.cluster_width.min(b.pool - 1);
+        let width = self.merge.cluster_width.min(size - 1);
         if width == 0 {
-            return anchor_rows;
+            return (anchor, anchor_rows);
         }
         let metric = self.metric(k);
         let residual_metric = self.patch.gather_rows(metric, residual);
@@ -268,20 +352,20 @@ impl Build<'_, '_> {
         // [n, k₂, M]; an anchor is not its own neighbour.
         let similarity = self.patch.op("MatMul", &[anchor_metric, residual_metric]);
         let own = self.patch.unsqueeze(place, &[2]);
-        let every: Vec<i64> = (0..b.pool).collect();
+        let every: Vec<i64> = (0..size).collect();
         let every = self.patch.i64s(&every);
         let own = self.patch.op("Equal", &[own, every]);
         let below = self.patch.f32(-4.0);
         let similarity = self.patch.op("Where", &[own, below, similarity]);
         let (_, nearest) = self.patch.top_k(similarity, Size::Known(width), true);
-        let flat = self.patch.reshape(nearest, &[0, b.contextual * width]);
+        let flat = self.patch.reshape(nearest, &[0, contextual * width]);
         let neighbour = self.patch.gather_rows(residual, flat);
         let rows = self.rows(neighbour);
         let rows = self.in_f32(rows);
         // D is inferred: the file need not state the tower's width.
         let batch = self.patch.size_of(rows, 0);
         let batch = self.patch.size_value(batch);
-        let rest = self.patch.i64s(&[b.contextual, width, -1]);
+        let rest = self.patch.i64s(&[contextual, width, -1]);
         let shape = self.patch.concat(&[batch, rest], 0);
         let rows = self.patch.op("Reshape", &[rows, shape]);
         let sum = self.patch.reduce_sum(rows, &[2], false);
@@ -289,10 +373,10 @@ impl Build<'_, '_> {
         let sum = self.patch.op("Add", &[sum, anchor_rows]);
         let count = self.patch.f32((width + 1) as f32);
         let token = self.patch.op("Div", &[sum, count]);
-        self.in_model_type(token)
+        (anchor, self.in_model_type(token))
     }
 
-    fn in_model_type(&mut self, x: ValueId) -> ValueId {
+    pub(super) fn in_model_type(&mut self, x: ValueId) -> ValueId {
         if self.tower.dtype == DataType::Float {
             return x;
         }

@@ -27,6 +27,31 @@
 //! K. They are no grid any more, so no newline tokens belong between their rows, and
 //! no padding can be cut off by rows: clients put them one after the other.
 //!
+//! **Towers of patch rows** (Qwen2-VL, Qwen2.5-VL) take the patches of a grid that only the run
+//! tells, and a merger behind them makes one token of each 2×2. What the public code does is
+//! followed, which merges the *features*: the merger's rows, put back into the image's order. So
+//! the merger runs on all of them, other than projectors do.
+//!
+//! ```text
+//!  before:  blocks ─ hidden ─ merger ─ Gather(order) ─▶ features [N, D]
+//!
+//!  after:   blocks ─ hidden ─ merger ─ Gather(order) ─▶ H [N, D] ────────┬───────────┐
+//!             └ q, k of the last attention, behind the rotary embedding  ▼           ▼
+//!               └─▶ score, metric ─ mean of 2×2 ─ Gather(order) ─▶ dominant, contextual
+//!                                                                        └─ by place ┘
+//!                                      features [K, D], kept_token_indices [K] ◀─┘
+//! ```
+//!
+//! Score: as of other towers without CLS, under the mask of the last block. Score and metric are
+//! averaged over each merge group and put into order as the features are. Dominant and contextual
+//! tokens come out together, by ascending place, a contextual token at its anchor's. Counts are
+//! computed in the graph: `dominant` = min(k₁, N), `contextual` = min(k₂, N − k₁); an image with
+//! fewer tokens than the budget keeps all. Several images in one call are one list to the encoder
+//! and are merged as one; for a budget for each, call once for each.
+//! **Placement.** With `placement: decoder` the features keep their number and order (see
+//! [`place`]); the decoder masks the discarded ones in its first layer and drops them
+//! before its second.
+//!
 //! **Masks** that the tower applies (images padded to a common size, position
 //! biases) apply to the scores too.
 //!
@@ -34,16 +59,22 @@
 //! its public implementation, which adds the anchor to the mean.
 
 mod build;
+mod place;
 mod resize;
+mod rows;
+mod sizes;
+
+pub use place::placement_in;
 
 use serde::Deserialize;
 
 use self::build::Build;
 use self::resize::{fixed_length, resize};
+use self::sizes::Sizes;
 use super::recipe::Count;
-use super::{Context, Entry, Pass, PassError, recount};
+use super::{Context, Entry, Pass, PassError, marker, recount, visual_prune};
 use crate::arch::{NoMatch, VisionTower, Vlm};
-use crate::ir::{Patch, PatchPlan};
+use crate::ir::{Model, Patch, PatchPlan};
 
 pub(super) const ENTRY: Entry = Entry {
     name: "token_merge",
@@ -59,6 +90,11 @@ pub(super) const ENTRY: Entry = Entry {
     parse: super::parse::<TokenMerge>,
     keep_everything: "{dominant: 1.0, contextual: 0, cls: drop}",
 };
+
+/// The output of a rewritten encoder of patch rows that says which tokens its features are:
+/// int64 `[merged_tokens]`, the place of each row among the tokens that the unmodified encoder
+/// gives for the call, ascending. Clients need it for positions in the image's grid.
+pub const KEPT_OUTPUT: &str = "kept_token_indices";
 
 /// Which tokens become contextual, and of what they are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
@@ -84,14 +120,14 @@ pub enum Cls {
     Drop,
 }
 
-/// Where the shorter list comes out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
+/// Where discarded tokens leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Placement {
     /// The vision encoder gives fewer features.
-    #[default]
     Encoder,
-    /// The vision encoder gives all features, the decoder drops them.
+    /// The vision encoder gives as many as before, in their places; the decoder drops the
+    /// discarded ones behind its first layer.
     Decoder,
 }
 
@@ -109,12 +145,12 @@ pub struct TokenMerge {
     /// How contextual tokens are made.
     #[serde(default)]
     pub selector: Selector,
-    /// What happens to CLS.
+    /// What happens to CLS. Left out: see [`keeps_cls`](Self::keeps_cls).
     #[serde(default)]
-    pub cls: Cls,
-    /// Where the shorter list comes out.
+    pub cls: Option<Cls>,
+    /// Where discarded tokens leave. Left out: see [`placement_in`].
     #[serde(default)]
-    pub placement: Placement,
+    pub placement: Option<Placement>,
 }
 
 fn default_width() -> i64 {
@@ -143,9 +179,10 @@ impl MergeBudget {
     }
 }
 
-/// The counts for a tower of `patches` patch tokens.
+/// The counts for a tower of `patches` patch tokens; `has_cls`: whether it has a CLS token
+/// that may come out.
 pub fn merge_budget(merge: &TokenMerge, patches: i64, has_cls: bool) -> MergeBudget {
-    let cls = has_cls && merge.cls == Cls::Keep;
+    let cls = has_cls && merge.cls != Some(Cls::Drop);
     let asked = merge.dominant.of(patches) - i64::from(cls);
     let dominant = asked.clamp(0, patches);
     let residual = patches - dominant;
@@ -166,9 +203,137 @@ pub fn merge_budget(merge: &TokenMerge, patches: i64, has_cls: bool) -> MergeBud
 }
 
 impl TokenMerge {
-    /// Tokens that come out of `tower` per image, if their number is fixed.
-    pub fn tokens_out(&self, tower: &VisionTower) -> Option<i64> {
-        Some(merge_budget(self, tower.candidates()?, tower.cls).total())
+    /// Whether CLS goes to the language model: what the recipe says, or, left out, yes,
+    /// unless features stay in their places and there is none for it among them.
+    pub fn keeps_cls(&self, tower: &VisionTower, placement: Placement) -> bool {
+        let place = placement == Placement::Encoder || tower.gives_cls();
+        tower.cls && self.cls.map_or(place, |cls| cls == Cls::Keep)
+    }
+
+    /// The counts for `tower`, where its number of tokens is fixed.
+    pub fn budget(&self, tower: &VisionTower, placement: Placement) -> Option<MergeBudget> {
+        let cls = self.keeps_cls(tower, placement);
+        Some(merge_budget(self, tower.candidates()?, cls))
+    }
+
+    /// Tokens that are left of an image of `tower`, if their number is fixed. They come
+    /// out of it alone, or among the discarded ones.
+    pub fn tokens_left(&self, tower: &VisionTower, placement: Placement) -> Option<i64> {
+        Some(self.budget(tower, placement)?.total())
+    }
+
+    /// What `placement: decoder` needs of the tower and of the decoder.
+    fn requires_placed(&self, vlm: &Vlm, context: &Context) -> Result<(), PassError> {
+        let fail = |problem: String| {
+            Err(PassError::Requires {
+                pass: ENTRY.name,
+                problem,
+            })
+        };
+        if vlm.decoders().next().is_none() {
+            let decoder = |m: &NoMatch| m.looked_for.contains("decoder");
+            return fail(format!(
+                "placement: decoder leaves it to the decoder to drop discarded features, and {}; give the \
+                 whole model directory, or use placement: encoder",
+                vlm.missing("decoder", decoder)
+            ));
+        }
+        for (index, tower) in vlm.towers() {
+            if self.cls == Some(Cls::Keep) && tower.cls && !tower.gives_cls() {
+                return fail(format!(
+                    "{}: with placement: decoder the features keep their places, and the CLS token has none \
+                     among them; use 'cls: drop'",
+                    vlm.parts[index].label()
+                ));
+            }
+        }
+        for (index, decoder) in vlm.decoders() {
+            if decoder.depth() < 2 {
+                return fail(format!(
+                    "{}: placement: decoder drops discarded features behind the first layer, and there is \
+                     only one; use placement: encoder",
+                    vlm.parts[index].label()
+                ));
+            }
+        }
+        visual_prune::requires_rewritable(ENTRY.name, vlm)?;
+        marker::requires(ENTRY.name, vlm, context)
+    }
+
+    /// The embeddings' marks and, where no other pass makes the decoder's patch, that.
+    fn plan_placed(
+        vlm: &Vlm,
+        context: &Context,
+        plans: &mut Vec<(usize, PatchPlan)>,
+    ) -> Result<(), PassError> {
+        let unsupported = |index: usize, problem: String| PassError::Unsupported {
+            pass: ENTRY.name,
+            file: vlm.parts[index].label(),
+            problem,
+        };
+        for (index, embedding) in vlm.embeddings() {
+            let mut patch = Patch::new(&vlm.parts[index].model, ENTRY.name);
+            patch.scope("marker");
+            marker::mark_embedding(&mut patch, embedding).map_err(|p| unsupported(index, p))?;
+            plans.push((index, patch.finish()));
+        }
+        if context.prunes {
+            return Ok(());
+        }
+        for (index, decoder) in vlm.decoders() {
+            let model = &vlm.parts[index].model;
+            let plan = visual_prune::plan_gone(ENTRY.name, model, decoder, context);
+            plans.push((index, plan.map_err(|p| unsupported(index, p))?));
+        }
+        Ok(())
+    }
+
+    /// Whether the merge fits a tower of patch rows.
+    fn fits_rows(
+        &self,
+        model: &Model,
+        tower: &VisionTower,
+        placement: Placement,
+    ) -> Result<(), String> {
+        let features = model.name(tower.features);
+        let ty = model.value(tower.features).ty.as_ref();
+        let rank = ty.and_then(|t| t.shape()).map(<[_]>::len);
+        if let Some(rank) = rank.filter(|rank| *rank != 2) {
+            return Err(format!(
+                "'{features}' has {rank} axes; features of a tower of patch rows are expected as [tokens, width]"
+            ));
+        }
+        let taken = model.find(KEPT_OUTPUT);
+        if let Some(taken) = taken.filter(|_| placement == Placement::Encoder) {
+            return Err(format!(
+                "the merged encoder gives out '{KEPT_OUTPUT}', and the file has a value of that name ({}) already",
+                model
+                    .producer_of(taken)
+                    .map_or_else(|| "an input".into(), |n| model.describe(n))
+            ));
+        }
+        let none = |count: Count| matches!(count, Count::Tokens(0) | Count::Ratio(0.0));
+        let total = self.tokens_left(tower, Placement::Encoder);
+        if total == Some(0) || none(self.dominant) && none(self.contextual) {
+            return Err("dominant and contextual leave no token; keep at least one".into());
+        }
+        Ok(())
+    }
+
+    fn plan_rows(&self, model: &Model, tower: &VisionTower, placement: Placement) -> PatchPlan {
+        let mut patch = Patch::new(model, ENTRY.name);
+        let sizes = rows::sizes(&mut patch, self, tower);
+        let merged = Build::new(self, tower, sizes, &mut patch).in_place();
+        if let Some(output) = tower.features_index {
+            match placement {
+                Placement::Encoder => {
+                    let total = self.tokens_left(tower, placement);
+                    merged.come_out(&mut patch, output, total);
+                }
+                Placement::Decoder => merged.stay(&mut patch, output),
+            }
+        }
+        patch.finish()
     }
 }
 
@@ -181,7 +346,8 @@ impl Pass for TokenMerge {
         self
     }
 
-    fn requires(&self, vlm: &Vlm, _: &Context) -> Result<(), PassError> {
+    fn requires(&self, vlm: &Vlm, context: &Context) -> Result<(), PassError> {
+        let placement = placement_in(self.placement, vlm);
         let fail = |problem: String| {
             Err(PassError::Requires {
                 pass: ENTRY.name,
@@ -194,9 +360,6 @@ impl Pass for TokenMerge {
                 self.cluster_width
             ));
         }
-        if self.placement == Placement::Decoder {
-            return fail("placement: decoder is not available yet; use placement: encoder".into());
-        }
         if vlm.towers().next().is_none() {
             let vision = |m: &NoMatch| m.looked_for.contains("vision");
             let why = vlm.missing("vision tower", vision);
@@ -205,6 +368,12 @@ impl Pass for TokenMerge {
         for (index, tower) in vlm.towers() {
             let file = vlm.parts[index].label();
             let model = &vlm.parts[index].model;
+            if tower.rows.is_some() {
+                if let Err(problem) = self.fits_rows(model, tower, placement) {
+                    return fail(format!("{file}: {problem}"));
+                }
+                continue;
+            }
             let stated = model.value(tower.features).ty.as_ref();
             let stated = stated.and_then(|t| t.shape()).map(<[_]>::len);
             if let Some(rank) = stated.filter(|rank| !(2..=3).contains(rank)) {
@@ -222,7 +391,7 @@ impl Pass for TokenMerge {
                      visual_prune alone works on such models"
                 ));
             }
-            if tower.cls && tower.shuffle.is_some() && self.cls == Cls::Keep {
+            if self.keeps_cls(tower, placement) && tower.shuffle.is_some() {
                 return fail(format!(
                     "{file}: the projector receives tokens that a pixel shuffle made of several patches, so \
                      the CLS token cannot go with them; use 'cls: drop'"
@@ -246,22 +415,26 @@ impl Pass for TokenMerge {
                     vlm.parts[index].model.name(tower.features)
                 ));
             };
-            if tower.cls && self.cls == Cls::Keep && self.dominant.of(patches) < 1 {
+            if self.keeps_cls(tower, placement) && self.dominant.of(patches) < 1 {
                 return fail(format!(
                     "{file}: dominant is 0, but the CLS token counts as dominant; use 1 or more, or 'cls: drop'"
                 ));
             }
-            let budget = merge_budget(self, patches, tower.cls);
+            let budget = merge_budget(self, patches, self.keeps_cls(tower, placement));
             if budget.total() == 0 {
                 return fail(format!(
                     "{file}: dominant and contextual leave no token; keep at least one"
                 ));
             }
         }
-        Ok(())
+        match placement {
+            Placement::Encoder => Ok(()),
+            Placement::Decoder => self.requires_placed(vlm, context),
+        }
     }
 
-    fn plan(&self, vlm: &Vlm, _: &Context) -> Result<Vec<(usize, PatchPlan)>, PassError> {
+    fn plan(&self, vlm: &Vlm, context: &Context) -> Result<Vec<(usize, PatchPlan)>, PassError> {
+        let placement = placement_in(self.placement, vlm);
         let mut plans = Vec::new();
         for (index, tower) in vlm.towers() {
             let part = &vlm.parts[index];
@@ -270,25 +443,31 @@ impl Pass for TokenMerge {
                 file: part.label(),
                 problem,
             };
-            let patches = tower
-                .candidates()
+            if tower.rows.is_some() {
+                plans.push((index, self.plan_rows(&part.model, tower, placement)));
+                continue;
+            }
+            let budget = self
+                .budget(tower, placement)
                 .ok_or_else(|| unsupported("the token count is not fixed".into()))?;
-            let budget = merge_budget(self, patches, tower.cls);
             let mut patch = Patch::new(&part.model, ENTRY.name);
-            let mut build = Build {
-                merge: self,
-                tower,
-                budget,
-                patch: &mut patch,
-            };
+            let sizes = Sizes::known(budget);
+            let mut build = Build::new(self, tower, sizes, &mut patch);
             let merged = build.tokens();
+            let stand_for = build.stand_for;
             patch.rewire_all(tower.entry, merged);
             let embeds = vlm.decoders().find(|(i, _)| *i == index);
             let embeds = embeds.map(|(_, decoder)| decoder.embeds);
             resize(&mut patch, tower, embeds, budget.total()).map_err(unsupported)?;
+            if placement == Placement::Decoder {
+                place::place(&mut patch, tower, budget, &stand_for).map_err(unsupported)?;
+            }
             plans.push((index, patch.finish()));
         }
-        plans.extend(recount::fed_embeddings(self, vlm));
+        match placement {
+            Placement::Encoder => plans.extend(recount::fed_embeddings(self, vlm)),
+            Placement::Decoder => Self::plan_placed(vlm, context, &mut plans)?,
+        }
         Ok(plans)
     }
 
@@ -300,7 +479,10 @@ impl Pass for TokenMerge {
                 None => tower.features,
             };
             let shape = part.model.value(output).ty.as_ref().and_then(|t| t.shape());
-            let want = self.tokens_out(tower);
+            let want = match placement_in(self.placement, vlm) {
+                Placement::Encoder => self.tokens_left(tower, Placement::Encoder),
+                Placement::Decoder => tower.features_per_image(),
+            };
             // The frames of a clip may come out as one list, of any length.
             let joined = |n: i64| want.is_some_and(|w| w > 0 && n % w == 0);
             let found = shape.filter(|s| s.len() == 3).map(|s| s[1].known());
@@ -317,13 +499,25 @@ impl Pass for TokenMerge {
     }
 
     fn summary(&self, vlm: &Vlm) -> String {
+        let placement = placement_in(self.placement, vlm);
         let mut lines: Vec<String> = vlm
             .towers()
             .filter_map(|(_, tower)| {
-                let b = merge_budget(self, tower.candidates()?, tower.cls);
+                if let Some(rows) = tower.rows.as_ref().filter(|_| tower.open()) {
+                    return Some(format!(
+                        "tokens of {} patches each, as many as the run tells → {}, after block {}",
+                        rows.per,
+                        rows::open_summary(self),
+                        tower.layers
+                    ));
+                }
+                let b = self.budget(tower, placement)?;
                 let cls = if b.cls { "CLS + " } else { "" };
                 let kind = match &tower.shuffle {
                     Some(shuffle) => format!("shuffled tokens ({} patches each)", shuffle.per),
+                    None if tower.rows.is_some() => {
+                        format!("tokens of {} patches each", tower.patches_per_token())
+                    }
                     None if tower.video => "patch tokens of each frame".into(),
                     None => "patch tokens".into(),
                 };
@@ -339,6 +533,15 @@ impl Pass for TokenMerge {
             .collect();
         // The precisions of one tower say the same.
         lines.dedup();
+        if placement == Placement::Decoder {
+            let left = vlm.towers().filter_map(|(_, t)| t.features_per_image());
+            let left: Vec<String> = left.map(|n| n.to_string()).collect();
+            lines.push(format!(
+                "{} features come out, in their places; {}",
+                left.first().map_or("as many", String::as_str),
+                visual_prune::gone_summary(vlm)
+            ));
+        }
         lines.join("; ")
     }
 }

@@ -19,9 +19,13 @@
 //! Source: DUET-VLM (arXiv 2602.18846), section on text-to-vision pruning; the
 //! drop schedule is PyramidDrop's.
 
+mod gone;
 mod rank;
 mod rotary;
 mod stage;
+mod types;
+
+pub(super) use gone::{plan as plan_gone, summary as gone_summary};
 
 use serde::Deserialize;
 
@@ -181,6 +185,14 @@ impl VisualPrune {
     }
 }
 
+/// Refuses a directory in which one decoder could be rewritten and another could not.
+pub(super) fn requires_rewritable(pass: &'static str, vlm: &Vlm) -> Result<(), PassError> {
+    match left_behind(vlm) {
+        Some(problem) => Err(PassError::Requires { pass, problem }),
+        None => Ok(()),
+    }
+}
+
 /// A decoder that would stay as it is beside files that change: it would go on
 /// from caches, and read embeddings, that are no longer what it expects.
 fn left_behind(vlm: &Vlm) -> Option<String> {
@@ -229,9 +241,7 @@ impl Pass for VisualPrune {
             let decoder = |m: &NoMatch| m.looked_for.contains("decoder");
             return fail(vlm.missing("decoder", decoder).to_string());
         }
-        if let Some(problem) = left_behind(vlm) {
-            return fail(problem);
-        }
+        requires_rewritable(ENTRY.name, vlm)?;
         for (index, decoder) in vlm.decoders() {
             if let Err(problem) = self.check_decoder(decoder) {
                 return fail(format!("{}: {problem}", vlm.parts[index].label()));
@@ -245,7 +255,9 @@ impl Pass for VisualPrune {
         let channel = |(_, decoder): (usize, &Decoder)| {
             marker::Marker::for_decoder(context.marker, decoder) == marker::Marker::Channel
         };
-        if vlm.decoders().any(channel) {
+        let placed = context.placed(vlm);
+        // The merge has marked what it placed.
+        if vlm.decoders().any(channel) && !placed {
             for (index, tower) in vlm.towers() {
                 let Some(output) = tower.features_index else {
                     continue;
@@ -271,7 +283,12 @@ impl Pass for VisualPrune {
         }
         for (index, decoder) in vlm.decoders() {
             let part = &vlm.parts[index];
-            let plan = stage::plan(self, &part.model, decoder, context);
+            let job = stage::Job {
+                pass: ENTRY.name,
+                prune: self,
+                placed,
+            };
+            let plan = stage::plan(&job, &part.model, decoder, context);
             let plan = plan.map_err(|problem| PassError::Unsupported {
                 pass: ENTRY.name,
                 file: part.label(),

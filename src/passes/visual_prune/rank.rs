@@ -28,6 +28,8 @@ pub(super) struct Ranking<'a, 'm> {
     pub(super) layer: &'a DecoderLayer,
     pub(super) decoder: &'a Decoder,
     pub(super) stage: &'a Stage,
+    /// What the layer would be entered by here, in the order of its boundary.
+    pub(super) entry: &'a [ValueId],
     /// Number of the drop point, from 1.
     pub(super) number: usize,
     /// Which keys an asking token weighs.
@@ -133,8 +135,9 @@ impl Ranking<'_, '_> {
         // reconnected: a new value makes its readers be cloned.
         let targets = [layer.query.value, layer.new_key.value];
         let read = ancestors(self.model, &targets, false);
-        for &value in layer.boundary.iter().filter(|v| read.contains(v)) {
-            let hidden = self.patch.op("Identity", &[value]);
+        let pairs = layer.boundary.iter().zip(self.entry);
+        for (&value, &own) in pairs.filter(|(v, _)| read.contains(v)) {
+            let hidden = self.patch.op("Identity", &[own]);
             subst.insert(value, hidden);
         }
         let mut operands = Vec::new();

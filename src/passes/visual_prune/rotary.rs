@@ -158,25 +158,13 @@ fn floats(p: &mut Patch<'_>, values: &[f32]) -> ValueId {
 }
 
 impl Plan<'_, '_> {
-    /// Layers of a stage.
-    fn layers(&self, number: usize) -> &[DecoderLayer] {
-        let at = |n: usize| self.pass.drops.get(n).map(|d| d.after_layer);
-        let first = number.checked_sub(1).and_then(at).unwrap_or(0);
-        let end = at(number).unwrap_or(self.decoder.depth());
-        &self.decoder.layers[first..end]
-    }
-
     /// With `positions: keep`: the positions that attention operators count for
     /// themselves, as they are before any drop.
     pub(super) fn keep_places(&mut self, stage: &mut Stage) -> Result<(), String> {
         if self.pass.positions_of(self.decoder) != Positions::Keep {
             return Ok(());
         }
-        let behind = self
-            .decoder
-            .layers
-            .iter()
-            .skip(self.pass.drops[0].after_layer);
+        let behind = self.decoder.layers.iter().skip(self.points[0]);
         if let Some(rotary) = behind.filter_map(|l| l.rotary).next() {
             let mut subst = stage.subst.clone();
             stage.rotary = Some(places(self.patch, rotary, &mut subst, stage.length)?);
@@ -187,7 +175,7 @@ impl Plan<'_, '_> {
     /// With `positions: keep`: takes rotary embeddings out of the attention
     /// operators of a stage.
     pub(super) fn unfuse(&mut self, number: usize, stage: &mut Stage) -> Result<(), String> {
-        let layers: Vec<DecoderLayer> = self.layers(number).to_vec();
+        let layers: Vec<DecoderLayer> = self.decoder.layers[self.span(number)].to_vec();
         if self.pass.positions_of(self.decoder) == Positions::Keep {
             self.lengths_from_mask(&layers)?;
         }
@@ -206,7 +194,11 @@ impl Plan<'_, '_> {
                 p.reduce_sum(mask, &[1], false)
             }
             None => {
-                let real = p.cast(stage.real, DataType::Int64);
+                let here = match stage.gone {
+                    Some(gone) => p.op("Or", &[stage.real, gone]),
+                    None => stage.real,
+                };
+                let real = p.cast(here, DataType::Int64);
                 let real = p.reduce_sum(real, &[1], false);
                 p.op("Add", &[real, past])
             }

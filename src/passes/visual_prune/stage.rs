@@ -2,8 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 
+use super::gone;
 use super::rank::Ranking;
-use super::{Drop, SALIENT_MASK_INPUT, TextQueries, VisualPrune, marker};
+use super::{SALIENT_MASK_INPUT, TextQueries, VisualPrune, marker};
 use crate::arch::Decoder;
 use crate::ir::cone::{descendants, descendants_up_to};
 use crate::ir::{
@@ -11,12 +12,11 @@ use crate::ir::{
 };
 use crate::passes::{Context, Positions};
 
-/// Name of the length of past and new tokens, where a file has none for it.
-const TOTAL_LENGTH: &str = "total_sequence_length";
-
 /// What the layers of one stage read. Shapes: b batch, L tokens of the stage
 /// that are processed now, S past + L.
 pub(super) struct Stage {
+    /// What the drop point before it is called; empty before the first.
+    pub(super) label: String,
     /// First layer (from 0).
     pub(super) first: usize,
     /// What enters it, `[b, L, D]` each: a value for each one of the boundary.
@@ -25,8 +25,10 @@ pub(super) struct Stage {
     pub(super) mask: Option<ValueId>,
     /// Token ids `[b, L]`, in a whole model.
     ids: Option<ValueId>,
-    /// Bool `[b, L]`: no padding.
+    /// Bool `[b, L]`: neither padding nor gone.
     pub(super) real: ValueId,
+    /// Bool `[b, L]`: discarded features that are still there (`placement: decoder`).
+    pub(super) gone: Option<ValueId>,
     /// Position ids `[b, L]`, or `[rows, b, L]` where the decoder takes several for
     /// each token.
     positions: Option<ValueId>,
@@ -47,50 +49,83 @@ pub(super) struct Stage {
     pub(super) subst: Substitution,
 }
 
+/// What a decoder patch is to do.
+pub(super) struct Job<'a> {
+    /// The pass that plans it.
+    pub(super) pass: &'static str,
+    /// Ranked drops, and what goes for all drops.
+    pub(super) prune: &'a VisualPrune,
+    /// Whether discarded features come in, to be dropped behind the first layer.
+    pub(super) placed: bool,
+}
+
 /// Plans the whole decoder patch.
 pub(super) fn plan(
-    pass: &VisualPrune,
+    job: &Job<'_>,
     model: &Model,
     decoder: &Decoder,
     context: &Context,
 ) -> Result<PatchPlan, String> {
-    let mut patch = Patch::new(model, super::ENTRY.name);
-    let entry = marker::enter(&mut patch, decoder, context);
-    let cuts = Cuts::of(model, decoder, &pass.drops)?;
+    let mut patch = Patch::new(model, job.pass);
+    let entry = marker::enter(&mut patch, decoder, context, job.placed);
+    let drops = job.prune.drops.iter().map(|d| d.after_layer);
+    let points: Vec<usize> = job
+        .placed
+        .then_some(gone::LAYERS)
+        .into_iter()
+        .chain(drops)
+        .collect();
+    let cuts = Cuts::of(model, decoder, &points)?;
     let mut plan = Plan {
-        pass,
+        pass: job.prune,
         model,
         decoder,
         patch: &mut patch,
+        points,
+        hides: job.placed && gone::hides(decoder),
+        client_mask: None,
         cuts: &cuts,
     };
     plan.inputs()?;
     if entry.embeds != decoder.embeds {
         plan.patch.rewire_all(decoder.embeds, entry.embeds);
     }
-    let mut stages = vec![plan.entry(entry)];
+    let mut stages = vec![plan.entry(entry)?];
     plan.keep_places(&mut stages[0])?;
     let entered = plan.entered(&stages[0]);
-    for (number, drop) in pass.drops.iter().enumerate() {
-        let next = plan.drop(number + 1, drop, &stages[number], entered)?;
+    for number in 0..plan.points.len() {
+        let before = &stages[number];
+        let mut next = match number.checked_sub(usize::from(job.placed)) {
+            None => plan.drop_gone(before),
+            Some(at) => plan.drop(at + 1, job.prune.drops[at].keep, before, &entered)?,
+        };
+        plan.rewire(number + 1, &mut next)?;
+        plan.unfuse(number + 1, &mut next)?;
         stages.push(next);
-        plan.rewire(number + 1, &mut stages[number + 1])?;
-        plan.unfuse(number + 1, &mut stages[number + 1])?;
+    }
+    for (number, stage) in stages.iter().enumerate() {
+        plan.zero_keys(number, stage)?;
     }
     plan.types(&stages);
     Ok(patch.finish())
 }
 
+/// How many tokens of a kind each row had when they entered, int64 `[b]`.
+pub(super) struct Entered {
+    visual: ValueId,
+    gone: Option<ValueId>,
+}
+
 /// Which nodes lie behind which drop point.
-struct Cuts {
+pub(super) struct Cuts {
     /// Values behind each drop point (they nest).
-    behind: Vec<HashSet<ValueId>>,
+    pub(super) behind: Vec<HashSet<ValueId>>,
     /// Values that carry the sequence's data.
     data: HashSet<ValueId>,
 }
 
 impl Cuts {
-    fn of(model: &Model, decoder: &Decoder, drops: &[Drop]) -> Result<Self, String> {
+    fn of(model: &Model, decoder: &Decoder, points: &[usize]) -> Result<Self, String> {
         let mut data = descendants(model, &[decoder.embeds], true);
         if decoder.ids.is_some() {
             // Features that reach later layers by another way than the embeddings.
@@ -108,8 +143,8 @@ impl Cuts {
             data.extend(descendants_up_to(model, &other, &[decoder.embeds], true));
         }
         let mut behind = Vec::new();
-        for drop in drops {
-            let boundary = &decoder.layers[drop.after_layer].boundary;
+        for point in points {
+            let boundary = &decoder.layers[*point].boundary;
             let mut set = descendants(model, boundary, false);
             set.retain(|v| !boundary.contains(v));
             behind.push(set);
@@ -141,7 +176,14 @@ pub(super) struct Plan<'a, 'm> {
     pub(super) model: &'m Model,
     pub(super) decoder: &'a Decoder,
     pub(super) patch: &'a mut Patch<'m>,
-    cuts: &'a Cuts,
+    /// The drop points, by the first layer behind each.
+    pub(super) points: Vec<usize>,
+    /// Whether columns of discarded features are masked.
+    pub(super) hides: bool,
+    /// What the client's mask says of the cache, `[b, past]`, where columns are masked in
+    /// it.
+    pub(super) client_mask: Option<ValueId>,
+    pub(super) cuts: &'a Cuts,
 }
 
 impl Plan<'_, '_> {
@@ -205,8 +247,15 @@ impl Plan<'_, '_> {
         Ok(())
     }
 
+    /// Layers of a stage.
+    pub(super) fn span(&self, number: usize) -> std::ops::Range<usize> {
+        let first = number.checked_sub(1).map_or(0, |n| self.points[n]);
+        let end = self.points.get(number).copied();
+        first..end.unwrap_or(self.decoder.depth())
+    }
+
     /// The stage before the first drop.
-    fn entry(&mut self, entry: marker::Entry) -> Stage {
+    fn entry(&mut self, entry: marker::Entry) -> Result<Stage, String> {
         let decoder = self.decoder;
         let length = self.patch.size_of(decoder.embeds, 1);
         let real = match decoder.attention_mask {
@@ -222,18 +271,34 @@ impl Plan<'_, '_> {
                 self.patch.op("Expand", &[yes, shape])
             }
         };
-        let visual = self.patch.op("And", &[entry.visual, real]);
         let past = marker::past_length(self.patch, decoder, 0);
+        let gone = entry.gone.map(|g| self.patch.op("And", &[g, real]));
+        let mask = match (decoder.attention_mask, gone) {
+            (Some(mask), Some(gone)) if self.hides => Some(self.hide(mask, gone, length, past)?),
+            (mask, _) => mask,
+        };
+        let real = match gone {
+            Some(gone) => {
+                let here = self.patch.op("Not", &[gone]);
+                self.patch.op("And", &[real, here])
+            }
+            None => real,
+        };
+        let visual = self.patch.op("And", &[entry.visual, real]);
         let text = self.text(visual, real);
-        for (value, name) in [(visual, "visual"), (real, "real"), (text, "text")] {
+        let gone_mask = gone.map(|g| (g, "gone"));
+        let masks = [(visual, "visual"), (real, "real"), (text, "text")];
+        for (value, name) in masks.into_iter().chain(gone_mask) {
             self.patch.name_value(value, &format!("entry/{name}_mask"));
         }
         let mut stage = Stage {
+            label: String::new(),
             first: 0,
             hidden: vec![entry.embeds],
-            mask: decoder.attention_mask,
+            mask,
             ids: decoder.ids.map(|i| i.value),
             real,
+            gone,
             positions: decoder.position_ids,
             rotary: None,
             visual,
@@ -244,7 +309,7 @@ impl Plan<'_, '_> {
             subst: HashMap::new(),
         };
         self.roots(0, &mut stage);
-        stage
+        Ok(stage)
     }
 
     /// The last `length` columns of a `[b, S]` tensor.
@@ -277,37 +342,60 @@ impl Plan<'_, '_> {
         }
     }
 
-    /// Visual tokens of each row that entered, int64 `[b]`.
-    fn entered(&mut self, stage: &Stage) -> ValueId {
-        let count = self.patch.cast(stage.visual, DataType::Int64);
+    /// What each row had when it entered.
+    fn entered(&mut self, stage: &Stage) -> Entered {
+        Entered {
+            visual: self.count(stage.visual),
+            gone: stage.gone.map(|g| self.count(g)),
+        }
+    }
+
+    /// Flags `[b, L]` that are set, of each row: int64 `[b]`.
+    pub(super) fn count(&mut self, flags: ValueId) -> ValueId {
+        let count = self.patch.cast(flags, DataType::Int64);
         self.patch.reduce_sum(count, &[1], false)
+    }
+
+    /// What leaves a stage where layer `first` is entered: what its last layer gives, or,
+    /// of a stage without layers, what entered it.
+    pub(super) fn exit(&self, stage: &Stage, first: usize) -> Vec<ValueId> {
+        match stage.first == first {
+            true => stage.hidden.clone(),
+            false => self.decoder.layers[first].boundary.clone(),
+        }
     }
 
     /// Inserts a drop point and returns the stage behind it.
     fn drop(
         &mut self,
         number: usize,
-        drop: &Drop,
+        keep: f64,
         before: &Stage,
-        entered: ValueId,
+        entered: &Entered,
     ) -> Result<Stage, String> {
-        let first = drop.after_layer;
-        let boundary = &self.decoder.layers[first].boundary;
-        self.patch.scope(&format!("drop{number}"));
-        // Each row could lose n − ⌊r·n⌋; all lose the smallest of these.
+        // Gone tokens have a drop point of their own, before the others.
+        let behind = number + usize::from(before.gone.is_some());
+        let first = self.points[behind - 1];
+        let label = format!("drop{number}");
+        self.patch.scope(&label);
+        // Each row could lose n − ⌊r·n⌋, and what is gone; all lose the smallest of these.
         let lost = {
             let p = &mut *self.patch;
-            let double = p.cast(entered, DataType::Double);
-            let ratio = p.constant(crate::ir::Tensor::f64_scalar("", drop.keep));
+            let double = p.cast(entered.visual, DataType::Double);
+            let ratio = p.constant(crate::ir::Tensor::f64_scalar("", keep));
             let kept = p.op("Mul", &[double, ratio]);
             let kept = p.cast(kept, DataType::Int64);
-            let could = p.op("Sub", &[entered, kept]);
+            let mut could = p.op("Sub", &[entered.visual, kept]);
+            if let Some(gone) = entered.gone {
+                could = p.op("Add", &[could, gone]);
+            }
             Size::Value(p.reduce("ReduceMin", could, &[0], true))
         };
         let now = self.patch.size_sub(lost, before.lost);
         let length = self.patch.size_sub(before.length, now);
         let scores = Ranking {
             model: self.model,
+            entry: &self.exit(before, first),
             patch: self.patch,
             layer: &self.decoder.layers[first],
             decoder: self.decoder,
@@ -316,14 +404,35 @@ impl Plan<'_, '_> {
             mask: self.pass.rank_mask,
         }
         .scores()?;
-        // Text and padding always stay: a probability never reaches 2.
+        // Text and padding always stay: a probability never reaches 2. What is gone
+        // leaves first.
         let p = &mut *self.patch;
         let two = p.f32(2.0);
-        let scores = p.op("Where", &[before.visual, scores, two]);
+        let mut scores = p.op("Where", &[before.visual, scores, two]);
+        if let Some(gone) = before.gone {
+            let lowest = p.f32(-1.0);
+            scores = p.op("Where", &[gone, lowest, scores]);
+        }
         let (_, best) = p.top_k(scores, length, true);
         let kept = p.sort_ascending(best, length);
-        p.name_value(kept, &format!("drop{number}/kept_indices"));
-        let hidden: Vec<ValueId> = boundary
+        Ok(self.behind(behind, label, before, kept, (length, lost)))
+    }
+
+    /// Stage `number`, behind a drop point at which the tokens `kept` `[b, length]` of
+    /// `before` stay; `lost` left in this step up to there.
+    pub(super) fn behind(
+        &mut self,
+        number: usize,
+        label: String,
+        before: &Stage,
+        kept: ValueId,
+        (length, lost): (Size, Size),
+    ) -> Stage {
+        let first = self.points[number - 1];
+        let leaving = self.exit(before, first);
+        let p = &mut *self.patch;
+        p.name_value(kept, &format!("{label}/kept_indices"));
+        let hidden: Vec<ValueId> = leaving
             .iter()
             .enumerate()
             .map(|(i, &value)| {
@@ -333,28 +442,36 @@ impl Plan<'_, '_> {
                 } else {
                     format!("hidden_{}", i + 1)
                 };
-                p.name_value(hidden, &format!("drop{number}/{name}"));
+                p.name_value(hidden, &format!("{label}/{name}"));
                 hidden
             })
             .collect();
         let real = p.gather_rows(before.real, kept);
+        let gone = before.gone.map(|g| p.gather_rows(g, kept));
         let visual = p.gather_rows(before.visual, kept);
         let text = p.gather_rows(before.text, kept);
         let past = marker::past_length(p, self.decoder, first);
         let mask = before.mask.map(|mask| {
+            let p = &mut *self.patch;
             if past == Size::Known(0) {
                 return p.gather_rows(mask, kept);
             }
-            // Padding lies on the left and is never dropped, so the first
-            // columns of the past describe a shorter past as well.
             let total = p.size_of(mask, 1);
             let old = p.size_sub(total, before.length);
             let current = p.slice(mask, old, total, 1);
-            let earlier = p.slice(mask, Size::Known(0), old, 1);
-            let earlier = p.slice(earlier, Size::Known(0), past, 1);
             let current = p.gather_rows(current, kept);
-            p.concat(&[earlier, current], 1)
+            let earlier = match self.client_mask {
+                Some(given) => self.hidden_past(given, first, past),
+                None => {
+                    // Padding lies on the left and is never dropped, so the first
+                    // columns of the past describe a shorter past as well.
+                    let earlier = p.slice(mask, Size::Known(0), old, 1);
+                    p.slice(earlier, Size::Known(0), past, 1)
+                }
+            };
+            self.patch.concat(&[earlier, current], 1)
         });
+        let p = &mut *self.patch;
         let ids = before.ids.map(|ids| p.gather_rows(ids, kept));
         let positions = before.positions.map(|positions| {
             let gathered = match self.decoder.position_rows {
@@ -386,11 +503,13 @@ impl Plan<'_, '_> {
             }
         });
         let mut stage = Stage {
+            label,
             first,
             hidden,
             mask,
             ids,
             real,
+            gone,
             positions,
             rotary: before.rotary.map(|r| p.gather_rows(r, kept)),
             visual,
@@ -401,17 +520,13 @@ impl Plan<'_, '_> {
             subst: HashMap::new(),
         };
         self.roots(number, &mut stage);
-        Ok(stage)
+        stage
     }
 
     /// The substituted roots of a stage's prelude.
     fn roots(&self, number: usize, stage: &mut Stage) {
         let decoder = self.decoder;
-        let end = self
-            .pass
-            .drops
-            .get(number)
-            .map_or(decoder.depth(), |d| d.after_layer);
+        let layers = self.span(number);
         let subst = &mut stage.subst;
         if number > 0 {
             // Residual tensors of earlier stages are read for their shape only.
@@ -433,9 +548,7 @@ impl Plan<'_, '_> {
         // Lengths are read off some layer's cache: of this stage.
         let own = decoder.layers[stage.first].past;
         for (index, layer) in decoder.layers.iter().enumerate() {
-            if let (Some(past), Some(own), false) =
-                (layer.past, own, (stage.first..end).contains(&index))
-            {
+            if let (Some(past), Some(own), false) = (layer.past, own, layers.contains(&index)) {
                 subst.insert(past.0, own.0);
                 subst.insert(past.1, own.1);
             }
@@ -481,100 +594,6 @@ impl Plan<'_, '_> {
             ));
         }
         Ok(())
-    }
-
-    /// What a graph that takes a past says to be as long as the new tokens, and is
-    /// longer: mask and caches of the first `layers` layers. Merged exports state
-    /// the lengths of their branch without a past for both. A runtime that plans
-    /// buffers by named lengths gets by with that in one graph and fails in
-    /// another, with more nodes to share buffers between.
-    fn misnamed(&self, layers: usize) -> Vec<ValueId> {
-        let decoder = self.decoder;
-        let dim = |v: ValueId, axis: usize| {
-            let shape = self.model.value(v).ty.as_ref()?.shape()?;
-            shape.get(axis).filter(|d| matches!(d, Dim::Param(_)))
-        };
-        let Some(new) = dim(decoder.embeds, 1) else {
-            return Vec::new();
-        };
-        let first = &decoder.layers[..layers];
-        if first.iter().any(|l| l.past.is_none()) {
-            return Vec::new();
-        }
-        let caches = first.iter().filter_map(|l| l.present);
-        let caches = caches.flat_map(|(key, value)| [(key, 2), (value, 2)]);
-        let mask = decoder.attention_mask.map(|m| (m, 1));
-        let all = caches.chain(mask);
-        all.filter(|(v, axis)| dim(*v, *axis) == Some(new))
-            .map(|(v, _)| v)
-            .collect()
-    }
-
-    /// Brings stated types up to date.
-    fn types(&mut self, stages: &[Stage]) {
-        let model = self.model;
-        let Some(behind) = self.cuts.behind.first() else {
-            return;
-        };
-        for &value in behind {
-            if model.value(value).ty.is_some() && !model.is_output(value) {
-                self.patch.forget_type(value);
-            }
-        }
-        let rename = |patch: &mut Patch<'_>, value: ValueId, axis: usize, name: String| {
-            if let Some(ValueType::Tensor {
-                dtype,
-                shape: Some(dims),
-            }) = &model.value(value).ty
-                && axis < dims.len()
-                // (Logits of the last row only stay one row.)
-                && !matches!(dims[axis], Dim::Known(_))
-            {
-                let mut dims = dims.clone();
-                dims[axis] = Dim::param(name);
-                patch.set_type(value, ValueType::tensor(*dtype, dims));
-            }
-        };
-        for value in self.misnamed(stages.get(1).map_or(self.decoder.depth(), |s| s.first)) {
-            let axis = if Some(value) == self.decoder.attention_mask {
-                1
-            } else {
-                2
-            };
-            rename(self.patch, value, axis, TOTAL_LENGTH.to_owned());
-        }
-        for (number, stage) in stages.iter().enumerate().skip(1) {
-            let end = stages
-                .get(number + 1)
-                .map_or(self.decoder.depth(), |s| s.first);
-            for layer in &self.decoder.layers[stage.first..end] {
-                for value in layer.past.into_iter().flat_map(|(k, v)| [k, v]) {
-                    rename(
-                        self.patch,
-                        value,
-                        2,
-                        format!("past_sequence_length_drop{number}"),
-                    );
-                }
-                for value in layer.present.into_iter().flat_map(|(k, v)| [k, v]) {
-                    rename(
-                        self.patch,
-                        value,
-                        2,
-                        format!("total_sequence_length_drop{number}"),
-                    );
-                }
-            }
-        }
-        let last = stages.len() - 1;
-        if behind.contains(&self.decoder.logits) {
-            rename(
-                self.patch,
-                self.decoder.logits,
-                1,
-                format!("sequence_length_drop{last}"),
-            );
-        }
     }
 }
 

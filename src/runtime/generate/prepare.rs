@@ -173,12 +173,30 @@ impl VlmPipeline {
         messages: &[Message],
         images: &[Pixels],
     ) -> Result<Prepared> {
-        let new = messages.last().map_or(0, Message::images);
-        if new != images.len() {
-            return Err(RuntimeError::Prompt(format!(
-                "the new question mentions {new} images, {} are given",
-                images.len()
-            )));
+        self.prepare_follow_up_with_clips(previous, messages, images, &[])
+    }
+
+    /// The same with clips, see [`take_clip`](Self::take_clip); `clips` are the new question's.
+    ///
+    /// # Errors
+    /// As [`prepare_follow_up`](Self::prepare_follow_up); there are clips and the model sees none.
+    pub fn prepare_follow_up_with_clips(
+        &mut self,
+        previous: &Generation,
+        messages: &[Message],
+        images: &[Pixels],
+        clips: &[Clip],
+    ) -> Result<Prepared> {
+        let last = messages.last();
+        for (what, mentioned, given) in [
+            ("images", last.map_or(0, Message::images), images.len()),
+            ("clips", last.map_or(0, Message::clips), clips.len()),
+        ] {
+            if mentioned != given {
+                return Err(RuntimeError::Prompt(format!(
+                    "the new question mentions {mentioned} {what}, {given} are given"
+                )));
+            }
         }
         let prompt = self.text.render(messages)?;
         let answer = previous.text.trim();
@@ -196,7 +214,7 @@ impl VlmPipeline {
         let question = question.start.max(from) - from..question.end.max(from) - from;
 
         let start = Instant::now();
-        let images = self.see(images)?;
+        let (images, clips) = (self.see(images)?, self.see_clips(clips)?);
         let vision_time = start.elapsed();
         let encoded = self.text.encode_raw(begun, false)?;
         let mut salient = salient_mask(begun, &encoded.offsets, question);
@@ -211,7 +229,7 @@ impl VlmPipeline {
             ids.insert(0, last);
             salient.insert(0, false);
         }
-        self.assemble(prompt, ids, salient, (images, Vec::new()), vision_time)
+        self.assemble(prompt, ids, salient, (images, clips), vision_time)
     }
 
     /// Expands the placeholders, embeds, and puts the features in.

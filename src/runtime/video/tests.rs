@@ -70,6 +70,32 @@ fn a_folder_is_sorted_and_other_files_are_passed_over() {
     unfold(place.path(), |i| format!("{i:03}.PNG"));
     std::fs::write(place.path().join("notes.txt"), "no frame").unwrap();
     assert_eq!(sums(&sample(place.path(), 8).unwrap()), recorded());
+    // As people number them: 10 comes behind 9.
+    let numbered = tempfile::tempdir().unwrap();
+    unfold(numbered.path(), |i| format!("frame {}.png", i + 1));
+    assert_eq!(sums(&sample(numbered.path(), 8).unwrap()), recorded());
+    let mut names = [
+        "b2",
+        "a10b1",
+        "a9",
+        "a09",
+        "a",
+        "a10",
+        "18446744073709551617",
+    ];
+    names.sort_by_key(|name| in_order(name));
+    assert_eq!(
+        names,
+        [
+            "18446744073709551617",
+            "a",
+            "a09",
+            "a9",
+            "a10",
+            "a10b1",
+            "b2"
+        ]
+    );
     // Fewer frames than wanted: some are seen twice.
     let two = tempfile::tempdir().unwrap();
     for name in ["000.PNG", "001.PNG"] {
@@ -91,6 +117,10 @@ fn what_is_no_clip_is_refused() {
         let said = refused(&file);
         assert!(said.contains("clip.gif") && said.contains(why), "{said}");
     }
+    // A copy that was cut off.
+    let all = std::fs::read(ball()).unwrap();
+    std::fs::write(&file, &all[..all.len() / 2]).unwrap();
+    assert!(refused(&file).contains("damaged or not complete"));
     assert!(refused(&place.path().join("none.mp4")).contains("none.mp4"));
     std::fs::write(&file, "neither a GIF nor a folder").unwrap();
     let said = video(OsStr::new("no-such-ffmpeg"), &file, &eight).unwrap_err();

@@ -403,7 +403,7 @@ pub fn metric(key: ArrayView3<'_, f32>) -> Array2<f32> {
 }
 
 /// Probability mass that each of the T keys gets from the first `queries` queries, over all heads.
-fn attention_mass(input: &MergeInput<'_>, queries: usize) -> Vec<f64> {
+pub(super) fn attention_mass(input: &MergeInput<'_>, queries: usize) -> Vec<f64> {
     let (heads, tokens, _) = input.key.dim();
     let mut mass = vec![0.0; tokens];
     let mut row = vec![0.0; tokens];

@@ -9,6 +9,7 @@
 //! |---|---|---|
 //! | V2V, token merge after the vision encoder | `merge` | [`merge()`] |
 //! | T2V, text-guided pruning inside the decoder | `prune` | [`text_rows`], [`rank`], [`drop_counts`], [`select`], [`renumber`] |
+//! | discarded tokens that the decoder drops | `place` | [`place()`], [`placed_drop_counts`], [`select_placed`] |
 //!
 //! Numbers: inputs are `f32`, every sum runs in `f64` and in index order, scores are rounded to
 //! `f32` and **ranked as `f32`**, because that is the precision in which the graphs rank. Equal
@@ -19,19 +20,23 @@
 
 mod math;
 mod merge;
+mod place;
 mod prune;
 mod rotary;
+mod rows;
 
 pub(in crate::validate) use math::descending as by_score;
 pub use merge::{
     Budget, ClampedBudget, Cls, MergeInput, MergeParams, Merged, Selector, clamp_budget, merge,
     merge_by, merge_selected, merge_shuffled, metric, patch_scores, received_attention,
 };
+pub use place::{place, placed_drop_counts, select_placed};
 pub use prune::{
     Drop, Scaling, Text, average_visual_tokens, carry_rows, check_schedule, drop_counts, rank,
     renumber, select, text_rows, visual_tokens_per_layer,
 };
 pub use rotary::rotate;
+pub use rows::{Placed, at_least_one, mass_of, mass_received, merge_rows};
 
 /// Why the oracle cannot say what a stage must compute.
 ///

@@ -340,7 +340,7 @@ pub fn check_schedule(schedule: &[Drop], layers: usize) -> Result<(), OracleErro
 }
 
 /// `floor(ratio · count)`, the product in double precision.
-fn kept_of(count: usize, ratio: f64) -> usize {
+pub(super) fn kept_of(count: usize, ratio: f64) -> usize {
     (count as f64 * ratio).floor() as usize
 }
 

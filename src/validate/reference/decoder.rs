@@ -20,8 +20,10 @@ pub struct StepIn {
     pub mask: Array2<i64>,
     /// `[rows, b, L]`: one row, or as many as the decoder's position ids have (M-RoPE).
     pub positions: Array3<i64>,
-    /// `[b, L]`.
+    /// `[b, L]`: visual tokens that take part.
     pub visual: Array2<bool>,
+    /// `[b, L]`: visual tokens that the merge discarded and left in their places.
+    pub gone: Array2<bool>,
     /// `[b, L]`, for `text: salient`.
     pub salient: Array2<bool>,
     /// `[b, L]`, for decoders that take token ids too.
@@ -70,6 +72,9 @@ pub struct ReferenceDecoder {
     stages: Vec<Stage>,
     names: Names,
     prune: Option<VisualPrune>,
+    /// Whether discarded tokens come in, to leave before the second layer.
+    placed: bool,
+    positions: Positions,
     dtype: DType,
     /// Inputs that are the same for all stages.
     given: Vec<(String, Value)>,
@@ -115,9 +120,29 @@ impl ReferenceDecoder {
         prune: Option<&VisualPrune>,
         options: &SessionOptions,
     ) -> Result<Self, ValidateError> {
-        let drops: Vec<usize> = prune
-            .map(|p| p.drops.iter().map(|d| d.after_layer).collect())
-            .unwrap_or_default();
+        Self::open_placed(model, decoder, prune, false, options)
+    }
+
+    /// [`open`](Self::open); with `placed`, tokens that a merge discarded come in
+    /// ([`StepIn::gone`]) and leave before the second layer.
+    ///
+    /// # Errors
+    /// The model cannot be cut or opened.
+    pub fn open_placed(
+        model: &Model,
+        decoder: &Decoder,
+        prune: Option<&VisualPrune>,
+        placed: bool,
+        options: &SessionOptions,
+    ) -> Result<Self, ValidateError> {
+        let ranked = prune.into_iter().flat_map(|p| &p.drops);
+        let ranked = ranked.map(|d| d.after_layer);
+        let drops: Vec<usize> = placed.then_some(1).into_iter().chain(ranked).collect();
+        let positions = match (prune, decoder.position_rows) {
+            (Some(prune), _) => prune.positions_of(decoder),
+            (None, Some(_)) => Positions::Keep,
+            (None, None) => Positions::Renumber,
+        };
         let name = |v| model.name(v).to_owned();
         let (mut stages, mut extra, mut probes) = (Vec::new(), Vec::new(), Vec::new());
         for number in 0..=drops.len() {
@@ -140,8 +165,7 @@ impl ReferenceDecoder {
                     };
                     patch.rewire_all(boundary, hidden);
                 }
-                let keep = |p: &VisualPrune| p.positions_of(decoder) == Positions::Keep;
-                if prune.is_some_and(keep) {
+                if positions == Positions::Keep {
                     Turn::inputs(&mut patch, decoder);
                 }
             }
@@ -204,6 +228,8 @@ impl ReferenceDecoder {
             stages,
             names,
             prune: prune.cloned(),
+            placed,
+            positions,
             dtype,
             given: Vec::new(),
         })
@@ -335,7 +361,13 @@ impl ReferenceDecoder {
                 keep: d.keep,
             })
             .collect();
-        let drops = oracle::drop_counts(&entered, &schedule)?;
+        let drops = match self.placed {
+            true => {
+                let gone: Vec<usize> = input.gone.outer_iter().map(count).collect();
+                oracle::placed_drop_counts(&entered, &gone, &schedule)?
+            }
+            false => oracle::drop_counts(&entered, &schedule)?,
+        };
         if state.alone.is_empty() {
             return self.advance(state, input, &drops, choice);
         }
@@ -355,9 +387,19 @@ impl ReferenceDecoder {
         let batch = input.mask.nrows();
         let bools = |row: ndarray::ArrayView1<'_, bool>| row.to_vec();
         let mut visual: Vec<Vec<bool>> = input.visual.outer_iter().map(bools).collect();
+        let mut gone: Vec<Vec<bool>> = input.gone.outer_iter().map(bools).collect();
+        // What no query may see is kept from every layer whose attention takes a mask.
+        let mut mask = input.mask.clone();
+        if self.decoder.hides_columns() {
+            mask.zip_mut_with(&input.gone, |m, gone| *m *= i64::from(!gone));
+        }
+        let taking_part = |mask: &Array2<i64>, row: usize, gone: &[bool]| -> Vec<bool> {
+            let each = mask.row(row).into_iter().zip(gone);
+            each.map(|(m, gone)| *m != 0 && !gone).collect()
+        };
         let mut rows: Vec<Vec<usize>> = Vec::new();
         for (row, row_visual) in visual.iter().enumerate() {
-            let real: Vec<bool> = input.mask.row(row).iter().map(|m| *m != 0).collect();
+            let real = taking_part(&mask, row, &gone[row]);
             let salient = input.salient.row(row).to_vec();
             let text = match self.prune.as_ref().map(|p| p.text) {
                 Some(TextQueries::Last) => Text::Last,
@@ -367,13 +409,9 @@ impl ReferenceDecoder {
             rows.push(oracle::text_rows(row_visual, &real, text)?);
         }
         let mut entry = vec![input.embeds.clone()];
-        let mut mask = input.mask.clone();
         let mut positions = input.positions.clone();
         let mut ids = input.ids.clone();
-        let renumber = self
-            .prune
-            .as_ref()
-            .is_none_or(|p| p.positions_of(&self.decoder) == Positions::Renumber);
+        let renumber = self.positions == Positions::Renumber;
         let unmasked = |p: &VisualPrune| p.rank_mask == RankMask::None;
         let unmasked = self.prune.as_ref().is_some_and(unmasked);
         let mut kept_all = Vec::new();
@@ -388,9 +426,10 @@ impl ReferenceDecoder {
                 .stages
                 .get(number + 1)
                 .map_or(self.depth(), |s| s.first);
-            let past = state.masks[number].ncols();
+            let cached = self.cached(number);
+            let past = state.masks[cached].ncols();
             let full_mask =
-                ndarray::concatenate(Axis(1), &[state.masks[number].view(), mask.view()])
+                ndarray::concatenate(Axis(1), &[state.masks[cached].view(), mask.view()])
                     .map_err(|e| ValidateError::Model(e.to_string()))?;
             let fed = Fed {
                 entry: &entry,
@@ -411,11 +450,15 @@ impl ReferenceDecoder {
                 break;
             }
             let probe = &self.names.probes[number];
-            let hidden: Vec<Array3<f32>> = probe
-                .boundary
-                .iter()
-                .map(|b| array(outputs.get(b)?))
-                .collect::<Result<_, ValidateError>>()?;
+            let hidden: Vec<Array3<f32>> = match first == end {
+                // No layer ran.
+                true => entry.clone(),
+                false => probe
+                    .boundary
+                    .iter()
+                    .map(|b| array(outputs.get(b)?))
+                    .collect::<Result<_, ValidateError>>()?,
+            };
             let operands = Operands {
                 layer: &self.decoder.layers[end],
                 width: self.decoder.head_dim as usize,
@@ -426,8 +469,11 @@ impl ReferenceDecoder {
             let layer = &self.decoder.layers[end];
             let mut kept = Vec::new();
             for row in 0..batch {
-                let real: Vec<bool> = mask.row(row).iter().map(|m| *m != 0).collect();
-                let scores = if visual[row].iter().any(|v| *v) {
+                let real = taking_part(&mask, row, &gone[row]);
+                // Where discarded tokens leave, nothing is ranked.
+                let ranked = !(self.placed && number == 0);
+                let candidates: Vec<bool> = visual[row].iter().map(|v| *v && ranked).collect();
+                let scores = if candidates.iter().any(|v| *v) {
                     #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
                     let scaling = oracle::Scaling {
                         scale: layer.scale as f32,
@@ -439,10 +485,13 @@ impl ReferenceDecoder {
                 } else {
                     Vec::new()
                 };
-                let mut keep = oracle::select(&scores, &visual[row], dropped)?;
+                let mut keep = match self.placed {
+                    true => oracle::select_placed(&scores, &candidates, &gone[row], dropped)?,
+                    false => oracle::select(&scores, &candidates, dropped)?,
+                };
                 let found = choice.and_then(|c| Some((c.kept.get(number)?.get(row)?, c.tolerance)));
                 if let Some((found, tolerance)) = found
-                    && let Some(count) = exchanged(&keep, found, &scores, &visual[row], tolerance)
+                    && let Some(count) = exchanged(&keep, found, &scores, &candidates, tolerance)
                 {
                     near_ties += count;
                     keep.clone_from(found);
@@ -450,9 +499,11 @@ impl ReferenceDecoder {
                 rows[row] = oracle::carry_rows(&rows[row], &keep, &real)?;
                 kept.push(keep);
             }
-            let next_past = state.masks[number + 1].ncols();
+            let next_past = state.masks[self.cached(number + 1)].ncols();
             let earlier = i64::try_from(past - next_past).unwrap_or(0);
-            state.masks[number] = full_mask;
+            if cached == number {
+                state.masks[number] = full_mask;
+            }
             let length = kept[0].len();
             let mut next_mask = Array2::zeros((batch, length));
             let planes = positions.dim().0;
@@ -483,6 +534,7 @@ impl ReferenceDecoder {
                     }
                 }
                 visual[row] = keep.iter().map(|&i| visual[row][i]).collect();
+                gone[row] = keep.iter().map(|&i| gone[row][i]).collect();
             }
             ids = ids.map(|ids| {
                 Array2::from_shape_fn((batch, length), |(row, slot)| ids[[row, kept[row][slot]]])
@@ -504,9 +556,17 @@ impl ReferenceDecoder {
     /// Whether kept positions have to be given to attention operators that would
     /// count for themselves.
     fn turned(&self) -> bool {
-        let keep = |p: &VisualPrune| p.positions_of(&self.decoder) == Positions::Keep;
-        self.prune.as_ref().is_some_and(keep)
+        self.positions == Positions::Keep
+            && self.stages.len() > 1
             && self.decoder.layers.iter().any(|l| l.rotary.is_some())
+    }
+
+    /// The stage whose layers have the cache of a stage: itself, or, if it has no layers
+    /// (drops at the same place), the one behind it.
+    fn cached(&self, number: usize) -> usize {
+        let first = self.stages[number].first;
+        let last = self.stages.iter().rposition(|s| s.first == first);
+        last.unwrap_or(number)
     }
 
     /// Runs the rows of a batch one by one, all losing what the batch does.
@@ -525,6 +585,7 @@ impl ReferenceDecoder {
                 mask: input.mask.slice(s![one.clone(), ..]).to_owned(),
                 positions: input.positions.slice(s![.., one.clone(), ..]).to_owned(),
                 visual: input.visual.slice(s![one.clone(), ..]).to_owned(),
+                gone: input.gone.slice(s![one.clone(), ..]).to_owned(),
                 salient: input.salient.slice(s![one.clone(), ..]).to_owned(),
                 ids: input
                     .ids

@@ -8,7 +8,7 @@ use super::projection::Probes;
 use super::ties::{Ranking, reordered};
 use crate::arch::VisionTower;
 use crate::ir::{DataType, Dim, Model, ValueId, ValueType, extract};
-use crate::passes::{Cls, Count, Selector, TokenMerge};
+use crate::passes::{Count, Placement, Selector, TokenMerge};
 use crate::runtime::{Port, Session, SessionOptions, Tensor, Value, lay_out_pixels, pixel_mask};
 
 /// What the reference gives for a batch of images.
@@ -16,6 +16,8 @@ use crate::runtime::{Port, Session, SessionOptions, Tensor, Value, lay_out_pixel
 pub struct ReferenceFeatures {
     /// One `[K, D]` for each image, `[frames·K, D]` for each clip.
     pub features: Vec<Array2<f32>>,
+    /// Which of these the merge discarded and left in their places, for each image or clip.
+    pub gone: Vec<Vec<bool>>,
     /// What the merge chose, for each image or frame; empty without a merge.
     pub merged: Vec<Merged>,
     /// Tokens that changed places because their scores tie as well as exactly.
@@ -30,6 +32,8 @@ pub struct ReferenceVision {
     names: Names,
     probes: Probes,
     merge: Option<(MergeParams, Session)>,
+    /// Features of an image, where merged ones go to their places among as many.
+    slots: Option<usize>,
     /// Patches of each token that a shuffle makes, by the base graph's own
     /// operators.
     groups: Option<Vec<Vec<usize>>>,
@@ -44,21 +48,24 @@ struct Names {
 }
 
 impl ReferenceVision {
-    /// Opens the base vision encoder for a recipe's merge (`None`: it has none).
+    /// Opens the base vision encoder for a recipe's merge (`None`: it has none), whose
+    /// tokens come out alone or in their places.
     ///
     /// # Errors
     /// The model cannot be opened.
     pub fn open(
         model: &Model,
         tower: &VisionTower,
-        merge: Option<&TokenMerge>,
+        merge: Option<(&TokenMerge, Placement)>,
         options: &SessionOptions,
     ) -> Result<Self, ValidateError> {
+        let placed = merge.filter(|(_, p)| *p == Placement::Decoder);
+        let slots = placed.and_then(|_| usize::try_from(tower.features_per_image()?).ok());
         let (probed, probes) = Probes::new(model, tower, &[tower.hidden, tower.entry])?;
         let session = probe::open(&probed, "reference vision encoder", options)?;
         let merge = match merge {
             None => None,
-            Some(merge) => {
+            Some((merge, placement)) => {
                 let unknown = |rank| vec![Dim::Unknown; rank];
                 let entry = ValueType::tensor(tower.dtype, unknown(3));
                 let projected = projected(model, tower);
@@ -69,7 +76,7 @@ impl ReferenceVision {
                 };
                 let part = extract(model, &[(tower.entry, entry)], &[(projected, features)])?;
                 let projector = probe::open(&part, "reference projector", options)?;
-                Some((params(merge, tower)?, projector))
+                Some((params(merge, placement, tower)?, projector))
             }
         };
         let groups = match &tower.shuffle {
@@ -89,6 +96,7 @@ impl ReferenceVision {
             session,
             probes,
             merge,
+            slots,
         })
     }
 
@@ -131,8 +139,10 @@ impl ReferenceVision {
         let out = self.session.run(&inputs)?;
         let Some((params, projector)) = &mut self.merge else {
             let features = out.get(&self.names.features)?;
+            let features = per_image(features, batch)?;
             return Ok(ReferenceFeatures {
-                features: per_image(features, batch)?,
+                gone: none_gone(&features),
+                features,
                 merged: Vec::new(),
                 near_ties: 0,
             });
@@ -182,12 +192,64 @@ impl ReferenceVision {
         let tokens = tokens.map_err(|e| ValidateError::Model(e.to_string()))?;
         let merged_rows = Tensor::from(tokens).cast_float(out.get(&self.names.hidden)?.dtype())?;
         let projected = projector.run(&[(&self.names.entry, &Value::new(merged_rows)?)])?;
+        let projected = projected.first()?;
+        let (features, gone) = match self.slots {
+            None => {
+                let features = per_image(projected, batch)?;
+                let gone = none_gone(&features);
+                (features, gone)
+            }
+            Some(slots) => {
+                let frames = images / batch.max(1);
+                place(
+                    &self.tower,
+                    per_image(projected, images)?,
+                    &merged,
+                    slots,
+                    frames,
+                )?
+            }
+        };
         Ok(ReferenceFeatures {
-            features: per_image(projected.first()?, batch)?,
+            features,
+            gone,
             merged,
             near_ties,
         })
     }
+}
+
+fn none_gone(features: &[Array2<f32>]) -> Vec<Vec<bool>> {
+    features.iter().map(|f| vec![false; f.nrows()]).collect()
+}
+
+/// Merged features of each image in their places among `slots`, and which places are
+/// empty; `frames` images together are one clip.
+fn place(
+    tower: &VisionTower,
+    features: Vec<Array2<f32>>,
+    merged: &[Merged],
+    slots: usize,
+    frames: usize,
+) -> Result<(Vec<Array2<f32>>, Vec<Vec<bool>>), ValidateError> {
+    let first = usize::from(tower.gives_cls());
+    let mut placed = Vec::new();
+    for (rows, merged) in features.iter().zip(merged) {
+        let tokens = merged.dominant.iter().chain(&merged.anchors);
+        let patches: Vec<usize> = tokens.map(|t| first + t).collect();
+        // CLS, if it came along, is the row that no patch stands for.
+        let cls = (rows.nrows() > patches.len()).then_some(0);
+        let places: Vec<usize> = cls.into_iter().chain(patches).collect();
+        placed.push(oracle::place(rows.view(), &places, slots)?);
+    }
+    let (mut all, mut gone) = (Vec::new(), Vec::new());
+    for clip in placed.chunks(frames.max(1)) {
+        let views: Vec<_> = clip.iter().map(|(rows, _)| rows.view()).collect();
+        let rows = ndarray::concatenate(Axis(0), &views);
+        all.push(rows.map_err(|e| ValidateError::Model(e.to_string()))?);
+        gone.push(clip.iter().flat_map(|(_, empty)| empty.clone()).collect());
+    }
+    Ok((all, gone))
 }
 
 /// Where the projector ends: the features, of clips as they are before their frames are
@@ -208,31 +270,43 @@ fn projected(model: &Model, tower: &VisionTower) -> ValueId {
 /// The oracle's parameters for a recipe's merge on a tower.
 pub(in crate::validate) fn params(
     merge: &TokenMerge,
+    placement: Placement,
     tower: &VisionTower,
 ) -> Result<MergeParams, ValidateError> {
     let patches = tower
         .candidates()
         .and_then(|n| usize::try_from(n).ok())
         .ok_or_else(|| ValidateError::Model("the tower's token count is not fixed".into()))?;
-    let budget = |count: Count| match count {
-        Count::Tokens(n) => oracle::Budget::Count(usize::try_from(n).unwrap_or(0)),
-        Count::Ratio(r) => oracle::Budget::Ratio(r),
-    };
-    let cls = tower.cls.then_some(match merge.cls {
-        Cls::Keep => oracle::Cls::Keep,
-        Cls::Drop => oracle::Cls::Drop,
-    });
+    let cls = tower
+        .cls
+        .then_some(match merge.keeps_cls(tower, placement) {
+            true => oracle::Cls::Keep,
+            false => oracle::Cls::Drop,
+        });
     Ok(MergeParams {
         dominant: budget(merge.dominant).resolve(patches)?,
         contextual: budget(merge.contextual).resolve(patches)?,
         cluster_width: usize::try_from(merge.cluster_width).unwrap_or(1),
-        selector: match merge.selector {
-            Selector::Attention => oracle::Selector::Attention,
-            Selector::Uniform => oracle::Selector::Uniform,
-            Selector::Local => oracle::Selector::Local,
-        },
+        selector: selector(merge.selector),
         cls,
     })
+}
+
+/// A recipe's count in the oracle's words.
+pub(super) fn budget(count: Count) -> oracle::Budget {
+    match count {
+        Count::Tokens(n) => oracle::Budget::Count(usize::try_from(n).unwrap_or(0)),
+        Count::Ratio(r) => oracle::Budget::Ratio(r),
+    }
+}
+
+/// A recipe's selector in the oracle's words.
+pub(super) fn selector(selector: Selector) -> oracle::Selector {
+    match selector {
+        Selector::Attention => oracle::Selector::Attention,
+        Selector::Uniform => oracle::Selector::Uniform,
+        Selector::Local => oracle::Selector::Local,
+    }
 }
 
 /// Runs the base graph's own re-arrangement on the numbers of the patches, digit

@@ -1,0 +1,247 @@
+//! Qwen2.5-VL's vision tower: rows of patches in a grid that only the run tells, merged by counts that the graph
+//! computes.
+//!
+//! The goldens (`models/qwen_vl/goldens/merge.json`) were recorded by an independent implementation in PyTorch, whose
+//! tower is compared with Transformers' own. One file is asked about grids of many sizes, below and above the budget.
+
+mod support;
+
+use std::path::Path;
+
+use duet_onnx::arch::{Role, VisionTower, Vlm};
+use duet_onnx::ir::Model;
+use duet_onnx::passes::{KEPT_OUTPUT, rewrite};
+use duet_onnx::runtime::{Session, Tensor, Value};
+use duet_onnx::validate::scenario::Seeded;
+use serde::Deserialize;
+
+use support::goldens::tensors;
+use support::models::{
+    difference, index_rows, numbers, open, parts_at, probed, recipe, rewritten, root,
+};
+
+/// Largest allowed difference of a feature from PyTorch, in standard deviations.
+const LIMIT: f64 = 1e-4;
+
+const DOMINANT: &str = "duet/token_merge/dominant_indices";
+const ANCHORS: &str = "duet/token_merge/anchor_indices";
+
+#[derive(Deserialize)]
+struct Goldens {
+    pixel_width: usize,
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    name: String,
+    recipe: serde_json::Value,
+    images: Vec<Image>,
+}
+
+#[derive(Deserialize)]
+struct Image {
+    grid: [i64; 3],
+    seed: u64,
+    tokens: usize,
+    dominant: Vec<usize>,
+    anchors: Vec<usize>,
+    kept: Vec<usize>,
+}
+
+fn goldens(name: &str) -> Goldens {
+    let path = root().join(format!("models/qwen_vl/goldens/{name}.json"));
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+fn fixture(name: &str) -> Vlm {
+    parts_at(&root().join("models/qwen_vl/fixtures").join(name))
+}
+
+fn tower(vlm: &Vlm) -> (&Model, &VisionTower) {
+    match &vlm.parts[0].role {
+        Role::Vision(tower) => (&vlm.parts[0].model, tower),
+        Role::Unknown(why) => panic!("not recognised: {why:?}"),
+        other => panic!("recognised as {}", other.name()),
+    }
+}
+
+/// The pixels that the goldens were recorded with: see `pixels` of models/qwen_vl/merge_goldens.py.
+fn pixels(grid: [i64; 3], seed: u64, width: usize) -> Tensor {
+    let rows = usize::try_from(grid.iter().product::<i64>()).expect("a grid");
+    let mut rng = Seeded::new(seed);
+    let data: Vec<f32> = (0..rows * width)
+        .map(|_| (rng.bits() >> 56) as f32 / 64.0 - 2.0)
+        .collect();
+    Tensor::new([rows, width], data).expect("pixels")
+}
+
+/// What an encoder gave for one image.
+struct Found {
+    features: Vec<f32>,
+    rows: usize,
+    kept: Option<Vec<usize>>,
+    dominant: Vec<usize>,
+    anchors: Vec<usize>,
+}
+
+fn run(session: &mut Session, grid: [i64; 3], seed: u64, width: usize) -> Found {
+    let pixels = Value::new(pixels(grid, seed, width)).expect("a value");
+    let thw = Tensor::new([1, 3], grid.to_vec()).expect("a grid");
+    let thw = Value::new(thw).expect("a value");
+    let feed: Vec<(String, &Value)> = session
+        .inputs()
+        .iter()
+        .map(|port| {
+            let float = port.dtype.is_some_and(|d| d.is_float());
+            (port.name.clone(), if float { &pixels } else { &thw })
+        })
+        .collect();
+    let feed: Vec<(&str, &Value)> = feed.iter().map(|(n, v)| (n.as_str(), *v)).collect();
+    let out = session
+        .run(&feed)
+        .unwrap_or_else(|e| panic!("{grid:?}: {e}"));
+    let inside = |name: &str| match out.get(name) {
+        Ok(value) => index_rows(&value.to_tensor().expect("a tensor")).concat(),
+        Err(_) => Vec::new(),
+    };
+    let kept = out.get(KEPT_OUTPUT).ok().map(|value| {
+        let tensor = value.to_tensor().expect("a tensor");
+        let all = tensor.i64s().expect("int64");
+        all.iter()
+            .map(|i| usize::try_from(*i).expect("a place"))
+            .collect()
+    });
+    let features = out.first().expect("features");
+    Found {
+        rows: features.shape()[0],
+        features: numbers(features),
+        kept,
+        dominant: inside(DOMINANT),
+        anchors: inside(ANCHORS),
+    }
+}
+
+/// A merged encoder, opened with a look at what it chooses.
+fn opened(vlm: &Vlm, text: &str) -> Session {
+    let done = rewritten(vlm, text);
+    let (model, _) = (&done.parts[0].model, ());
+    let inside = [DOMINANT.to_owned(), ANCHORS.to_owned()];
+    open(&probed(model, &inside), Path::new("merged"))
+}
+
+/// Every case of a set of goldens through one form.
+fn as_pytorch_has_it(vlm: &Vlm, set: &str) {
+    let goldens = goldens(set);
+    let want = tensors(&root().join(format!("models/qwen_vl/goldens/{set}.safetensors")));
+    for case in &goldens.cases {
+        let mut session = opened(vlm, &case.recipe.to_string());
+        for (i, image) in case.images.iter().enumerate() {
+            let about = format!("{}, {:?}", case.name, image.grid);
+            let found = run(&mut session, image.grid, image.seed, goldens.pixel_width);
+            let kept = found.kept.expect("a list of places");
+            if image.kept.is_empty() {
+                // Ratios of a few tokens that come to none: the rewritten encoder keeps the best.
+                assert_eq!((found.rows, kept.len()), (1, 1), "{about}");
+                continue;
+            }
+            assert_eq!(kept, image.kept, "{about}");
+            let mut dominant = found.dominant;
+            dominant.sort_unstable();
+            assert_eq!(dominant, image.dominant, "{about}");
+            // One is made of what is there where there is none, and left out.
+            let anchors = &found.anchors[..image.anchors.len()];
+            assert_eq!(anchors, image.anchors, "{about}");
+            let want = want[&format!("{}.{i}.features", case.name)]
+                .f32s()
+                .expect("numbers");
+            let apart = difference(&want, &found.features);
+            assert!(apart < LIMIT, "{about}: {apart:.1e}");
+            assert!(found.rows <= image.tokens, "{about}");
+        }
+    }
+}
+
+#[test]
+fn the_merge_is_what_pytorch_has() {
+    as_pytorch_has_it(&fixture("vision-ts-sdpa"), "merge");
+}
+
+#[test]
+fn what_was_recognised_is_said() {
+    let vlm = fixture("vision-ts-sdpa");
+    let (model, tower) = tower(&vlm);
+    let rows = tower.rows.as_ref().expect("rows of patches");
+    assert_eq!(rows.per, 4);
+    assert_eq!(rows.grid.map(|v| model.name(v)), Some("image_grid_thw"));
+    // Blocks 0 and 2 have windows; 1 and 3 do not.
+    assert_eq!((tower.layers, rows.windowed, rows.moves.len()), (4, 2, 1));
+    assert_eq!(
+        (tower.heads, tower.head_dim, tower.width),
+        (2, 16, Some(32))
+    );
+    assert_eq!(
+        (tower.feature_width, tower.tokens, tower.cls),
+        (Some(32), None, false)
+    );
+    assert!(tower.open());
+}
+
+#[test]
+fn every_number_of_tokens_runs() {
+    let vlm = fixture("vision-ts-sdpa");
+    let mut base = open(&vlm.parts[0].model, Path::new("base"));
+    for merge in [
+        "{dominant: 6, contextual: 3}",
+        "{dominant: 0.4, contextual: 0.2}",
+        "{dominant: 0, contextual: 3}",
+        "{dominant: 0.0, contextual: 0.3}",
+        "{dominant: 4, contextual: 5, selector: uniform}",
+        "{dominant: 4, contextual: 2, selector: local}",
+        "{dominant: 0, contextual: 0.34, selector: local, cluster_width: 1}",
+        "{dominant: 1.0, contextual: 0}",
+        "{dominant: 0.1, contextual: 0}",
+    ] {
+        let mut session = opened(&vlm, &format!("version: 1\npasses: [token_merge: {merge}]"));
+        for tokens in 1..=14 {
+            let grid = [1, 2, 2 * tokens];
+            let found = run(&mut session, grid, 3, 96);
+            let kept = found.kept.expect("a list of places");
+            assert!(
+                !kept.is_empty() && kept.len() <= tokens as usize,
+                "{merge}: {tokens}"
+            );
+            assert!(
+                kept.windows(2).all(|w| w[0] < w[1]),
+                "{merge}: {tokens}: {kept:?}"
+            );
+            assert!(
+                kept.iter().all(|k| *k < tokens as usize),
+                "{merge}: {tokens}: {kept:?}"
+            );
+            assert!(
+                found.features.iter().all(|x| x.is_finite()),
+                "{merge}: {tokens}"
+            );
+            if kept.len() == tokens as usize {
+                let plain = run(&mut base, grid, 3, 96);
+                let alone = found.anchors.is_empty() || found.dominant.len() == tokens as usize;
+                if alone {
+                    assert_eq!(plain.features, found.features, "{merge}: {tokens}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let vlm = fixture("vision-ts-sdpa");
+    let refusal = |merge: &str| {
+        let text = format!("version: 1\npasses: [token_merge: {merge}]");
+        let error = rewrite(vlm.clone(), &recipe(&text)).map(|_| ());
+        error.expect_err("a refusal").to_string()
+    };
+    assert!(refusal("{dominant: 0, contextual: 0.0}").contains("leave no token"));
+}
