@@ -316,18 +316,18 @@ fn a_pruned_decoder_answers_as_the_reference_does() {
 fn a_merged_model_answers_as_the_reference_does() {
     let goldens = goldens();
     for (fixture, family) in FIXTURES {
-        let recipe = &goldens.recipes["both"];
         let cases = &goldens.answers[family];
-        reproduces(fixture, cases, recipe, |case| {
-            Some((case.both.as_ref()?, case.both_lengths.clone()?))
-        });
-        let mut later = recipe.clone();
-        later["passes"][0]["token_merge"]["placement"] = json!("decoder");
-        reproduces(fixture, cases, &later, |case| {
-            let mut lengths = case.both_lengths.clone()?;
-            lengths[0] = case.prompt_tokens;
-            Some((case.both.as_ref()?, lengths))
-        });
+        for placement in ["encoder", "decoder"] {
+            let mut recipe = goldens.recipes["both"].clone();
+            recipe["passes"][0]["token_merge"]["placement"] = json!(placement);
+            reproduces(fixture, cases, &recipe, |case| {
+                let mut lengths = case.both_lengths.clone()?;
+                if placement == "decoder" {
+                    lengths[0] = case.prompt_tokens;
+                }
+                Some((case.both.as_ref()?, lengths))
+            });
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use duet_onnx::ir::Model;
 use duet_onnx::passes::{KEPT_OUTPUT, rewrite};
 use duet_onnx::runtime::{Session, Tensor, Value};
 use duet_onnx::validate::scenario::Seeded;
+use duet_onnx::validate::{Options, Report, check};
 use serde::Deserialize;
 
 use support::goldens::tensors;
@@ -230,6 +231,131 @@ fn every_number_of_tokens_runs() {
                 if alone {
                     assert_eq!(plain.features, found.features, "{merge}: {tokens}");
                 }
+            }
+        }
+    }
+}
+
+/// Tower, embedding and decoder of one model.
+fn whole() -> Vlm {
+    let mut vlm = fixture("ts-sdpa");
+    vlm.parts
+        .retain(|part| !matches!(part.role, Role::Vision(_)));
+    vlm.parts.extend(fixture("vision-ts-sdpa").parts);
+    vlm
+}
+
+/// `duet validate` of a rewritten model that may be another one than the recipe makes of `base`.
+fn validated(base: &Vlm, made: &Vlm, text: &str) -> Report {
+    support::models::runtime();
+    let options = Options {
+        session: support::models::options(),
+        seed: 5,
+    };
+    check(base, made, &recipe(text), &options, &mut |_| ())
+        .unwrap_or_else(|e| panic!("{e}\n{text}"))
+}
+
+fn merge_only(merge: &str) -> String {
+    format!("version: 1\npasses: [token_merge: {merge}]")
+}
+
+#[test]
+fn the_tower_alone_validates() {
+    let base = fixture("vision-ts-sdpa");
+    for merge in [
+        "{dominant: 7, contextual: 3}",
+        "{dominant: 0.4, contextual: 0.2}",
+        "{dominant: 6, contextual: 4, selector: uniform}",
+        "{dominant: 5, contextual: 3, selector: local}",
+        "{dominant: 0.3, contextual: 0}",
+        "{dominant: 40, contextual: 9}",
+    ] {
+        let text = merge_only(merge);
+        let report = validated(&base, &rewritten(&base, &text), &text);
+        let failed: Vec<_> = report.findings.iter().filter(|f| !f.passed).collect();
+        assert!(failed.is_empty(), "{merge}: {failed:#?}");
+        assert!(
+            report.findings.iter().any(|f| f.check.contains("tract")),
+            "{merge}"
+        );
+    }
+}
+
+#[test]
+fn the_whole_model_validates() {
+    let base = whole();
+    let prune =
+        "visual_prune: {drops: [{after_layer: 1, keep: 0.6}, {after_layer: 3, keep: 0.25}]}";
+    for (merge, more) in [
+        ("{dominant: 7, contextual: 3, placement: encoder}", ""),
+        (
+            "{dominant: 0.4, contextual: 0.2, placement: encoder}",
+            prune,
+        ),
+        ("{dominant: 7, contextual: 3}", prune),
+        ("{dominant: 5, contextual: 2, selector: local}", ""),
+    ] {
+        let text = format!("version: 1\npasses: [token_merge: {merge}, {more}]");
+        let text = text.replace(", ]", "]");
+        let report = validated(&base, &rewritten(&base, &text), &text);
+        let failed: Vec<_> = report.findings.iter().filter(|f| !f.passed).collect();
+        assert!(failed.is_empty(), "{text}: {failed:#?}");
+        assert!(report.findings.len() > 12, "{text}: {report:?}");
+    }
+}
+
+/// A tower that was recognised wrongly gives another model, and the validation says so.
+#[test]
+fn what_is_recognised_wrongly_fails() {
+    let base = fixture("vision-ts-sdpa");
+    let text = merge_only("{dominant: 5, contextual: 3}");
+    let broken: [(&str, fn(&mut VisionTower)); 4] = [
+        ("order", |t| t.rows.as_mut().expect("rows").moves.clear()),
+        ("mask", |t| t.site.masks.clear()),
+        ("scale", |t| t.site.post_scale *= -1.0),
+        ("keys", |t| {
+            let rows = t.rows.as_mut().expect("rows");
+            rows.key = rows.query.clone();
+        }),
+    ];
+    for (what, break_it) in broken {
+        let mut other = base.clone();
+        let Role::Vision(tower) = &mut other.parts[0].role else {
+            panic!("a tower");
+        };
+        break_it(tower);
+        let made = rewritten(&other, &text);
+        let report = validated(&base, &made, &text);
+        // Beside the structure, which compares bytes, what both compute.
+        let numbers = report.findings.iter().filter(|f| f.check.contains("image"));
+        assert!(numbers.into_iter().any(|f| !f.passed), "{what}: {report:?}");
+    }
+}
+
+#[test]
+fn the_features_stay_in_their_places_for_the_decoder() {
+    let base = whole();
+    let text = merge_only("{dominant: 5, contextual: 2}");
+    let done = rewritten(&base, &text);
+    let at = done.towers().next().expect("a tower").0;
+    let mut placed = open(&done.parts[at].model, Path::new("placed"));
+    let alone = fixture("vision-ts-sdpa");
+    let mut fewer = opened(&alone, &text);
+    for grid in [[1, 8, 8], [1, 2, 6], [2, 6, 10]] {
+        let (all, few) = (run(&mut placed, grid, 9, 96), run(&mut fewer, grid, 9, 96));
+        let tokens = usize::try_from(grid.iter().product::<i64>() / 4).expect("a count");
+        assert_eq!((all.rows, all.kept), (tokens, None));
+        let kept = few.kept.expect("places");
+        let wide = all.features.len() / tokens;
+        for (place, row) in all.features.chunks(wide).enumerate() {
+            let (row, mark) = row.split_at(wide - 1);
+            match kept.binary_search(&place) {
+                Ok(at) => {
+                    assert_eq!(mark, [1.0]);
+                    assert_eq!(row, &few.features[at * (wide - 1)..][..wide - 1]);
+                }
+                Err(_) => assert!(mark == [2.0] && row.iter().all(|x| *x == 0.0)),
             }
         }
     }

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{Global, ModelArgument, Outcome, counts, family, load, print_json, style};
-use crate::arch::{Decoder, FileSet, Part, Role, VisionTower, Vlm};
+use crate::arch::{Decoder, FileSet, Part, PatchRows, Role, VisionTower, Vlm};
 use crate::ir::{Model, TensorData};
 use crate::onnx::ModelDir;
 use crate::passes::earlier_recipe;
@@ -193,9 +193,15 @@ fn tower(model: &Model, t: &VisionTower) -> Value {
         "cls": t.cls,
         "cls_dropped_before_projector": t.cls && t.entry != t.hidden,
         "patches": t.patches(),
-        "patches_per_token": t.shuffle.as_ref().map_or(1, |s| s.per),
+        "patches_per_token": t.patches_per_token(),
         "features_per_image": t.features_per_image(),
-        "input": if t.video { "clips" } else { "images" },
+        "input": match (&t.rows, t.video) {
+            (Some(_), _) => "patches",
+            (None, true) => "clips",
+            (None, false) => "images",
+        },
+        "grid": t.rows.as_ref().and_then(|r| r.grid).map(|v| model.name(v)),
+        "blocks_with_windows": t.rows.as_ref().map(|r| r.windowed),
         "frames": t.frames,
         "feature_width": t.feature_width,
         "dtype": t.dtype.to_string(),
@@ -224,9 +230,9 @@ fn decoder(model: &Model, d: &Decoder) -> Value {
 
 /// Where a merge takes its tokens from.
 fn merge_point(tower: &crate::arch::VisionTower) -> crate::ir::ValueId {
-    match tower.shuffle {
-        Some(_) => tower.entry,
-        None => tower.hidden,
+    match (&tower.shuffle, &tower.rows) {
+        (None, None) => tower.hidden,
+        _ => tower.entry,
     }
 }
 
@@ -352,6 +358,11 @@ fn print_tower(model: &Model, t: &VisionTower) {
         t.head_dim,
         t.dtype
     );
+    if let Some(rows) = &t.rows {
+        print_rows(model, t, rows);
+        anstream::println!("  merge at   {}", model.name(merge_point(t)));
+        return;
+    }
     let shuffled = t.shuffle.as_ref().map_or(String::new(), |s| {
         format!(", {} in a token (pixel shuffle)", s.per)
     });
@@ -368,6 +379,42 @@ fn print_tower(model: &Model, t: &VisionTower) {
         anstream::println!("  clips      {frames} of frames, each merged alone");
     }
     anstream::println!("  merge at   {}", model.name(merge_point(t)));
+}
+
+/// What a tower takes and gives that gets patches in a grid.
+fn print_rows(model: &Model, t: &VisionTower, rows: &PatchRows) {
+    let grid = match rows.grid {
+        Some(grid) => format!("in the grid '{}'", model.name(grid)),
+        None => "of one grid, which the file is made for".into(),
+    };
+    anstream::println!(
+        "  input      rows of patches '{}' {grid}",
+        model.name(t.pixels)
+    );
+    let count =
+        |known: Option<i64>| known.map_or("as many as the run tells".into(), |n| n.to_string());
+    anstream::println!(
+        "  tokens     groups of {} consecutive patches (merger); patches: {}",
+        rows.per,
+        count(t.tokens)
+    );
+    let attention = match rows.windowed {
+        0 => "all blocks see the same keys".to_owned(),
+        n => format!(
+            "{n} of {} blocks see other keys than the last one does (windows)",
+            t.layers
+        ),
+    };
+    anstream::println!("  attention  {attention}");
+    let order = match rows.moves.is_empty() {
+        true => "",
+        false => ", put back from the order of windows",
+    };
+    anstream::println!(
+        "  features   {} × {}{order}",
+        t.candidates().map_or("N".into(), |n| n.to_string()),
+        optional(t.feature_width)
+    );
 }
 
 fn print_decoder(model: &Model, d: &Decoder) {
