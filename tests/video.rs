@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use duet_onnx::arch::{Kind, Role, Vlm};
 use duet_onnx::onnx::read;
 use duet_onnx::runtime::{
-    ClipEncoder, Embedder, GenerateOptions, Message, StepInput, Tensor, Token, Value,
+    Clip, ClipEncoder, Embedder, GenerateOptions, Message, StepInput, Tensor, Token, Value,
     VisionEncoder, VlmFiles, VlmPipeline, scatter, video,
 };
 use duet_onnx::validate::scenario::Seeded;

@@ -6,7 +6,9 @@ Writes OUT/answers.json and OUT/patches.safetensors:
 
 - `answers`: the greedy answers of Transformers' own `generate` to chats, prepared by its own processor; `halved`
   are those to the first picture's chat if of every picture only the tokens at even places are there, with the
-  positions that they have in the whole grid; `pruned` those of the reference with a recipe;
+  positions that they have in the whole grid; `pruned` and `both` those of the reference with the recipes of that
+  name, which prune, and merge and prune;
+- `clips`: the same for a clip, `video_llava/images/ball.gif`, of which two frames of each second are taken;
 - `pictures`: rows of patches and grids that its image processor (the one with Pillow) makes of pictures of several
   shapes; the tensors hold them before rescaling and normalising, as bytes;
 - `sizes`: what `smart_resize` makes of heights and widths.
@@ -35,6 +37,7 @@ sys.path.insert(1, str(Path(__file__).parents[1]))
 from reference.decoder import entry  # noqa: E402
 from reference.families import Family  # noqa: E402
 from reference.order import Margins  # noqa: E402
+from reference.qwen_tower import look, merge_grid  # noqa: E402
 from reference.recipe import parse  # noqa: E402
 
 shared = sibling("goldens")
@@ -42,12 +45,14 @@ MEAN, STD = shared.inputs.MEAN, shared.inputs.STD
 
 GOLDENS = Path(__file__).parent / "goldens"
 IMAGES = LLAVA / "images"
+CLIP = LLAVA.parent / "video_llava" / "images" / "ball.gif"
 NEW = 16
 # For the models of both families, which have three layers at least.
-PRUNE = {
-    "version": 1,
-    "passes": [{"visual_prune": {"drops": [{"after_layer": 1, "keep": 0.5}, {"after_layer": 2, "keep": 0.2}]}}],
-    "marker": "input",
+DROPS = {"visual_prune": {"drops": [{"after_layer": 1, "keep": 0.5}, {"after_layer": 2, "keep": 0.2}]}}
+MERGE = {"token_merge": {"dominant": 14, "contextual": 4}}
+RECIPES = {
+    "pruned": {"version": 1, "passes": [DROPS], "marker": "input"},
+    "both": {"version": 1, "passes": [MERGE, DROPS]},
 }
 FIRST, SECOND = "What colour is the largest shape?", "How many people stand with the dog near the water?"
 # Pictures and question, and the question of a second turn.
@@ -140,11 +145,23 @@ def halved(net, inputs: dict, places: bool = True) -> list[int]:
     return answer
 
 
-def pruned(net, inputs: dict) -> tuple[list[int], list[int], float]:
-    """The reference's greedy answer with PRUNE, the cache lengths behind the prompt, and the smallest margin."""
+def rewritten(net, inputs: dict, recipe: dict) -> tuple[list[int], list[int], float]:
+    """The reference's greedy answer with `recipe`, the cache lengths behind the prompt, and the smallest margin."""
     embeds, visual, rope = embedded(net, inputs)
-    _, prune = parse(PRUNE)
-    decoder, margins, past, answer, lengths = Family(net, prune), Margins(), None, [], []
+    to, prune = parse(recipe)
+    margins, past, answer, lengths = Margins(), None, [], []
+    if to is not None:
+        left, features, first = ~visual[0], [], 0
+        places = visual[0].nonzero().flatten()
+        for grid in inputs["image_grid_thw"].tolist():
+            patches = int(np.prod(grid))
+            got = merge_grid(look(net, inputs["pixel_values"][first : first + patches], tuple(grid)), to, margins)
+            left[places[first // 4 + torch.tensor(got.kept)]] = True
+            features.append(got.features)
+            first += patches
+        embeds, visual, rope = embeds[:, left], visual[:, left], rope[:, :, left]
+        embeds[visual] = torch.cat(features)
+    decoder = Family(net, prune)
     for _ in range(NEW):
         real = torch.ones(embeds.shape[:2], dtype=torch.bool)
         result = decoder.run(entry(embeds, real, visual, rope.permute(1, 2, 0), prune), past, margins)
@@ -183,9 +200,10 @@ def answers(name: str) -> list[dict]:
             fact["halved"] = halved(net, inputs)
             if fact["halved"] in (fact["tokens"], halved(net, inputs, places=False)):
                 raise RuntimeError(f"{key}: half the tokens, or their places, change nothing")
-            fact["pruned"], fact["pruned_lengths"], margin = pruned(build.model(name), inputs)
-            if margin < shared.MARGIN:
-                raise RuntimeError(f"{key}: a choice was made by {margin:.1e}")
+            for kind, recipe in RECIPES.items():
+                fact[kind], fact[f"{kind}_lengths"], margin = rewritten(build.model(name), inputs, recipe)
+                if margin < shared.MARGIN:
+                    raise RuntimeError(f"{key}, {kind}: a choice was made by {margin:.1e}")
         if further is not None:
             if tokens.EOS in fact["tokens"]:
                 raise RuntimeError(f"{key}: the first answer ends; expected one that goes on")
@@ -206,9 +224,55 @@ def answers(name: str) -> list[dict]:
             fact |= {"answer": said, "further": further, "further_tokens": ask(net, inputs)}
         print(f"{name:10} {key:8} {fact['prompt_tokens']:4} tokens: {fact['tokens']}")
         result.append(fact)
-    if all(fact.get("pruned", fact["tokens"]) == fact["tokens"] for fact in result):
-        raise RuntimeError("pruning changes no answer")
+    for kind in RECIPES:
+        if all(fact.get(kind, fact["tokens"]) == fact["tokens"] for fact in result):
+            raise RuntimeError(f"{kind}: no answer changes")
     return result
+
+
+def clip(name: str) -> dict:
+    """The greedy answer to a question about CLIP.
+
+    The processor's part for clips needs torchvision. Here frames are prepared by that for images: of the first
+    frame of a patch the first moment is taken, of the second the second.
+    """
+    net, prepare = build.model(name), processor(name)
+    with Image.open(CLIP) as file:
+        frames, lasting = [], []
+        for index in range(file.n_frames):
+            file.seek(index)
+            frames.append(file.convert("RGB"))
+            lasting.append(file.info["duration"] / 1e3)
+    total, seconds = len(frames), sum(lasting)
+    # Transformers' sample_frames at 2 frames a second.
+    count = int(min(max(seconds * 2, 4), total // 2 * 2)) // 2 * 2
+    chosen = torch.arange(0, total, total / count).int().tolist()
+    made = [prepare.image_processor(frames[i], return_tensors="pt") for i in chosen]
+    _, height, width = made[0]["image_grid_thw"][0].tolist()
+    moments = torch.stack([m["pixel_values"] for m in made]).reshape(count // 2, 2, height * width, 3, 2, -1)
+    # [pair, moment, patch, channel, copy, pixel] -> rows of [channel, moment, pixel], one pair after the other.
+    pixels = moments[:, :, :, :, 0].permute(0, 2, 3, 1, 4).reshape(count // 2 * height * width, -1)
+    grid = [count // 2, height, width]
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": FIRST}]}]
+    prompt = prepare.apply_chat_template(messages, add_generation_prompt=True)
+    ids = []
+    for token in prepare.tokenizer(prompt, add_special_tokens=False).input_ids:
+        ids += [token] * (int(np.prod(grid)) // 4 if token == words.VIDEO_ID else 1)
+    ids = torch.tensor([ids])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": 2 * (ids == words.VIDEO_ID).int(),
+        "pixel_values_videos": pixels,
+        "video_grid_thw": torch.tensor([grid]),
+    }
+    each = 2 * seconds / count
+    if name == "qwen2.5-vl":
+        inputs["second_per_grid_ts"] = torch.tensor([each])
+    fact = {"frames": chosen, "seconds_per_grid": each, "grid": grid, "question": FIRST, "prompt": prompt}
+    fact |= {"prompt_tokens": ids.shape[1], "tokens": ask(net, inputs)}
+    print(f"{name:10} clip     {ids.shape[1]:4} tokens: {fact['tokens']}, {chosen}, {each} s, {grid}")
+    return fact
 
 
 def patches() -> tuple[dict[str, np.ndarray], list[dict]]:
@@ -261,8 +325,10 @@ def main() -> int:
     tensors, pictures = patches()
     shared.inputs.save(tensors, args.out / "patches.safetensors")
     known = {name: answers(name) for name in SIZES}
+    clips = {name: clip(name) for name in SIZES}
     settings = {k: {"image_processor_type": "Qwen2VLImageProcessor", **v} for k, v in SETTINGS.items()}
-    head = {"schema_version": 1, "answers": known, "prune": PRUNE, "settings": settings, "pictures": pictures, "sizes": sizes()}
+    head = {"schema_version": 1, "answers": known, "clips": clips, "recipes": RECIPES}
+    head |= {"settings": settings, "pictures": pictures, "sizes": sizes()}
     (args.out / "answers.json").write_text(shared.compact(head) + "\n", encoding="utf-8")
     return 0
 

@@ -19,7 +19,7 @@ use super::sampling::Sampling;
 use super::session::{Session, SessionOptions};
 use super::text::TextProcessor;
 use super::value::Value;
-use super::video::ClipEncoder;
+use super::video::{ClipEncoder, PatchClips};
 use super::vision::{Embedder, Vision};
 
 pub(super) use prepare::{check_images, question};
@@ -164,6 +164,8 @@ pub struct VlmPipeline {
     merged: bool,
     /// What sees clips, if the model has that.
     pub clips: Option<ClipEncoder>,
+    /// How clips become rows of patches, if the vision encoder takes these.
+    patch_clips: Option<PatchClips>,
 }
 
 impl VlmPipeline {
@@ -210,7 +212,12 @@ impl VlmPipeline {
                 ),
             ));
         }
+        let patch_clips = match vision {
+            Vision::Patches(_) => PatchClips::from_dir(configs)?,
+            Vision::Images(_) => None,
+        };
         Ok(Self {
+            patch_clips,
             packing,
             merged: false,
             vision,

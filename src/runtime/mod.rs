@@ -58,7 +58,7 @@ pub use template::{ChatTemplate, Content, Message, Part};
 pub use tensor::{DType, Tensor, TensorData};
 pub use text::TextProcessor;
 pub use value::Value;
-pub use video::{ClipEncoder, ClipProcessor};
+pub use video::{Clip, ClipEncoder, ClipProcessor, PatchClips};
 pub use vision::{
     Embedder, PatchEncoder, PatchFeatures, Vision, VisionEncoder, lay_out_pixels, pixel_mask,
     scatter,

@@ -1,6 +1,7 @@
 //! A conversation and its images made ready for the decoder.
 
 use std::ops::Range;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ndarray::Array2;
@@ -14,6 +15,7 @@ use crate::runtime::template::Message;
 use crate::runtime::tensor::Tensor;
 use crate::runtime::text::ImageToken;
 use crate::runtime::value::Value;
+use crate::runtime::video::{self, Clip};
 use crate::runtime::vision::{PatchFeatures, Vision, scatter};
 
 impl VlmPipeline {
@@ -62,14 +64,42 @@ impl VlmPipeline {
         Ok(together)
     }
 
-    fn see_clips(&mut self, clips: &[Vec<Pixels>]) -> Result<Vec<Seen>> {
+    /// The frames of a clip that the model is to see; `usual` of them, where neither it nor its configuration says
+    /// how many.
+    ///
+    /// # Errors
+    /// The model sees no clips, or the file cannot be read.
+    pub fn take_clip(&self, path: impl AsRef<Path>, usual: usize) -> Result<Clip> {
+        match (&self.clips, &self.patch_clips) {
+            (Some(encoder), _) => {
+                let frames = encoder.frames(usual);
+                video::take(path, &|total, _| video::even_steps(total, frames))
+            }
+            (None, Some(clips)) => {
+                video::take(path, &|total, seconds| clips.choose(total, seconds))
+            }
+            (None, None) => Err(no_clips()),
+        }
+    }
+
+    fn see_clips(&mut self, clips: &[Clip]) -> Result<Vec<Seen>> {
         if clips.is_empty() {
             return Ok(Vec::new());
         }
-        let encoder = self.clips.as_mut().ok_or_else(|| {
-            RuntimeError::Prompt("the model has no encoder of clips (pixels of rank 5)".into())
-        })?;
-        Ok(encoder.encode(clips)?.into_iter().map(Seen::from).collect())
+        match (&mut self.clips, &self.patch_clips, &mut self.vision) {
+            (Some(encoder), _, _) => {
+                Ok(encoder.encode(clips)?.into_iter().map(Seen::from).collect())
+            }
+            (None, Some(how), Vision::Patches(encoder)) => {
+                let each = clips.iter().map(|clip| {
+                    let mut found = encoder.encode(&how.patches(clip)?)?;
+                    found.block = how.timed(found.block, clip);
+                    Ok(found.into())
+                });
+                each.collect()
+            }
+            _ => Err(no_clips()),
+        }
     }
 
     /// Prepares a conversation for the model's answer. `images` are those of all messages, in order.
@@ -80,7 +110,7 @@ impl VlmPipeline {
         self.prepare_with_clips(messages, images, &[])
     }
 
-    /// The same with clips, each given as its frames; `clips` are those of all messages, in order.
+    /// The same with clips, see [`take_clip`](Self::take_clip); `clips` are those of all messages, in order.
     ///
     /// # Errors
     /// As [`prepare`](Self::prepare); there are clips and the model sees none.
@@ -88,7 +118,7 @@ impl VlmPipeline {
         &mut self,
         messages: &[Message],
         images: &[Pixels],
-        clips: &[Vec<Pixels>],
+        clips: &[Clip],
     ) -> Result<Prepared> {
         check_images(messages, images.len())?;
         let mentioned: usize = messages.iter().map(Message::clips).sum();
@@ -122,7 +152,7 @@ impl VlmPipeline {
         prompt: String,
         question: Range<usize>,
         images: &[Pixels],
-        clips: &[Vec<Pixels>],
+        clips: &[Clip],
     ) -> Result<Prepared> {
         let start = Instant::now();
         let (images, clips) = (self.see(images)?, self.see_clips(clips)?);
@@ -146,7 +176,7 @@ impl VlmPipeline {
         self.prepare_follow_up_with_clips(previous, messages, images, &[])
     }
 
-    /// The same with clips, each given as its frames; `clips` are the new question's.
+    /// The same with clips, see [`take_clip`](Self::take_clip); `clips` are the new question's.
     ///
     /// # Errors
     /// As [`prepare_follow_up`](Self::prepare_follow_up); there are clips and the model sees none.
@@ -155,7 +185,7 @@ impl VlmPipeline {
         previous: &Generation,
         messages: &[Message],
         images: &[Pixels],
-        clips: &[Vec<Pixels>],
+        clips: &[Clip],
     ) -> Result<Prepared> {
         let last = messages.last();
         for (what, mentioned, given) in [
@@ -248,6 +278,14 @@ impl VlmPipeline {
             embed_time: start.elapsed(),
         })
     }
+}
+
+fn no_clips() -> RuntimeError {
+    RuntimeError::Prompt(
+        "the model sees no clips: it has neither an encoder with pixels [clips, frames, 3, height, width] \
+         (pixel_values_videos) nor one of rows of patches; duet inspect lists its files"
+            .into(),
+    )
 }
 
 /// What the encoder made of an image or a clip.

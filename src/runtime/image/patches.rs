@@ -209,6 +209,11 @@ impl ImageProcessor {
         self.patches.is_some()
     }
 
+    /// Frames in a patch, for processors that cut images into rows of patches.
+    pub fn moments(&self) -> Option<usize> {
+        Some(self.patches?.moments)
+    }
+
     /// Rows of patches of an image, or of the frames of a clip.
     ///
     /// # Errors
@@ -236,6 +241,7 @@ mod tests {
     use serde_json::{Value as Json, json};
 
     use super::*;
+    use crate::runtime::test_models::models_dir;
 
     fn processor(config: &Json) -> Result<ImageProcessor> {
         let mut config = config.clone();
@@ -295,9 +301,11 @@ mod tests {
 
     #[test]
     fn bounds_are_read_under_both_names() {
-        let bounds = |config: Json| match processor(&config)?.resize {
-            Some((super::super::Size::Bounded(b), _)) => Ok((b.factor, b.least, b.most)),
-            other => panic!("{other:?}"),
+        let bounds = |config: Json| -> Result<(usize, usize, usize)> {
+            match processor(&config)?.resize {
+                Some((super::super::Size::Bounded(b), _)) => Ok((b.factor, b.least, b.most)),
+                other => panic!("{other:?}"),
+            }
         };
         let read = |config: Json| bounds(config).unwrap();
         assert_eq!(read(json!({})), (28, 3136, 1_003_520));
@@ -320,6 +328,25 @@ mod tests {
                 error.contains("preprocessor_config.json"),
                 "{wrong}: {error}"
             );
+        }
+    }
+
+    /// Transformers' `smart_resize`, recorded by `models/qwen_vl/answers.py`.
+    #[test]
+    fn sizes_are_those_of_transformers() {
+        let path = models_dir().join("../qwen_vl/goldens/answers.json");
+        let text = std::fs::read_to_string(path).unwrap();
+        let goldens: Json = serde_json::from_str(&text).unwrap();
+        let rows: Vec<[usize; 7]> = serde_json::from_value(goldens["sizes"].clone()).unwrap();
+        assert!(rows.len() > 200);
+        for [height, width, factor, least, most, tall, wide] in rows {
+            let bounds = Bounds {
+                factor,
+                least,
+                most,
+            };
+            let found = bounds.of(height, width).unwrap();
+            assert_eq!(found, (tall, wide), "{height}×{width}, {bounds:?}");
         }
     }
 

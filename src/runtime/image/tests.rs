@@ -200,9 +200,9 @@ fn bad_configurations_are_named() {
             .to_string()
     };
     let kind = "image_processor_type";
-    let found = error(json!({kind: "Qwen2VLImageProcessor"}));
+    let found = error(json!({kind: "PixtralImageProcessor"}));
     assert!(
-        found.contains("Qwen2VLImageProcessor") && found.contains("x.json"),
+        found.contains("PixtralImageProcessor") && found.contains("x.json"),
         "{found}"
     );
     assert!(error(json!({})).contains(kind));

@@ -230,3 +230,57 @@ fn indices(value: &Value) -> Result<Vec<usize>> {
         .map(|i| usize::try_from(*i).map_err(|_| wrong()))
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use ndarray::Array2;
+
+    use super::*;
+    use crate::runtime::library::ensure;
+    use crate::runtime::session::SessionOptions;
+    use crate::runtime::test_models::{self as models, Type};
+
+    fn open(dims: &[&str]) -> Session {
+        ensure(&mut |_| ()).unwrap();
+        let model = models::unary("Neg", Type::F32, dims);
+        Session::from_bytes(&model, "vision", &SessionOptions::default()).unwrap()
+    }
+
+    fn patches(count: usize) -> Patches {
+        Patches {
+            values: Array2::zeros((count, 6)),
+            grid: [1, 2, count / 2],
+            merge: 2,
+        }
+    }
+
+    /// A file that was made for one grid takes no other, and a wrong number of features is no answer.
+    #[test]
+    fn counts_that_do_not_fit_are_errors() {
+        let mut fixed = PatchEncoder::new(open(&["8", "6"])).unwrap();
+        let error = fixed.encode(&patches(12)).unwrap_err().to_string();
+        assert!(
+            error.contains("an input of 8 patches, and an image of 12"),
+            "{error}"
+        );
+        // The test model gives a feature for each patch, where there should be one for four.
+        let error = fixed.encode(&patches(8)).unwrap_err().to_string();
+        assert!(
+            error.contains("[2, width]") && error.contains(KEPT),
+            "{error}"
+        );
+        assert_eq!(
+            fixed.run(&patches(8)).unwrap().first().unwrap().shape(),
+            [8, 6]
+        );
+    }
+
+    #[test]
+    fn interfaces_are_told_apart() {
+        assert!(PatchEncoder::fits(&open(&["n", "6"])));
+        let images = open(&["n", "3", "h", "w"]);
+        assert!(!PatchEncoder::fits(&images));
+        let error = PatchEncoder::new(images).unwrap_err().to_string();
+        assert!(error.contains("image_grid_thw"), "{error}");
+    }
+}
