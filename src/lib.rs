@@ -11,6 +11,7 @@
 
 pub mod arch;
 pub mod cli;
+pub mod diff;
 pub mod ir;
 pub mod onnx;
 pub mod passes;

@@ -4,6 +4,7 @@
 //! check that failed, 2 usage or input error.
 
 mod demo;
+mod diff;
 mod family;
 mod inspect;
 mod load;
@@ -68,6 +69,8 @@ enum Command {
     Run(run::Arguments),
     /// Check that a rewritten model computes what its recipe says
     Validate(validate::Arguments),
+    /// Say what changed between two models or model directories
+    Diff(diff::Arguments),
     /// The main job on the model that ships with the project
     Demo(demo::Arguments),
     /// Find or install ONNX Runtime's shared library
@@ -121,6 +124,7 @@ pub fn main() -> ExitCode {
         Command::Rewrite(arguments) => rewrite::run(arguments, global),
         Command::Run(arguments) => run::run(arguments, global),
         Command::Validate(arguments) => validate::run(arguments, global),
+        Command::Diff(arguments) => diff::run(arguments, global),
         Command::Demo(arguments) => demo::run(arguments, global),
         Command::Runtime(arguments) => runtime::run(arguments, global),
     };

@@ -2,6 +2,8 @@
 //!
 //! See [`read`](fn@read) and [`serialize`]; what no pass touched is not moved.
 
+pub mod details;
+
 mod convert;
 mod directory;
 mod error;
