@@ -17,6 +17,8 @@ mod files;
 mod header;
 mod json;
 mod model;
+pub mod policy;
+pub mod render;
 mod report;
 
 use std::path::Path;
@@ -66,6 +68,7 @@ pub fn compare(a: &Path, b: &Path, options: &Options) -> Result<Report, DiffErro
         verdict: Verdict::Identical,
         counts: Default::default(),
         ignored: 0,
+        policy: None,
         files: files::compare(a, b, options)?,
     };
     report.settle();
