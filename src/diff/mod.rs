@@ -20,10 +20,12 @@ mod model;
 pub mod policy;
 pub mod render;
 mod report;
+mod textconv;
 
 use std::path::Path;
 
 pub use error::DiffError;
+pub use textconv::{of_model, textconv};
 pub use report::{
     Change, Class, Context, ContextNode, FileKind, FileReport, Kind, ModelFacts, NodeState, Place,
     Presence, Renames, Report, SCHEMA_VERSION, Spot, StorageNote, Verdict, WeightChange,

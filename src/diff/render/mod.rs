@@ -16,6 +16,7 @@ mod words;
 use super::Report;
 
 pub use words::about;
+pub(super) use words::clean;
 
 /// In what form a report is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

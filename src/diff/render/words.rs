@@ -8,7 +8,7 @@ use crate::diff::report::{
 
 /// Text from a file, safe on one line: characters that break lines, move the
 /// cursor or turn the direction of reading are shown by their number.
-pub(super) fn clean(text: &str) -> String {
+pub(in crate::diff) fn clean(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
