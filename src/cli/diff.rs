@@ -13,7 +13,9 @@ use crate::diff::{Options, compare};
 
 /// Arguments of `duet diff`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Exit codes: 0 the same, or allowed by the policy; 1 different, or denied; 2 usage or input error")]
+#[command(
+    after_help = "Exit codes: 0 the same, or allowed by the policy; 1 different, or denied; 2 usage or input error"
+)]
 pub(super) struct Arguments {
     /// Model file or directory
     a: PathBuf,
@@ -66,7 +68,11 @@ fn tolerance(text: &str) -> Result<f64, String> {
 }
 
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
-    let format = if arguments.json { Format::Json } else { arguments.format };
+    let format = if arguments.json {
+        Format::Json
+    } else {
+        arguments.format
+    };
     // What was asked for is checked before gigabytes are read.
     let policy = arguments.policy.as_deref().map(Policy::read).transpose()?;
     let ignored = arguments.ignore.iter().map(|w| w.trim());
@@ -75,7 +81,9 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     let options = Options {
         rtol: arguments.rtol.unwrap_or_else(|| stated(|p| p.rtol)),
         atol: arguments.atol.unwrap_or_else(|| stated(|p| p.atol)),
-        context: arguments.context.unwrap_or(if format == Format::Html { 2 } else { 0 }),
+        context: arguments
+            .context
+            .unwrap_or(if format == Format::Html { 2 } else { 0 }),
         ..Options::default()
     };
     let mut report = compare(&arguments.a, &arguments.b, &options)?;

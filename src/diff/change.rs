@@ -66,16 +66,23 @@ pub(super) fn short(text: &str) -> String {
 /// Puts changes that say the same together, and orders all by class, keeping
 /// the order in which they were found otherwise.
 pub(super) fn group(found: Vec<Change>) -> Vec<Change> {
-    type Key = (Class, Kind, String, Option<String>, Option<String>);
+    type Key = (Class, Kind, String, [Option<String>; 4]);
     let mut index: HashMap<Key, usize> = HashMap::new();
     let mut all: Vec<Change> = Vec::new();
     for change in found {
+        // A title that was cut does not say all.
+        let cut = change.title.contains('…');
+        let whole = |text: &Option<String>| text.clone().filter(|_| cut);
         let key = (
             change.class,
             change.kind,
             change.title.clone(),
-            change.pass.clone(),
-            change.ignored.clone(),
+            [
+                change.pass.clone(),
+                change.ignored.clone(),
+                whole(&change.before),
+                whole(&change.after),
+            ],
         );
         match index.get(&key) {
             Some(&at) => {

@@ -11,25 +11,42 @@
 //! every attribute, every input, every constant's contents), so that no hash, name
 //! or heuristic can make a changed model equal.
 
+mod annotations;
+mod attributes;
 mod change;
+mod compare;
+mod content;
+mod context;
+mod defaults;
 mod error;
 mod files;
+mod hash;
 mod header;
 mod json;
+mod layers;
+mod matching;
 mod model;
 pub mod policy;
+mod regions;
 pub mod render;
 mod report;
+mod side;
+mod storage;
+mod sweep;
 mod textconv;
+mod weights;
 
 use std::path::Path;
 
+use crate::ir::Model;
+
 pub use error::DiffError;
-pub use textconv::{of_model, textconv};
+pub use model::ModelDiff;
 pub use report::{
     Change, Class, Context, ContextNode, FileKind, FileReport, Kind, ModelFacts, NodeState, Place,
     Presence, Renames, Report, SCHEMA_VERSION, Spot, StorageNote, Verdict, WeightChange,
 };
+pub use textconv::{of_model, textconv};
 
 /// How to compare.
 #[derive(Clone, Debug, PartialEq)]
@@ -75,4 +92,12 @@ pub fn compare(a: &Path, b: &Path, options: &Options) -> Result<Report, DiffErro
     };
     report.settle();
     Ok(report)
+}
+
+/// Compares two models in memory.
+///
+/// # Errors
+/// External data that cannot be read.
+pub fn compare_models(a: &Model, b: &Model, options: &Options) -> Result<ModelDiff, DiffError> {
+    model::models((a, None), (b, None), options)
 }

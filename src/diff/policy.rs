@@ -400,8 +400,7 @@ fn limit(name: &str, value: Option<f64>) -> Result<Option<f64>, DiffError> {
 fn rule(value: Value, number: usize) -> Result<Rule, DiffError> {
     let place = format!("rule {number}");
     check_keys(&value, RULE_KEYS, &place)?;
-    let raw: RawRule =
-        serde_yaml::from_value(value).map_err(|e| bad(format!("{place}: {e}")))?;
+    let raw: RawRule = serde_yaml::from_value(value).map_err(|e| bad(format!("{place}: {e}")))?;
     let (allow, words) = match (&raw.allow, &raw.deny) {
         (Some(words), None) => (true, words.list()),
         (None, Some(words)) => (false, words.list()),
@@ -543,7 +542,10 @@ impl Rule {
             && w.non_finite == 0
             && below(self.max_abs, w.max_abs)
             && below(self.max_relative, relative(w))
-            && below(self.max_share, Some(w.changed as f64 / w.elements.max(1) as f64))
+            && below(
+                self.max_share,
+                Some(w.changed as f64 / w.elements.max(1) as f64),
+            )
     }
 
     fn violation(&self, places: usize) -> Option<String> {
@@ -551,7 +553,14 @@ impl Rule {
             Some(times) if times != places => {
                 let found = match places {
                     0 => "it is not there".into(),
-                    n => format!("found at {}", if n == 1 { "1 place".into() } else { format!("{n} places") }),
+                    n => format!(
+                        "found at {}",
+                        if n == 1 {
+                            "1 place".into()
+                        } else {
+                            format!("{n} places")
+                        }
+                    ),
                 };
                 Some(format!("expected {}, {found}", times_text(times)))
             }

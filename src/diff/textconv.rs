@@ -162,13 +162,19 @@ impl Lines<'_> {
         }
         for (number, bytes) in &remarks.opaque {
             let digest = digest(bytes);
-            self.put(depth, format_args!("field {number}, {} bytes {digest}", bytes.len()));
+            self.put(
+                depth,
+                format_args!("field {number}, {} bytes {digest}", bytes.len()),
+            );
         }
     }
 
     fn typed(&self, value: ValueId) -> String {
         let of = self.model.value(value);
-        let ty = of.ty.as_ref().map_or_else(|| "?".into(), super::header::type_text);
+        let ty = of
+            .ty
+            .as_ref()
+            .map_or_else(|| "?".into(), super::header::type_text);
         format!("{} {}", name(&of.name), clean(&ty))
     }
 
@@ -203,8 +209,10 @@ impl Lines<'_> {
             self.put(depth, format_args!("constant {of} {constant}"));
         }
         for (of, pairs) in &more.quantization {
-            let pairs: Vec<String> =
-                pairs.iter().map(|(k, v)| format!("{}={}", clean(k), name(v))).collect();
+            let pairs: Vec<String> = pairs
+                .iter()
+                .map(|(k, v)| format!("{}={}", clean(k), name(v)))
+                .collect();
             let of = name(of);
             self.put(depth, format_args!("quantization {of} {}", pairs.join(" ")));
         }
@@ -212,7 +220,10 @@ impl Lines<'_> {
             self.node(depth, model.node(id));
         }
         // Types of what is between: apart, so that they hide no change of a node.
-        let inside = graph.nodes.iter().flat_map(|n| model.node(*n).outputs.iter().flatten());
+        let inside = graph
+            .nodes
+            .iter()
+            .flat_map(|n| model.node(*n).outputs.iter().flatten());
         for &value in inside.filter(|v| model.value(**v).ty.is_some()) {
             if !graph.outputs.contains(&value) {
                 let typed = self.typed(value);
@@ -224,7 +235,9 @@ impl Lines<'_> {
 
     fn node(&mut self, depth: usize, node: &Node) {
         let names = |list: &[Option<ValueId>]| {
-            let all = list.iter().map(|v| v.map_or("_".into(), |v| name(self.model.name(v))));
+            let all = list
+                .iter()
+                .map(|v| v.map_or("_".into(), |v| name(self.model.name(v))));
             all.collect::<Vec<String>>().join(", ")
         };
         let domain = match node.domain.as_str() {
@@ -270,11 +283,17 @@ impl Lines<'_> {
             AttrValue::String(s) => text(s),
             AttrValue::Tensor(t) => self.constant(t),
             AttrValue::Floats(l) => {
-                format!("[{}]", l.iter().map(|f| float(*f)).collect::<Vec<_>>().join(", "))
+                format!(
+                    "[{}]",
+                    l.iter().map(|f| float(*f)).collect::<Vec<_>>().join(", ")
+                )
             }
             AttrValue::Ints(l) => format!("{l:?}"),
             AttrValue::Strings(l) => {
-                format!("[{}]", l.iter().map(|s| text(s)).collect::<Vec<_>>().join(", "))
+                format!(
+                    "[{}]",
+                    l.iter().map(|s| text(s)).collect::<Vec<_>>().join(", ")
+                )
             }
             AttrValue::Graph(g) => return self.body(depth, &key, *g),
             AttrValue::Graphs(list) => {
@@ -325,7 +344,10 @@ impl Lines<'_> {
         let head = format!("{}[{}]", tensor.dtype, dims.join(","));
         let bytes = match &tensor.data {
             TensorData::External(at) => {
-                let length = at.length.map_or_else(|| "the end".into(), |l| (at.offset.unwrap_or(0) + l).to_string());
+                let length = at.length.map_or_else(
+                    || "the end".into(),
+                    |l| (at.offset.unwrap_or(0) + l).to_string(),
+                );
                 let start = at.offset.unwrap_or(0);
                 return format!("{head} in {} {start}..{length}", name(&at.location));
             }

@@ -35,8 +35,14 @@ pub(super) fn draw(context: &Context) -> String {
 
 /// Which node gives a name, on one side.
 fn producers(nodes: &[ContextNode]) -> HashMap<&str, usize> {
-    let outputs = nodes.iter().enumerate().flat_map(|(i, n)| n.outputs.iter().map(move |o| (o, i)));
-    outputs.filter(|(o, _)| !o.is_empty()).map(|(o, i)| (o.as_str(), i)).collect()
+    let outputs = nodes
+        .iter()
+        .enumerate()
+        .flat_map(|(i, n)| n.outputs.iter().map(move |o| (o, i)));
+    outputs
+        .filter(|(o, _)| !o.is_empty())
+        .map(|(o, i)| (o.as_str(), i))
+        .collect()
 }
 
 /// Edges from an earlier to a later node.
@@ -44,7 +50,10 @@ fn edges(nodes: &[ContextNode]) -> Vec<(usize, usize)> {
     let of = producers(nodes);
     let mut found = Vec::new();
     for (to, node) in nodes.iter().enumerate() {
-        let from = node.inputs.iter().filter_map(|i| of.get(i.as_str()).copied());
+        let from = node
+            .inputs
+            .iter()
+            .filter_map(|i| of.get(i.as_str()).copied());
         let mut from: Vec<usize> = from.filter(|f| *f < to).collect();
         from.sort_unstable();
         from.dedup();
@@ -60,11 +69,17 @@ fn rows(context: &Context) -> (Vec<usize>, Vec<usize>) {
     let mut rows_a = vec![0; context.a.len()];
     let mut rows_b = vec![0; context.b.len()];
     let place = |nodes: &[ContextNode]| -> HashMap<u32, usize> {
-        nodes.iter().enumerate().filter_map(|(i, n)| Some((n.pair?, i))).collect()
+        nodes
+            .iter()
+            .enumerate()
+            .filter_map(|(i, n)| Some((n.pair?, i)))
+            .collect()
     };
     let (in_a, in_b) = (place(&context.a), place(&context.b));
-    let pairs: Vec<(usize, usize)> =
-        in_a.iter().filter_map(|(pair, a)| Some((*a, *in_b.get(pair)?))).collect();
+    let pairs: Vec<(usize, usize)> = in_a
+        .iter()
+        .filter_map(|(pair, a)| Some((*a, *in_b.get(pair)?)))
+        .collect();
     // Each round moves rows down only; crossed pairs would move for ever.
     for _ in 0..MOST {
         let before = (rows_a.clone(), rows_b.clone());
@@ -106,7 +121,10 @@ fn rows(context: &Context) -> (Vec<usize>, Vec<usize>) {
     used.sort_unstable();
     used.dedup();
     let dense = |row: &usize| used.binary_search(row).unwrap_or(0);
-    (rows_a.iter().map(dense).collect(), rows_b.iter().map(dense).collect())
+    (
+        rows_a.iter().map(dense).collect(),
+        rows_b.iter().map(dense).collect(),
+    )
 }
 
 fn side(title: &str, nodes: &[ContextNode], rows: &[usize], height: usize) -> String {
@@ -121,8 +139,11 @@ fn side(title: &str, nodes: &[ContextNode], rows: &[usize], height: usize) -> St
     let step = (WIDTH + GAP_X) as f64;
     for row in &mut by_row {
         let wish = |i: usize, center: &[f64]| {
-            let above: Vec<f64> =
-                edges.iter().filter(|e| e.1 == i).map(|e| center[e.0]).collect();
+            let above: Vec<f64> = edges
+                .iter()
+                .filter(|e| e.1 == i)
+                .map(|e| center[e.0])
+                .collect();
             let sum: f64 = above.iter().sum();
             if above.is_empty() {
                 widest as f64 * step / 2.0
@@ -165,7 +186,11 @@ fn side(title: &str, nodes: &[ContextNode], rows: &[usize], height: usize) -> St
         let left = cx - WIDTH as f64 / 2.0;
         // A stub where data comes from or goes to what is not drawn.
         if !has_input(i) && node.inputs.iter().any(|n| !n.is_empty()) {
-            let _ = write!(out, "<path class=\"stub\" d=\"M{cx:.0} {:.0}V{top:.0}\"/>", top - 10.0);
+            let _ = write!(
+                out,
+                "<path class=\"stub\" d=\"M{cx:.0} {:.0}V{top:.0}\"/>",
+                top - 10.0
+            );
         }
         if !has_reader(i) {
             let bottom = top + HEIGHT as f64;
@@ -203,7 +228,10 @@ fn side(title: &str, nodes: &[ContextNode], rows: &[usize], height: usize) -> St
 /// What a node is known by.
 fn label(node: &ContextNode) -> &str {
     if node.name.is_empty() {
-        node.outputs.iter().find(|o| !o.is_empty()).map_or("", String::as_str)
+        node.outputs
+            .iter()
+            .find(|o| !o.is_empty())
+            .map_or("", String::as_str)
     } else {
         &node.name
     }

@@ -59,10 +59,15 @@ pub(super) fn render(report: &Report) -> String {
     );
     policy(report, &mut out);
     filter(report, &mut out);
-    let quiet =
-        |f: &&FileReport| f.verdict == Verdict::Identical && f.changes.is_empty() && f.renames.is_empty();
-    let told: Vec<(usize, &FileReport)> =
-        report.files.iter().enumerate().filter(|(_, f)| !quiet(f)).collect();
+    let quiet = |f: &&FileReport| {
+        f.verdict == Verdict::Identical && f.changes.is_empty() && f.renames.is_empty()
+    };
+    let told: Vec<(usize, &FileReport)> = report
+        .files
+        .iter()
+        .enumerate()
+        .filter(|(_, f)| !quiet(f))
+        .collect();
     if report.files.len() > 1 {
         overview(report, &mut out);
     }
@@ -70,7 +75,11 @@ pub(super) fn render(report: &Report) -> String {
     for (i, file) in told {
         self::file(i, file, &mut open, &mut out);
     }
-    let _ = writeln!(out, "<footer>duet {}</footer></body></html>", safe(&report.duet));
+    let _ = writeln!(
+        out,
+        "<footer>duet {}</footer></body></html>",
+        safe(&report.duet)
+    );
     out
 }
 
@@ -131,20 +140,30 @@ fn overview(report: &Report, out: &mut String) {
     for (i, file) in report.files.iter().enumerate() {
         let name = escape(&words::file_name(file));
         let told = file.verdict != Verdict::Identical || !file.changes.is_empty();
-        let name = if told { format!("<a href=\"#f{i}\">{name}</a>") } else { name };
+        let name = if told {
+            format!("<a href=\"#f{i}\">{name}</a>")
+        } else {
+            name
+        };
         let state = match file.verdict {
             Verdict::Different => "bad",
             _ => "good",
         };
         let verdict = escape(&words::file_verdict(file));
-        let _ = writeln!(out, "<tr><td>{name}</td><td class=\"{state}\">{verdict}</td></tr>");
+        let _ = writeln!(
+            out,
+            "<tr><td>{name}</td><td class=\"{state}\">{verdict}</td></tr>"
+        );
     }
     out.push_str("</table>\n");
 }
 
 fn file(index: usize, file: &FileReport, open: &mut usize, out: &mut String) {
     let name = escape(&words::file_name(file));
-    let _ = writeln!(out, "<section class=\"file\" id=\"f{index}\"><h2>{name}</h2>");
+    let _ = writeln!(
+        out,
+        "<section class=\"file\" id=\"f{index}\"><h2>{name}</h2>"
+    );
     if let Some(facts) = words::facts(file) {
         let _ = writeln!(out, "<p class=\"note\">{}</p>", escape(&facts));
     }
@@ -180,7 +199,11 @@ fn change(change: &Change, open: &mut usize, out: &mut String) {
         Sign::Removed => "minus",
         Sign::Changed => "tilde",
     };
-    let ignored = if change.ignored.is_some() { " ignored" } else { "" };
+    let ignored = if change.ignored.is_some() {
+        " ignored"
+    } else {
+        ""
+    };
     let body = details(change);
     let head = format!(
         "<span class=\"sign {class}\">{}</span> <span class=\"title\">{}</span><span class=\"at\">{}</span>",
@@ -211,11 +234,18 @@ fn details(change: &Change) -> String {
     if let Some(why) = &change.ignored {
         let _ = writeln!(out, "<p class=\"note\">Not counted: {}.</p>", safe(why));
     }
-    let numbers = change.weights.as_ref().map(words::weights).unwrap_or_default();
+    let numbers = change
+        .weights
+        .as_ref()
+        .map(words::weights)
+        .unwrap_or_default();
     if !numbers.is_empty() {
         let _ = writeln!(out, "<p>{}</p>", escape(&numbers));
     }
-    let hidden = |v: &Option<String>| v.as_ref().is_some_and(|v| !change.title.contains(v.as_str()));
+    let hidden = |v: &Option<String>| {
+        v.as_ref()
+            .is_some_and(|v| !change.title.contains(v.as_str()))
+    };
     if hidden(&change.before) || hidden(&change.after) {
         out.push_str("<div class=\"values\">");
         for (class, value) in [("minus", &change.before), ("plus", &change.after)] {
@@ -249,7 +279,10 @@ fn places(change: &Change) -> String {
     );
     for place in change.places.iter().take(ROWS) {
         let layer = place.layer.map_or_else(String::new, |l| l.to_string());
-        let spot = |s: &Option<_>| s.as_ref().map_or_else(String::new, |s| escape(&words::spot(s)));
+        let spot = |s: &Option<_>| {
+            s.as_ref()
+                .map_or_else(String::new, |s| escape(&words::spot(s)))
+        };
         let list = |class: &str, all: &[_]| -> String {
             if all.is_empty() {
                 return String::new();
@@ -262,7 +295,11 @@ fn places(change: &Change) -> String {
         } else {
             format!("in {}", safe(&place.graph))
         };
-        let numbers = place.weights.as_ref().map(words::weights).unwrap_or_default();
+        let numbers = place
+            .weights
+            .as_ref()
+            .map(words::weights)
+            .unwrap_or_default();
         let _ = writeln!(
             out,
             "<tr><td>{layer}</td><td>{}{}</td><td>{}{}</td><td>{graph} {}</td></tr>",
@@ -285,7 +322,11 @@ fn names(file: &FileReport, out: &mut String) {
     let Some(text) = words::renamed(file) else {
         return;
     };
-    let _ = writeln!(out, "<details class=\"names\"><summary>{}</summary><table>", escape(&text));
+    let _ = writeln!(
+        out,
+        "<details class=\"names\"><summary>{}</summary><table>",
+        escape(&text)
+    );
     let all = file.renames.nodes.iter().map(|n| ("node", n));
     let all = all.chain(file.renames.values.iter().map(|v| ("value", v)));
     for (what, (old, new)) in all.clone().take(ROWS) {
@@ -298,7 +339,11 @@ fn names(file: &FileReport, out: &mut String) {
     }
     let total = all.count();
     if total > ROWS {
-        let _ = writeln!(out, "<tr><td colspan=\"3\">… {} more</td></tr>", total - ROWS);
+        let _ = writeln!(
+            out,
+            "<tr><td colspan=\"3\">… {} more</td></tr>",
+            total - ROWS
+        );
     }
     out.push_str("</table></details>\n");
 }

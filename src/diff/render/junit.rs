@@ -54,7 +54,10 @@ pub(super) fn render(report: &Report) -> String {
 }
 
 fn put(suite: &str, case: &Case, out: &mut String) {
-    let head = format!("<testcase classname=\"{suite}\" name=\"{}\"", xml(&case.name));
+    let head = format!(
+        "<testcase classname=\"{suite}\" name=\"{}\"",
+        xml(&case.name)
+    );
     if case.failure.is_none() && case.output.is_empty() {
         let _ = writeln!(out, "    {head}/>");
         return;
@@ -69,7 +72,11 @@ fn put(suite: &str, case: &Case, out: &mut String) {
         );
     }
     if !case.output.is_empty() {
-        let _ = writeln!(out, "      <system-out>{}</system-out>", xml_lines(&case.output));
+        let _ = writeln!(
+            out,
+            "      <system-out>{}</system-out>",
+            xml_lines(&case.output)
+        );
     }
     out.push_str("    </testcase>\n");
 }
@@ -90,7 +97,13 @@ fn case(file: &FileReport, class: Class) -> Case {
     let of_class = file.changes.iter().filter(|c| c.class == class);
     let (counted, ignored): (Vec<&Change>, Vec<&Change>) =
         of_class.partition(|c| c.ignored.is_none());
-    let text = |changes: &[&Change]| changes.iter().map(|c| line(c)).collect::<Vec<_>>().join("\n");
+    let text = |changes: &[&Change]| {
+        changes
+            .iter()
+            .map(|c| line(c))
+            .collect::<Vec<_>>()
+            .join("\n")
+    };
     let failed = class.counts() && !counted.is_empty();
     let mut output = Vec::new();
     if !failed && !counted.is_empty() {
@@ -114,7 +127,11 @@ fn case(file: &FileReport, class: Class) -> Case {
 }
 
 fn line(change: &Change) -> String {
-    let numbers = change.weights.as_ref().map(words::weights).unwrap_or_default();
+    let numbers = change
+        .weights
+        .as_ref()
+        .map(words::weights)
+        .unwrap_or_default();
     let numbers = if numbers.is_empty() {
         numbers
     } else {
@@ -123,7 +140,11 @@ fn line(change: &Change) -> String {
     let why = change.ignored.as_ref();
     let why = why.map_or_else(String::new, |w| format!(" (not counted: {})", clean(w)));
     let title = clean(&change.title);
-    format!("{} {title}{}{numbers}{why}", Sign::of(change).mark(), words::at(change))
+    format!(
+        "{} {title}{}{numbers}{why}",
+        Sign::of(change).mark(),
+        words::at(change)
+    )
 }
 
 /// Text of an attribute or element on one line.

@@ -23,11 +23,16 @@ pub(super) fn render(report: &Report, view: View) -> String {
     let mark = if report.differs() { "❌" } else { "✅" };
     let verdict = html(&words::verdict(report));
     page.put(&format!("### {mark} duet diff\n\n<b>{verdict}</b><br>\n"));
-    page.put(&format!("<code>{}</code> → <code>{}</code>\n\n", html(&cut(&report.a)), html(&cut(&report.b))));
+    page.put(&format!(
+        "<code>{}</code> → <code>{}</code>\n\n",
+        html(&cut(&report.a)),
+        html(&cut(&report.b))
+    ));
     policy(report, &mut page);
     let several = report.files.len() > 1;
-    let quiet =
-        |f: &&FileReport| f.verdict == Verdict::Identical && f.changes.is_empty() && f.renames.is_empty();
+    let quiet = |f: &&FileReport| {
+        f.verdict == Verdict::Identical && f.changes.is_empty() && f.renames.is_empty()
+    };
     let told: Vec<&FileReport> = report.files.iter().filter(|f| !quiet(f)).collect();
     if several && !told.is_empty() {
         table(&told, &mut page);
@@ -37,7 +42,10 @@ pub(super) fn render(report: &Report, view: View) -> String {
     }
     let identical = report.files.len() - told.len();
     if several && identical > 0 {
-        page.put(&format!("{} identical.\n", words::number(identical, "file")));
+        page.put(&format!(
+            "{} identical.\n",
+            words::number(identical, "file")
+        ));
     }
     if page.left > 0 {
         page.out.push_str(&format!(
@@ -138,7 +146,11 @@ fn policy(report: &Report, page: &mut Page) {
             None => format!("  {}: kept", clean(&rule.rule)),
         })
         .collect();
-    let broken = policy.rules.iter().filter(|r| r.violation.is_some()).count();
+    let broken = policy
+        .rules
+        .iter()
+        .filter(|r| r.violation.is_some())
+        .count();
     let summary = match broken {
         0 => "Policy: every rule is kept".to_owned(),
         n => format!("Policy: {} broken", words::number(n, "rule")),
@@ -180,7 +192,11 @@ fn file(file: &FileReport, several: bool, view: View, page: &mut Page) {
         // What breaks others is seen without a click.
         page.block(&summary, class <= Class::Weights, &lines(&changes, view));
     }
-    let ignored: Vec<&Change> = file.changes.iter().filter(|c| c.ignored.is_some()).collect();
+    let ignored: Vec<&Change> = file
+        .changes
+        .iter()
+        .filter(|c| c.ignored.is_some())
+        .collect();
     if !ignored.is_empty() {
         let summary = format!("not counted ({})", ignored.len());
         page.block(&summary, false, &lines(&ignored, view));
@@ -206,7 +222,11 @@ fn lines(changes: &[&Change], view: View) -> Vec<String> {
         };
         let title = clean(&change.title);
         lines.push(format!("{mark} {title}{}", words::at(change)));
-        let numbers = change.weights.as_ref().map(words::weights).unwrap_or_default();
+        let numbers = change
+            .weights
+            .as_ref()
+            .map(words::weights)
+            .unwrap_or_default();
         if !numbers.is_empty() {
             lines.push(format!("      {numbers}"));
         }
@@ -215,7 +235,9 @@ fn lines(changes: &[&Change], view: View) -> Vec<String> {
         }
         if view.full && change.places.len() > 1 {
             for place in &change.places {
-                let layer = place.layer.map_or_else(String::new, |l| format!(" (layer {l})"));
+                let layer = place
+                    .layer
+                    .map_or_else(String::new, |l| format!(" (layer {l})"));
                 lines.push(format!("      at {}{layer}", words::place(place)));
             }
         }

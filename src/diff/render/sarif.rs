@@ -13,12 +13,16 @@ use crate::diff::report::{Change, Class, FileReport, Kind, Place, Presence, Spot
 const LOCATIONS: usize = 50;
 
 pub(super) fn render(report: &Report) -> String {
-    let kinds: BTreeSet<Kind> =
-        report.files.iter().flat_map(|f| f.changes.iter().map(|c| c.kind)).collect();
+    let kinds: BTreeSet<Kind> = report
+        .files
+        .iter()
+        .flat_map(|f| f.changes.iter().map(|c| c.kind))
+        .collect();
     let kinds: Vec<Kind> = kinds.into_iter().collect();
     let class_of = |kind: Kind| {
         let mut all = report.files.iter().flat_map(|f| &f.changes);
-        all.find(|c| c.kind == kind).map_or(Class::Cosmetic, |c| c.class)
+        all.find(|c| c.kind == kind)
+            .map_or(Class::Cosmetic, |c| c.class)
     };
     let mut rules: Vec<Value> = kinds
         .iter()
@@ -92,8 +96,16 @@ fn level(class: Class) -> &'static str {
 }
 
 fn result(report: &Report, file: &FileReport, change: &Change, index: usize) -> Value {
-    let numbers = change.weights.as_ref().map(words::weights).unwrap_or_default();
-    let numbers = if numbers.is_empty() { numbers } else { format!(" ({numbers})") };
+    let numbers = change
+        .weights
+        .as_ref()
+        .map(words::weights)
+        .unwrap_or_default();
+    let numbers = if numbers.is_empty() {
+        numbers
+    } else {
+        format!(" ({numbers})")
+    };
     let text = format!("{}{}{numbers}", clean(&change.title), words::at(change));
     let address = uri(&address(report, file));
     let locations: Vec<Value> = change
@@ -165,7 +177,11 @@ fn uri(path: &str) -> String {
 }
 
 fn logical(place: &Place) -> Vec<Value> {
-    let graph = if place.graph.is_empty() { "main graph" } else { &place.graph };
+    let graph = if place.graph.is_empty() {
+        "main graph"
+    } else {
+        &place.graph
+    };
     let of = |spot: &Spot| {
         let node = spot.node.as_ref().filter(|n| !n.is_empty());
         let (name, kind) = match (node, &spot.value) {

@@ -88,10 +88,10 @@ impl Page {
                 continue;
             }
             let mark = self.paint(style, mark);
-            let why = rule.violation.as_deref().map_or_else(
-                || words::number(rule.places, "place"),
-                clean,
-            );
+            let why = rule
+                .violation
+                .as_deref()
+                .map_or_else(|| words::number(rule.places, "place"), clean);
             let _ = writeln!(self.out, "  {mark} {}: {why}", clean(&rule.rule));
         }
     }
@@ -111,7 +111,11 @@ impl Page {
                 self.class(class, &changes, indent);
             }
         }
-        let ignored: Vec<&Change> = file.changes.iter().filter(|c| c.ignored.is_some()).collect();
+        let ignored: Vec<&Change> = file
+            .changes
+            .iter()
+            .filter(|c| c.ignored.is_some())
+            .collect();
         self.ignored(&ignored, indent);
         self.footer(file, indent);
     }
@@ -142,7 +146,11 @@ impl Page {
         let at = self.paint(DIM, &words::at(change));
         let title = clean(&change.title);
         let _ = writeln!(self.out, "{:indent$}{mark} {title}{at}", "");
-        let numbers = change.weights.as_ref().map(words::weights).unwrap_or_default();
+        let numbers = change
+            .weights
+            .as_ref()
+            .map(words::weights)
+            .unwrap_or_default();
         if !numbers.is_empty() {
             self.line(indent + 4, DIM, &numbers);
         }
@@ -154,7 +162,10 @@ impl Page {
     /// Both values where the title has only the beginning of one, and every place.
     fn details(&mut self, change: &Change, indent: usize) {
         for (mark, value) in [("- ", &change.before), ("+ ", &change.after)] {
-            let Some(value) = value.as_ref().filter(|v| !change.title.contains(v.as_str())) else {
+            let Some(value) = value
+                .as_ref()
+                .filter(|v| !change.title.contains(v.as_str()))
+            else {
                 continue;
             };
             let total = value.lines().count();
@@ -169,7 +180,9 @@ impl Page {
         let told = change.places.len() == 1 && change.places[0].added.is_empty();
         for place in &change.places {
             if !(told && place.removed.is_empty()) {
-                let layer = place.layer.map_or_else(String::new, |l| format!(" (layer {l})"));
+                let layer = place
+                    .layer
+                    .map_or_else(String::new, |l| format!(" (layer {l})"));
                 let numbers = match &place.weights {
                     Some(w) if change.places.len() > 1 => match words::weights(w) {
                         text if text.is_empty() => text,
@@ -214,7 +227,11 @@ impl Page {
             }
         }
         for (why, n) in reasons {
-            let text = format!("not counted: {} ({})", words::number(n, "change"), clean(why));
+            let text = format!(
+                "not counted: {} ({})",
+                words::number(n, "change"),
+                clean(why)
+            );
             self.line(indent, DIM, &text);
         }
     }
@@ -224,7 +241,11 @@ impl Page {
             self.line(indent, DIM, &format!("storage  {}", clean(&note.text)));
         }
         if let Some(text) = words::renamed(file) {
-            let more = if self.view.full { "" } else { " (--full lists them)" };
+            let more = if self.view.full {
+                ""
+            } else {
+                " (--full lists them)"
+            };
             self.line(indent, DIM, &format!("names    {text}{more}"));
             if self.view.full {
                 let all = file.renames.nodes.iter().map(|n| ("node", n));

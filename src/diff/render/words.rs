@@ -212,7 +212,10 @@ pub(super) fn spot(spot: &Spot) -> String {
         _ => String::new(),
     };
     if let Some(slot) = spot.slot {
-        text.push_str(&format!("{}input {slot}", if text.is_empty() { "" } else { ", " }));
+        text.push_str(&format!(
+            "{}input {slot}",
+            if text.is_empty() { "" } else { ", " }
+        ));
     }
     match &spot.value {
         Some(value) if text.is_empty() => quoted(value),
@@ -222,7 +225,11 @@ pub(super) fn spot(spot: &Spot) -> String {
 
 /// Where a place is: the side that has it now, else the old one.
 pub(super) fn place(place: &Place) -> String {
-    let mut text = place.b.as_ref().or(place.a.as_ref()).map_or_else(String::new, spot);
+    let mut text = place
+        .b
+        .as_ref()
+        .or(place.a.as_ref())
+        .map_or_else(String::new, spot);
     if text.is_empty() {
         let first = place.added.first().or(place.removed.first());
         text = first.map_or_else(String::new, spot);
@@ -307,7 +314,9 @@ pub(super) fn at(change: &Change) -> String {
 }
 
 fn layer_of(place: &Place) -> String {
-    place.layer.map_or_else(String::new, |l| format!(" (layer {l})"))
+    place
+        .layer
+        .map_or_else(String::new, |l| format!(" (layer {l})"))
 }
 
 /// Three significant digits; numbers that are nothing as what they are.
@@ -383,7 +392,9 @@ pub(super) fn weights(w: &WeightChange) -> String {
 /// `2 contract, 1 structure`.
 fn counted<'a>(counts: impl Iterator<Item = (&'a Class, &'a usize)>) -> Vec<String> {
     let counts = counts.filter(|(class, n)| class.counts() && **n > 0);
-    counts.map(|(class, n)| format!("{} {}", count(*n as u64), class.word())).collect()
+    counts
+        .map(|(class, n)| format!("{} {}", count(*n as u64), class.word()))
+        .collect()
 }
 
 /// What the comparison came to, in one sentence.
@@ -404,7 +415,10 @@ fn outcome(report: &Report) -> String {
     };
     match report.verdict {
         Verdict::Identical if several => {
-            format!("Identical: {}, the same bytes.{ignored}", number(report.files.len(), "file"))
+            format!(
+                "Identical: {}, the same bytes.{ignored}",
+                number(report.files.len(), "file")
+            )
         }
         Verdict::Identical => format!("Identical: the same bytes.{ignored}"),
         Verdict::Equal => format!("Equal: the same computation{}.{ignored}", only(report)),
@@ -418,8 +432,11 @@ fn outcome(report: &Report) -> String {
                 .sum();
             let s = if total == 1 { "" } else { "s" };
             let files = if several {
-                let changed =
-                    report.files.iter().filter(|f| f.verdict == Verdict::Different).count();
+                let changed = report
+                    .files
+                    .iter()
+                    .filter(|f| f.verdict == Verdict::Different)
+                    .count();
                 format!(" in {changed} of {} files", report.files.len())
             } else {
                 String::new()
@@ -487,7 +504,11 @@ pub(super) fn facts(file: &FileReport) -> Option<String> {
     let mut nodes = if f.nodes_a == f.nodes_b {
         number(f.nodes_a, "node")
     } else {
-        format!("{} → {}", count(f.nodes_a as u64), number(f.nodes_b, "node"))
+        format!(
+            "{} → {}",
+            count(f.nodes_a as u64),
+            number(f.nodes_b, "node")
+        )
     };
     let parts: Vec<String> = [
         (f.modified, "modified"),
@@ -504,7 +525,11 @@ pub(super) fn facts(file: &FileReport) -> Option<String> {
     let mut constants = if f.constants_a == f.constants_b {
         number(f.constants_a, "constant")
     } else {
-        format!("{} → {}", count(f.constants_a as u64), number(f.constants_b, "constant"))
+        format!(
+            "{} → {}",
+            count(f.constants_a as u64),
+            number(f.constants_b, "constant")
+        )
     };
     if f.weights_changed > 0 {
         constants.push_str(&format!(" ({} changed)", count(f.weights_changed as u64)));
@@ -521,7 +546,9 @@ pub(super) fn facts(file: &FileReport) -> Option<String> {
 pub(super) fn renamed(file: &FileReport) -> Option<String> {
     let r = &file.renames;
     let some = |n: usize, what| (n > 0).then(|| number(n, what));
-    let parts: Vec<String> =
-        [some(r.values.len(), "value"), some(r.nodes.len(), "node")].into_iter().flatten().collect();
+    let parts: Vec<String> = [some(r.values.len(), "value"), some(r.nodes.len(), "node")]
+        .into_iter()
+        .flatten()
+        .collect();
     (!parts.is_empty()).then(|| format!("{} renamed", list(&parts)))
 }
