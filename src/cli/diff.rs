@@ -45,9 +45,9 @@ pub(super) struct Arguments {
     /// Nodes around a change that json and html show [default: 2 for html, else 0]
     #[arg(long, value_name = "N")]
     context: Option<usize>,
-    /// Write to a file instead of stdout
+    /// Write to a file as well, in the format of its ending: .txt .json .md .html .xml (JUnit) .sarif
     #[arg(long, short, value_name = "FILE")]
-    output: Option<PathBuf>,
+    output: Vec<PathBuf>,
 }
 
 impl clap::ValueEnum for Format {
@@ -74,16 +74,20 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         arguments.format
     };
     // What was asked for is checked before gigabytes are read.
+    let outputs = arguments
+        .output
+        .iter()
+        .map(|path| Ok((path, ending(path)?)));
+    let outputs: Vec<(&PathBuf, Format)> = outputs.collect::<anyhow::Result<_>>()?;
     let policy = arguments.policy.as_deref().map(Policy::read).transpose()?;
     let ignored = arguments.ignore.iter().map(|w| w.trim());
     let ignored = Selection::parse(ignored.filter(|w| !w.is_empty()), "--ignore")?;
     let stated = |of: fn(&Policy) -> Option<f64>| policy.as_ref().and_then(of).unwrap_or(0.0);
+    let draws = format == Format::Html || outputs.iter().any(|o| o.1 == Format::Html);
     let options = Options {
         rtol: arguments.rtol.unwrap_or_else(|| stated(|p| p.rtol)),
         atol: arguments.atol.unwrap_or_else(|| stated(|p| p.atol)),
-        context: arguments
-            .context
-            .unwrap_or(if format == Format::Html { 2 } else { 0 }),
+        context: arguments.context.unwrap_or(if draws { 2 } else { 0 }),
         ..Options::default()
     };
     let mut report = compare(&arguments.a, &arguments.b, &options)?;
@@ -91,21 +95,42 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     if let Some(policy) = &policy {
         policy.apply(&mut report);
     }
-    let view = View {
-        full: arguments.full || global.verbose > 0,
-        // anstream takes the codes out where they do not belong.
-        colour: format == Format::Text && arguments.output.is_none(),
-    };
-    let text = render(&report, format, view);
-    match &arguments.output {
-        Some(path) => save(path, &text)?,
-        None => print(&text)?,
+    let full = arguments.full || global.verbose > 0;
+    for (path, format) in outputs {
+        let view = View {
+            full,
+            colour: false,
+        };
+        save(path, &render(&report, format, view))?;
     }
+    let view = View {
+        full,
+        // anstream takes the codes out where they do not belong.
+        colour: format == Format::Text,
+    };
+    print(&render(&report, format, view))?;
     Ok(if report.differs() {
         Outcome::Failed
     } else {
         Outcome::Done
     })
+}
+
+/// The format that a file's ending asks for.
+fn ending(path: &Path) -> anyhow::Result<Format> {
+    let format = match path.extension().and_then(|e| e.to_str()) {
+        Some("txt") => Format::Text,
+        Some("json") => Format::Json,
+        Some("md") => Format::Markdown,
+        Some("html") => Format::Html,
+        Some("xml") => Format::Junit,
+        Some("sarif") => Format::Sarif,
+        _ => anyhow::bail!(
+            "--output {}: expected a file ending in .txt, .json, .md, .html, .xml or .sarif",
+            path.display()
+        ),
+    };
+    Ok(format)
 }
 
 fn save(path: &Path, text: &str) -> anyhow::Result<()> {

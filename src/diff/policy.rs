@@ -4,8 +4,8 @@
 //! version: 1
 //! rtol: 1.0e-5              # weights: |b − a| ≤ atol + rtol·|a| is no change
 //! atol: 1.0e-8
-//! rewrites:                 # exactly these passes, at exactly so many places
-//!   visual_prune: 2
+//! rewrites:                 # exactly these, at exactly so many places
+//!   visual_prune/drop*: 2   # what else the pass inserts goes along
 //! rules:                    # the first that fits a place decides about it
 //!   - allow: [metadata, shapes]
 //!   - allow: weights
@@ -248,19 +248,7 @@ impl Policy {
         };
         let mut rules = Vec::new();
         if let Some(rewrites) = raw.rewrites {
-            let what = Selection::parse(["rewrite"], "rewrites")?;
-            for (pass, times) in rewrites {
-                rules.push(Rule {
-                    text: format!("rewrite {pass}, {}", times_text(times)),
-                    pass: Some(pass),
-                    times: Some(times),
-                    ..Rule::of(true, what.clone())
-                });
-            }
-            rules.push(Rule {
-                text: "no other rewrites".into(),
-                ..Rule::of(false, what)
-            });
+            rules.extend(expected(&rewrites)?);
         }
         for (i, value) in raw.rules.into_iter().enumerate() {
             rules.push(rule(value, i + 1)?);
@@ -464,6 +452,44 @@ fn rule(value: Value, number: usize) -> Result<Rule, DiffError> {
         times: raw.times,
         ..Rule::of(allow, what)
     })
+}
+
+/// Rules for exactly these rewrites: each named one so many times, the other parts
+/// of the same passes, nothing else.
+fn expected(rewrites: &BTreeMap<String, usize>) -> Result<Vec<Rule>, DiffError> {
+    let what = Selection::parse(["rewrite"], "rewrites")?;
+    let mut rules = Vec::new();
+    let mut passes = std::collections::BTreeSet::new();
+    // A part is asked for before the whole pass takes everything.
+    let (parts, whole): (Vec<_>, Vec<_>) = rewrites.iter().partition(|(k, _)| k.contains('/'));
+    for (key, times) in parts.into_iter().chain(whole) {
+        let (pass, part) = match key.split_once('/') {
+            Some((pass, part)) => (pass, Some(part.to_owned())),
+            None => (key.as_str(), None),
+        };
+        passes.insert(pass);
+        rules.push(Rule {
+            text: format!("rewrite {key}, {}", times_text(*times)),
+            pass: Some(pass.to_owned()),
+            subject: part,
+            times: Some(*times),
+            ..Rule::of(true, what.clone())
+        });
+    }
+    for pass in passes {
+        if !rewrites.contains_key(pass) {
+            rules.push(Rule {
+                text: format!("rewrite {pass}, what else belongs to it"),
+                pass: Some(pass.to_owned()),
+                ..Rule::of(true, what.clone())
+            });
+        }
+    }
+    rules.push(Rule {
+        text: "no other rewrites".into(),
+        ..Rule::of(false, what)
+    });
+    Ok(rules)
 }
 
 impl Rule {

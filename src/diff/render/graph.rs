@@ -11,6 +11,9 @@ use crate::diff::report::{Context, ContextNode, NodeState};
 /// More nodes on one side than this are no longer a picture.
 const MOST: usize = 150;
 
+/// Nodes beside each other.
+const COLUMNS: usize = 8;
+
 const WIDTH: usize = 148;
 const HEIGHT: usize = 36;
 const GAP_X: usize = 14;
@@ -26,11 +29,51 @@ pub(super) fn draw(context: &Context) -> String {
     if most > MOST {
         return format!("<p class=\"note\">{most} nodes around it are too many to draw.</p>\n");
     }
-    let (rows_a, rows_b) = rows(context);
+    let (mut rows_a, mut rows_b) = rows(context);
+    spread(&mut rows_a, &mut rows_b);
     let height = rows_a.iter().chain(&rows_b).max().map_or(0, |r| r + 1);
-    let a = side("before", &context.a, &rows_a, height);
-    let b = side("after", &context.b, &rows_b, height);
-    format!("<div class=\"graphs\">{a}{b}</div>\n")
+    let draw = |title, nodes: &[ContextNode], rows: &[usize]| {
+        if nodes.is_empty() {
+            String::new()
+        } else {
+            side(title, nodes, rows, height)
+        }
+    };
+    let a = draw("before", &context.a, &rows_a);
+    let b = draw("after", &context.b, &rows_b);
+    let one = if a.is_empty() || b.is_empty() {
+        " one"
+    } else {
+        ""
+    };
+    format!("<div class=\"graphs{one}\">{a}{b}</div>\n")
+}
+
+/// Gives a row of too many nodes several lines, on both sides the same.
+fn spread(rows_a: &mut [usize], rows_b: &mut [usize]) {
+    let height = rows_a
+        .iter()
+        .chain(rows_b.iter())
+        .max()
+        .map_or(0, |r| r + 1);
+    let filled = |rows: &[usize], row: usize| rows.iter().filter(|r| **r == row).count();
+    let mut start = 0;
+    let starts: Vec<usize> = (0..height)
+        .map(|row| {
+            let most = filled(rows_a, row).max(filled(rows_b, row));
+            let at = start;
+            start += most.div_ceil(COLUMNS);
+            at
+        })
+        .collect();
+    for rows in [rows_a, rows_b] {
+        let mut seen = vec![0; height];
+        for row in rows.iter_mut() {
+            let of = *row;
+            *row = starts[of] + seen[of] / COLUMNS;
+            seen[of] += 1;
+        }
+    }
 }
 
 /// Which node gives a name, on one side.
@@ -166,7 +209,9 @@ fn side(title: &str, nodes: &[ContextNode], rows: &[usize], height: usize) -> St
     let x = |i: usize| center[i] + MARGIN as f64;
     let y = |i: usize| (MARGIN + GAP_Y / 2 + rows[i] * (HEIGHT + GAP_Y)) as f64;
     let mut out = format!(
-        "<figure><figcaption>{title}</figcaption><svg width=\"{w}\" height=\"{h}\" viewBox=\"0 0 {w} {h}\" role=\"img\">"
+        "<figure><figcaption>{title}</figcaption><svg style=\"width:min({w}px,max(100%,{}px))\" viewBox=\"0 0 {w} {h}\" role=\"img\">",
+        // Shrunk to fit, but not so far that nobody can read it.
+        w * 55 / 100
     );
     for (from, to) in &edges {
         let (x1, y1) = (x(*from), y(*from) + HEIGHT as f64);

@@ -10,6 +10,9 @@ use crate::diff::report::{Change, Class, FileReport, Verdict};
 /// Places, and renamed names, in a table.
 const ROWS: usize = 500;
 
+/// Places of a change that are listed without a click.
+const UNFOLDED: usize = 8;
+
 /// Changes that are unfolded at first.
 const OPEN: usize = 6;
 
@@ -57,6 +60,9 @@ pub(super) fn render(report: &Report) -> String {
         "<header><h1>{title}</h1><p class=\"verdict {state}\">{}</p></header>",
         safe(&words::verdict(report))
     );
+    if let Some(text) = words::rewritten(report) {
+        let _ = writeln!(out, "<p>{}</p>", escape(&text));
+    }
     policy(report, &mut out);
     filter(report, &mut out);
     let quiet = |f: &&FileReport| {
@@ -234,11 +240,7 @@ fn details(change: &Change) -> String {
     if let Some(why) = &change.ignored {
         let _ = writeln!(out, "<p class=\"note\">Not counted: {}.</p>", safe(why));
     }
-    let numbers = change
-        .weights
-        .as_ref()
-        .map(words::weights)
-        .unwrap_or_default();
+    let numbers = words::numbers(change);
     if !numbers.is_empty() {
         let _ = writeln!(out, "<p>{}</p>", escape(&numbers));
     }
@@ -274,7 +276,13 @@ fn places(change: &Change) -> String {
     if told {
         return String::new();
     }
-    let mut out = String::from(
+    let many = change.places.len() > UNFOLDED;
+    let mut out = String::new();
+    if many {
+        let n = words::number(change.places.len(), "place");
+        let _ = writeln!(out, "<details><summary>{n}</summary>");
+    }
+    out.push_str(
         "<table class=\"places\"><tr><th>layer</th><th>before</th><th>after</th><th></th></tr>\n",
     );
     for place in change.places.iter().take(ROWS) {
@@ -315,6 +323,9 @@ fn places(change: &Change) -> String {
         let _ = writeln!(out, "<tr><td colspan=\"4\">… {more} more</td></tr>");
     }
     out.push_str("</table>\n");
+    if many {
+        out.push_str("</details>\n");
+    }
     out
 }
 

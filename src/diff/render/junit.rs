@@ -127,11 +127,7 @@ fn case(file: &FileReport, class: Class) -> Case {
 }
 
 fn line(change: &Change) -> String {
-    let numbers = change
-        .weights
-        .as_ref()
-        .map(words::weights)
-        .unwrap_or_default();
+    let numbers = words::numbers(change);
     let numbers = if numbers.is_empty() {
         numbers
     } else {

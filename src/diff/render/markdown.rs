@@ -28,6 +28,9 @@ pub(super) fn render(report: &Report, view: View) -> String {
         html(&cut(&report.a)),
         html(&cut(&report.b))
     ));
+    if let Some(text) = words::rewritten(report) {
+        page.put(&format!("{}\n\n", html(&text)));
+    }
     policy(report, &mut page);
     let several = report.files.len() > 1;
     let quiet = |f: &&FileReport| {
@@ -212,9 +215,14 @@ fn file(file: &FileReport, several: bool, view: View, page: &mut Page) {
 
 /// Changes as lines of a `diff` block: GitHub colours them by the first character.
 fn lines(changes: &[&Change], view: View) -> Vec<String> {
+    let changes: Vec<Change> = if view.full {
+        changes.iter().map(|c| (*c).clone()).collect()
+    } else {
+        words::fold(changes)
+    };
     let shown = if view.full { changes.len() } else { SHOWN };
     let mut lines = Vec::new();
-    for change in changes.iter().take(shown) {
+    for change in &changes[..shown.min(changes.len())] {
         let mark = match Sign::of(change) {
             Sign::Added => '+',
             Sign::Removed => '-',
@@ -222,11 +230,7 @@ fn lines(changes: &[&Change], view: View) -> Vec<String> {
         };
         let title = clean(&change.title);
         lines.push(format!("{mark} {title}{}", words::at(change)));
-        let numbers = change
-            .weights
-            .as_ref()
-            .map(words::weights)
-            .unwrap_or_default();
+        let numbers = words::numbers(change);
         if !numbers.is_empty() {
             lines.push(format!("      {numbers}"));
         }

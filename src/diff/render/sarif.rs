@@ -96,11 +96,7 @@ fn level(class: Class) -> &'static str {
 }
 
 fn result(report: &Report, file: &FileReport, change: &Change, index: usize) -> Value {
-    let numbers = change
-        .weights
-        .as_ref()
-        .map(words::weights)
-        .unwrap_or_default();
+    let numbers = words::numbers(change);
     let numbers = if numbers.is_empty() {
         numbers
     } else {

@@ -78,6 +78,9 @@ impl Page {
         self.line(0, HEAD, &paths);
         let style = if report.differs() { BAD } else { GOOD };
         self.line(0, style, &words::verdict(report));
+        if let Some(text) = words::rewritten(report) {
+            self.line(0, PLAIN, &text);
+        }
         let Some(policy) = &report.policy else { return };
         for rule in &policy.rules {
             let (style, mark) = match &rule.violation {
@@ -124,6 +127,11 @@ impl Page {
         let head = self.paint(HEAD, class.word());
         let note = self.paint(DIM, &format!("  {}", words::meaning(class)));
         let _ = writeln!(self.out, "{:indent$}{head}{note}", "");
+        let changes = if self.view.full {
+            changes.iter().map(|c| (*c).clone()).collect()
+        } else {
+            words::fold(changes)
+        };
         let shown = if self.view.full { changes.len() } else { SHOWN };
         for change in changes.iter().take(shown) {
             self.change(change, indent + 2);
@@ -146,11 +154,7 @@ impl Page {
         let at = self.paint(DIM, &words::at(change));
         let title = clean(&change.title);
         let _ = writeln!(self.out, "{:indent$}{mark} {title}{at}", "");
-        let numbers = change
-            .weights
-            .as_ref()
-            .map(words::weights)
-            .unwrap_or_default();
+        let numbers = words::numbers(change);
         if !numbers.is_empty() {
             self.line(indent + 4, DIM, &numbers);
         }

@@ -1,7 +1,8 @@
 //! What all formats say in the same words.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
+use crate::diff::change::worst;
 use crate::diff::report::{
     Change, Class, FileReport, Kind, Place, Presence, Report, Spot, Verdict, WeightChange,
 };
@@ -181,6 +182,9 @@ impl Sign {
             | Kind::UnusedInitializer => match (&change.before, &change.after) {
                 (None, Some(_)) => Self::Added,
                 (Some(_), None) => Self::Removed,
+                // Grouped, with another value at each place.
+                (None, None) if change.title.ends_with(" added") => Self::Added,
+                (None, None) if change.title.ends_with(" removed") => Self::Removed,
                 _ => Self::Changed,
             },
             _ => Self::Changed,
@@ -270,6 +274,73 @@ fn layers(places: &[Place]) -> Option<(usize, String)> {
 /// Names of places in one line before "and so on".
 const NAMED: usize = 2;
 
+/// Changes of one kind that differ in nothing but the values are folded from so
+/// many on.
+const ALIKE: usize = 4;
+
+/// Changes as short renderings list them: `constant of Mul: 0.1 → 0.2`, `constant
+/// of Mul: 0.3 → 0.4` and so on are one line. The order is that of the first ones.
+pub(super) fn fold(changes: &[&Change]) -> Vec<Change> {
+    let key = |c: &Change| {
+        let (head, _) = c.title.split_once(": ")?;
+        let values = c.before.is_some() && c.after.is_some();
+        values.then(|| (c.kind, head.to_owned(), c.ignored.clone()))
+    };
+    let mut numbers: HashMap<(Kind, String, Option<String>), usize> = HashMap::new();
+    for change in changes {
+        if let Some(key) = key(change) {
+            *numbers.entry(key).or_default() += 1;
+        }
+    }
+    let mut places: HashMap<(Kind, String, Option<String>), usize> = HashMap::new();
+    let mut out: Vec<Change> = Vec::new();
+    for &change in changes {
+        let alike = key(change).filter(|k| numbers[k] >= ALIKE && change.class != Class::Contract);
+        let Some(key) = alike else {
+            out.push(change.clone());
+            continue;
+        };
+        match places.get(&key) {
+            Some(&at) => {
+                let into: &mut Change = &mut out[at];
+                into.places.extend(change.places.iter().cloned());
+                into.weights = match (into.weights.take(), change.weights.clone()) {
+                    (Some(one), Some(other)) => Some(worst(one, other)),
+                    (one, other) => one.or(other),
+                };
+            }
+            None => {
+                let mut first = change.clone();
+                let n = numbers[&key];
+                let (head, values) = change.title.split_once(": ").unwrap_or_default();
+                first.title = format!("{head}: {n} different changes, the first {values}");
+                places.insert(key, out.len());
+                out.push(first);
+            }
+        }
+    }
+    out
+}
+
+/// What passes of duet did to the models, if they did anything.
+pub(super) fn rewritten(report: &Report) -> Option<String> {
+    let all = || report.files.iter().flat_map(|f| &f.changes);
+    let passes: BTreeSet<&str> = all().filter_map(|c| c.pass.as_deref()).collect();
+    if passes.is_empty() {
+        return None;
+    }
+    let passes: Vec<String> = passes.into_iter().map(clean).collect();
+    let other = all().any(|c| {
+        matches!(c.class, Class::Structure | Class::Weights | Class::Version) && c.pass.is_none()
+    });
+    let rest = if other {
+        "other parts of the graphs changed as well"
+    } else {
+        "nothing else changed in graphs and weights"
+    };
+    Some(format!("Rewritten by duet: {}; {rest}.", list(&passes)))
+}
+
 /// Where a change is, behind its title: `, in layers 0–27`, `, at Softmax 'x'`.
 pub(super) fn at(change: &Change) -> String {
     let title = clean(&change.title);
@@ -284,6 +355,8 @@ pub(super) fn at(change: &Change) -> String {
     };
     match change.places.as_slice() {
         [] => String::new(),
+        // Names of inserted nodes say nothing that the pass does not; the title has the layer.
+        [_] if change.kind == Kind::Rewrite => String::new(),
         [one] if told(one) => layer_of(one),
         [one] => match place(one) {
             at if at.is_empty() => layer_of(one),
@@ -347,6 +420,15 @@ fn share(part: u64, whole: u64) -> String {
     }
 }
 
+/// Numbers of a change of weights; none where the title shows both numbers.
+pub(super) fn numbers(change: &Change) -> String {
+    match &change.weights {
+        Some(w) if w.elements <= 1 && change.before.is_some() => String::new(),
+        Some(w) => weights(w),
+        None => String::new(),
+    }
+}
+
 /// Numbers of a changed constant in one line; empty where elements could not be
 /// compared.
 pub(super) fn weights(w: &WeightChange) -> String {
@@ -383,17 +465,27 @@ pub(super) fn weights(w: &WeightChange) -> String {
     if w.beyond != w.changed {
         parts.push(format!("{} beyond the tolerance", count(w.beyond)));
     }
-    if let Some(first) = w.first {
+    // Of a tensor that changed as a whole nothing is gained by its first element.
+    if let Some(first) = w.first.filter(|_| w.changed < w.elements) {
         parts.push(format!("first at {first}"));
     }
     parts.join(", ")
+}
+
+/// A class as an adjective: `2 weight changes`.
+fn adjective(class: Class) -> &'static str {
+    match class {
+        Class::Weights => "weight",
+        Class::Shapes => "shape",
+        other => other.word(),
+    }
 }
 
 /// `2 contract, 1 structure`.
 fn counted<'a>(counts: impl Iterator<Item = (&'a Class, &'a usize)>) -> Vec<String> {
     let counts = counts.filter(|(class, n)| class.counts() && **n > 0);
     counts
-        .map(|(class, n)| format!("{} {}", count(*n as u64), class.word()))
+        .map(|(class, n)| format!("{} {}", count(*n as u64), adjective(*class)))
         .collect()
 }
 
