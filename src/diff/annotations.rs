@@ -74,7 +74,7 @@ fn said(
 }
 
 /// Values of a graph by name.
-fn names(side: &Side<'_>, graph: GraphId) -> HashMap<String, ValueId> {
+pub(super) fn names(side: &Side<'_>, graph: GraphId) -> HashMap<String, ValueId> {
     let g = side.model.subgraph(graph);
     let outputs = g
         .nodes

@@ -11,7 +11,7 @@ use super::matching::{Functions, Pairs};
 use super::report::{Change, Class, Kind, Place, Spot, WeightChange};
 use super::side::{ConstId, Side};
 use super::{DiffError, Options, weights};
-use crate::ir::{DataType, NodeId, ValueId};
+use crate::ir::{DataType, Def, NodeId, ValueId};
 use crate::onnx::details::{self, Remarks};
 
 /// Who reads a value.
@@ -153,8 +153,10 @@ impl<'s, 'm> Comparer<'s, 'm> {
 
     fn inputs(&mut self, x: NodeId, y: NodeId) -> Result<(), DiffError> {
         let (node_a, node_b) = (self.a.model.node(x), self.b.model.node(y));
-        let count = arity(node_a).max(arity(node_b));
-        let mut order: Vec<usize> = (0..count).collect();
+        if arity(node_a) != arity(node_b) {
+            return self.lists(x, y);
+        }
+        let mut order: Vec<usize> = (0..arity(node_a)).collect();
         if commutes(node_a) && commutes(node_b) {
             let mut agree = |slots: [usize; 2]| -> Result<usize, DiffError> {
                 let mut score = 0;
@@ -175,39 +177,94 @@ impl<'s, 'm> Comparer<'s, 'm> {
             }
         }
         for (slot, other) in order.into_iter().enumerate() {
-            let (v, w) = (node_a.input(slot), node_b.input(other));
-            match self.agree(v, w)? {
-                Agreement::Same => {
-                    if let (Some(v), Some(w)) = (v, w)
-                        && self.a.constant_of[v.index()].is_some()
-                    {
-                        self.constants.insert((v, w));
-                    }
+            self.input((x, slot), (y, other))?;
+        }
+        Ok(())
+    }
+
+    /// Inputs of nodes that have different numbers of them: what agrees at both ends
+    /// stays in place, so that one input more is one change.
+    fn lists(&mut self, x: NodeId, y: NodeId) -> Result<(), DiffError> {
+        let (node_a, node_b) = (self.a.model.node(x), self.b.model.node(y));
+        let (n, m) = (arity(node_a), arity(node_b));
+        let mut same = |slot: usize, other: usize| -> Result<bool, DiffError> {
+            let agreement = self.agree(node_a.input(slot), node_b.input(other))?;
+            Ok(matches!(agreement, Agreement::Same))
+        };
+        let (mut head, mut tail) = (0, 0);
+        while head < n.min(m) && same(head, head)? {
+            head += 1;
+        }
+        while head + tail < n.min(m) && same(n - 1 - tail, m - 1 - tail)? {
+            tail += 1;
+        }
+        let middle = (n - head - tail).min(m - head - tail);
+        for slot in (0..head + middle).chain(n - tail..n) {
+            let other = if slot < head + middle {
+                slot
+            } else {
+                slot + m - n
+            };
+            self.input((x, slot), (y, other))?;
+        }
+        for slot in head + middle..n - tail {
+            self.wires.push(Wire {
+                reader: Reader::Node(x, y, slot, slot),
+                a: node_a.input(slot),
+                b: None,
+            });
+        }
+        for slot in head + middle..m - tail {
+            self.wires.push(Wire {
+                reader: Reader::Node(x, y, slot, slot),
+                a: None,
+                b: node_b.input(slot),
+            });
+        }
+        Ok(())
+    }
+
+    /// One input of a pair of nodes.
+    fn input(
+        &mut self,
+        (x, slot): (NodeId, usize),
+        (y, other): (NodeId, usize),
+    ) -> Result<(), DiffError> {
+        let (v, w) = (
+            self.a.model.node(x).input(slot),
+            self.b.model.node(y).input(other),
+        );
+        match self.agree(v, w)? {
+            Agreement::Same => {
+                if let (Some(v), Some(w)) = (v, w)
+                    && self.a.constant_of[v.index()].is_some()
+                {
+                    self.constants.insert((v, w));
                 }
-                Agreement::Contents(c, d) => {
-                    // Told once, however many nodes read the pair.
-                    if let (Some(v), Some(w)) = (v, w)
-                        && self.constants.insert((v, w))
-                    {
-                        let mut place = self.place(Some(x), Some(y));
-                        let at = |spot: &mut Option<Spot>, slot, name: &str| {
-                            if let Some(spot) = spot {
-                                spot.slot = Some(slot);
-                                spot.value = Some(name.to_owned());
-                            }
-                        };
-                        at(&mut place.a, slot, self.a.model.name(v));
-                        at(&mut place.b, other, self.b.model.name(w));
-                        let what = format!("{} (input {slot})", op(self.a, x));
-                        self.contents(c, d, &what, place)?;
-                    }
-                }
-                Agreement::Other => self.wires.push(Wire {
-                    reader: Reader::Node(x, y, slot, other),
-                    a: v,
-                    b: w,
-                }),
             }
+            Agreement::Contents(c, d) => {
+                // Told once, however many nodes read the pair.
+                if let (Some(v), Some(w)) = (v, w)
+                    && self.constants.insert((v, w))
+                {
+                    let mut place = self.place(Some(x), Some(y));
+                    let at = |spot: &mut Option<Spot>, slot, name: &str| {
+                        if let Some(spot) = spot {
+                            spot.slot = Some(slot);
+                            spot.value = Some(name.to_owned());
+                        }
+                    };
+                    at(&mut place.a, slot, self.a.model.name(v));
+                    at(&mut place.b, other, self.b.model.name(w));
+                    let what = format!("{} (input {slot})", op(self.a, x));
+                    self.contents(c, d, &what, place)?;
+                }
+            }
+            Agreement::Other => self.wires.push(Wire {
+                reader: Reader::Node(x, y, slot, other),
+                a: v,
+                b: w,
+            }),
         }
         Ok(())
     }
@@ -252,6 +309,15 @@ impl<'s, 'm> Comparer<'s, 'm> {
                 Some(_) => Agreement::Contents(c, d),
             }),
             (None, None) if self.pairs.same(v, w) => Ok(Agreement::Same),
+            // What nothing defines is known by its name only.
+            (None, None) if undefined(self.a, v) && undefined(self.b, w) => {
+                let same = self.a.model.name(v) == self.b.model.name(w);
+                Ok(if same {
+                    Agreement::Same
+                } else {
+                    Agreement::Other
+                })
+            }
             _ => Ok(Agreement::Other),
         }
     }
@@ -460,6 +526,11 @@ impl<'s, 'm> Comparer<'s, 'm> {
             ..Place::default()
         }
     }
+}
+
+/// Whether a file reads a value that nothing in it defines.
+fn undefined(side: &Side<'_>, v: ValueId) -> bool {
+    side.model.value(v).def == Def::Missing
 }
 
 /// A node's operator, with the domain if it is not the standard one.

@@ -194,7 +194,7 @@ impl<'s, 'm> Matcher<'s, 'm> {
             // corresponds, nothing was inserted.
             let (left_a, left_b) = (self.sa.left.clone(), self.sb.left.clone());
             let mut attempt = pairs.clone();
-            self.round(Level::Exact, Key::Both, &mut attempt);
+            self.round(Level::Exact, Key::Both, true, &mut attempt);
             if self.sa.left.is_empty() && self.sb.left.is_empty() {
                 *pairs = attempt;
                 return;
@@ -233,34 +233,50 @@ impl<'s, 'm> Matcher<'s, 'm> {
     }
 
     fn rounds(&mut self, pairs: &mut Pairs) {
-        for _ in 0..ROUNDS {
-            let before = self.sa.left.len();
-            for level in Level::ALL {
-                for key in [Key::Both, Key::NameUp, Key::NameDown, Key::Up, Key::Down] {
-                    if self.done() {
-                        return;
-                    }
-                    // Operators alone say too little one way.
-                    if level < Level::Operator
-                        || matches!(key, Key::Both | Key::NameUp | Key::NameDown)
-                    {
-                        self.round(level, key, pairs);
-                    }
+        let mut rounds = 0;
+        // First only what is unambiguous, as far as that leads: a tie that is decided
+        // too early is decided wrongly where a later anchor would have told.
+        for ties in [false, true] {
+            loop {
+                let before = self.sa.left.len();
+                let levels: &[Level] = if ties { &Level::ALL } else { &[Level::Exact] };
+                for level in levels {
+                    self.level(*level, ties, pairs);
                 }
-                if level == Level::Exact {
-                    self.anchors(pairs);
+                if ties {
+                    self.names(pairs);
                 }
-                self.spread(level, pairs);
-            }
-            self.names(pairs);
-            if self.sa.left.len() == before || self.done() {
-                return;
+                rounds += 1;
+                if self.done() || rounds > ROUNDS {
+                    return;
+                }
+                if self.sa.left.len() == before {
+                    break;
+                }
             }
         }
     }
 
+    /// All rounds of a level.
+    fn level(&mut self, level: Level, ties: bool, pairs: &mut Pairs) {
+        for key in [Key::Both, Key::NameUp, Key::NameDown, Key::Up, Key::Down] {
+            if self.done() {
+                return;
+            }
+            // Operators alone say too little one way.
+            let one_way = matches!(key, Key::Up | Key::Down);
+            if level < Level::Operator || !one_way {
+                self.round(level, key, ties, pairs);
+            }
+        }
+        if level == Level::Exact {
+            self.anchors(pairs);
+        }
+        self.spread(level, pairs);
+    }
+
     /// One round: hashes at a level, and pairs of what agrees.
-    fn round(&mut self, level: Level, key: Key, pairs: &mut Pairs) {
+    fn round(&mut self, level: Level, key: Key, ties: bool, pairs: &mut Pairs) {
         self.sweep(level, pairs, false);
         let mut keys = self.keys(key);
         if key == Key::Both && ambiguous(&keys.0) {
@@ -275,7 +291,13 @@ impl<'s, 'm> Matcher<'s, 'm> {
             self.sweep(level, pairs, true);
             keys = self.keys(key);
         }
-        self.settle(&keys.0, &keys.1, key, level, pairs);
+        self.settle(
+            &keys.0,
+            &keys.1,
+            key,
+            ties && level < Level::Operator,
+            pairs,
+        );
         self.sa.left.retain(|n| pairs.node_b[n.index()].is_none());
         self.sb.left.retain(|n| pairs.node_a[n.index()].is_none());
     }
@@ -327,13 +349,14 @@ impl<'s, 'm> Matcher<'s, 'm> {
         (of(self.a, &self.sa), of(self.b, &self.sb))
     }
 
-    /// Pairs nodes of equal keys.
+    /// Pairs nodes of equal keys. `uneven`: also where the sides have different
+    /// numbers of them, and where a key looks one way only.
     fn settle(
         &self,
         a: &[(u64, NodeId)],
         b: &[(u64, NodeId)],
         key: Key,
-        level: Level,
+        uneven: bool,
         pairs: &mut Pairs,
     ) {
         let mut groups: HashMap<u64, (Vec<NodeId>, Vec<NodeId>)> = HashMap::new();
@@ -353,7 +376,7 @@ impl<'s, 'm> Matcher<'s, 'm> {
             match (of_a.as_slice(), of_b.as_slice()) {
                 (_, []) => {}
                 ([x], [y]) => pairs.nodes((self.a, *x), (self.b, *y)),
-                _ if level == Level::Operator && of_a.len() != of_b.len() => {}
+                _ if !uneven && (key != Key::Both || of_a.len() != of_b.len()) => {}
                 _ => self.ties(of_a, of_b, down, pairs),
             }
         };
@@ -406,7 +429,9 @@ impl<'s, 'm> Matcher<'s, 'm> {
                 .map(|n| (self.b.model.node(*n).name.as_str(), *n))
                 .collect();
             for x in &of_a {
-                if let Some(y) = name_b.get(self.a.model.node(*x).name.as_str())
+                let name = self.a.model.node(*x).name.as_str();
+                if !name.is_empty()
+                    && let Some(y) = name_b.get(name)
                     && pairs.node_a[y.index()].is_none()
                 {
                     pairs.nodes((self.a, *x), (self.b, *y));

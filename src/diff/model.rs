@@ -355,6 +355,7 @@ fn values(c: &mut Comparer<'_, '_>) {
             }
         }
     }
+    function_types(c);
     for (v, w) in c.constants.clone() {
         let tensor = |side: &Side<'_>, v: crate::ir::ValueId| {
             let tensor = side.model.value(v).initializer.as_ref();
@@ -369,6 +370,45 @@ fn values(c: &mut Comparer<'_, '_>) {
             ..Place::default()
         };
         c.remarks("tensors", &x, &y, &place);
+    }
+}
+
+/// Types that functions state of values of their bodies.
+fn function_types(c: &mut Comparer<'_, '_>) {
+    for (i, f) in c.a.model.functions.iter().enumerate() {
+        let Some(j) = c.functions.b[i] else { continue };
+        let g = &c.b.model.functions[j];
+        let (ta, tb) = (
+            &c.a.details.functions[i].types,
+            &c.b.details.functions[j].types,
+        );
+        if ta.is_empty() && tb.is_empty() {
+            continue;
+        }
+        let of =
+            |side: &Side<'_>, body: GraphId, types: &[(String, Option<crate::ir::ValueType>)]| {
+                let names = annotations::names(side, body);
+                let known = types
+                    .iter()
+                    .filter_map(|(n, t)| Some((*names.get(n)?, t.clone()?)));
+                known.collect::<BTreeMap<_, _>>()
+            };
+        let (of_a, of_b) = (of(c.a, f.body, ta), of(c.b, g.body, tb));
+        let place = Place {
+            graph: c.a.way(f.body),
+            ..Place::default()
+        };
+        for (v, old) in &of_a {
+            let new = c.pairs.value_b[v.index()].and_then(|w| of_b.get(&w));
+            if let Some(new) = new.filter(|new| *new != old) {
+                let (old, new) = (header::type_text(old), header::type_text(new));
+                let title = format!("stated type of values: {old} → {new}");
+                let mut place = place.clone();
+                place.a = Some(Spot::value(c.a.model.name(*v)));
+                let change = Change::new(Class::Shapes, Kind::ValueType, title);
+                c.found.push(change.values(old, new).at(place));
+            }
+        }
     }
 }
 

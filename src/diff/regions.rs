@@ -157,21 +157,45 @@ fn rewrites(
         let (ours, rest): (Vec<NodeId>, Vec<NodeId>) =
             region.added.iter().partition(|n| of_pass(n));
         region.added = rest;
-        let first = ours[0];
+        let first = scope(c.b, ours[0]);
         for node in ours {
             scopes.entry(scope(c.b, node)).or_default().added.push(node);
         }
-        // What the pass made superfluous or redirected is part of it.
-        if region.added.is_empty()
-            && let Some(into) = scopes.get_mut(&scope(c.b, first))
-        {
-            into.removed.append(&mut region.removed);
-            into.wires.append(&mut region.wires);
+        if !region.added.is_empty() {
+            continue;
+        }
+        // What a pass made superfluous or redirected is part of it: of the scope that
+        // feeds what the node fed.
+        let mut instead: HashMap<NodeId, (String, String)> = HashMap::new();
+        let producer = |side: &Side<'_>, v: Option<ValueId>| match side.model.value(v?).def {
+            Def::Node { node, .. } => Some(node),
+            _ => None,
+        };
+        for wire in std::mem::take(&mut region.wires) {
+            let new = producer(c.b, wire.b).filter(of_pass);
+            let of = new.map_or_else(|| first.clone(), |n| scope(c.b, n));
+            if let Some(old) = producer(c.a, wire.a) {
+                instead.entry(old).or_insert_with(|| of.clone());
+            }
+            scopes.entry(of).or_default().wires.push(wire);
+        }
+        for node in std::mem::take(&mut region.removed).into_iter().rev() {
+            let of = instead.get(&node).unwrap_or(&first).clone();
+            for value in reads(c.a, node) {
+                if let Some(before) = producer(c.a, Some(value)) {
+                    instead.entry(before).or_insert_with(|| of.clone());
+                }
+            }
+            scopes.entry(of).or_default().removed.insert(0, node);
         }
     }
     regions.retain(|_, r| !r.removed.is_empty() || !r.added.is_empty() || !r.wires.is_empty());
-    for ((pass, part), mut region) in scopes {
+    for region in scopes.values_mut() {
         region.added.sort();
+    }
+    let mut scopes: Vec<_> = scopes.into_iter().collect();
+    scopes.sort_by_key(|(_, region)| region.added.first().copied());
+    for ((pass, part), region) in scopes {
         let layer = region.added.iter().filter_map(|n| cache[n.index()]).min();
         let what = if part.is_empty() {
             format!("duet/{pass}")

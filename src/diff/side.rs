@@ -73,12 +73,16 @@ impl<'m> Side<'m> {
                         && value.def == Def::Opaque
                         && value.name == sparse.values.name
                 };
-                // Sparse initializers are rare; values are found by looking through all uses.
-                let used = graph
-                    .nodes
-                    .iter()
-                    .flat_map(|n| model.node(*n).inputs.iter().flatten());
-                let all: Vec<ValueId> = used.chain(&graph.outputs).copied().filter(named).collect();
+                // They are rare; their values are found by looking through all uses.
+                let graphs = model.graphs().map(|(_, g)| g);
+                let read = graphs.flat_map(|g| {
+                    let inputs = g
+                        .nodes
+                        .iter()
+                        .flat_map(|n| model.node(*n).inputs.iter().flatten());
+                    inputs.chain(&g.outputs)
+                });
+                let all: Vec<ValueId> = read.copied().filter(named).collect();
                 for value in all {
                     side.constant_of[value.index()] = Some(constant);
                 }
