@@ -136,11 +136,10 @@ fn repeats_are_told_by_layers_then_by_number() {
     assert!(one(layers).contains("→ 1, in layers 0–2, 5, 7, 8\n"));
     let twice = [0, 0, 1, 1].map(|l| softmax("x", Some(l))).to_vec();
     assert!(one(twice).contains("→ 1, 4 times, in layers 0, 1\n"));
+    let most = [Some(0), Some(1), None].map(|l| softmax("x", l)).to_vec();
+    assert!(one(most).contains("→ 1, 3 times, in layers 0, 1 and 1 elsewhere\n"));
     let single = one(vec![softmax("/a", Some(3))]);
-    assert!(
-        single.contains("→ 1, at Softmax '/a' (layer 3)\n"),
-        "{single}"
-    );
+    assert!(single.contains("→ 1, at '/a' (layer 3)\n"), "{single}");
     let mixed = vec![
         softmax("/a", Some(3)),
         softmax("/b", None),
@@ -148,7 +147,7 @@ fn repeats_are_told_by_layers_then_by_number() {
     ];
     let mixed = one(mixed);
     assert!(
-        mixed.contains("in 3 places: Softmax '/a'; Softmax '/b'; and 1 more\n"),
+        mixed.contains("in 3 places: '/a'; '/b'; and 1 more\n"),
         "{mixed}"
     );
 }

@@ -12,7 +12,7 @@ use crate::diff::report::{Context, ContextNode, NodeState};
 const MOST: usize = 150;
 
 /// Nodes beside each other.
-const COLUMNS: usize = 8;
+const COLUMNS: usize = 7;
 
 const WIDTH: usize = 148;
 const HEIGHT: usize = 36;
@@ -33,20 +33,24 @@ pub(super) fn draw(context: &Context) -> String {
     spread(&mut rows_a, &mut rows_b);
     let height = rows_a.iter().chain(&rows_b).max().map_or(0, |r| r + 1);
     let draw = |title, nodes: &[ContextNode], rows: &[usize]| {
-        if nodes.is_empty() {
-            String::new()
-        } else {
-            side(title, nodes, rows, height)
-        }
+        (!nodes.is_empty()).then(|| side(title, nodes, rows, height))
     };
-    let a = draw("before", &context.a, &rows_a);
-    let b = draw("after", &context.b, &rows_b);
-    let one = if a.is_empty() || b.is_empty() {
-        " one"
-    } else {
-        ""
-    };
-    format!("<div class=\"graphs{one}\">{a}{b}</div>\n")
+    let sides = [
+        draw("before", &context.a, &rows_a),
+        draw("after", &context.b, &rows_b),
+    ];
+    // Columns as wide as what is in them, so that both sides have one scale and
+    // rows stand beside each other.
+    let sides: Vec<(usize, String)> = sides.into_iter().flatten().collect();
+    let columns: Vec<String> = sides
+        .iter()
+        .map(|(width, _)| format!("minmax(0,{width}fr)"))
+        .collect();
+    let drawn: String = sides.into_iter().map(|s| s.1).collect();
+    format!(
+        "<div class=\"graphs\" style=\"grid-template-columns:{}\">{drawn}</div>\n",
+        columns.join(" ")
+    )
 }
 
 /// Gives a row of too many nodes several lines, on both sides the same.
@@ -170,7 +174,8 @@ fn rows(context: &Context) -> (Vec<usize>, Vec<usize>) {
     )
 }
 
-fn side(title: &str, nodes: &[ContextNode], rows: &[usize], height: usize) -> String {
+/// One side's drawing, and its width.
+fn side(title: &str, nodes: &[ContextNode], rows: &[usize], height: usize) -> (usize, String) {
     let edges = edges(nodes);
     // Columns: beside each other in a row, ordered by where their inputs are.
     let mut by_row: Vec<Vec<usize>> = vec![Vec::new(); height];
@@ -209,9 +214,9 @@ fn side(title: &str, nodes: &[ContextNode], rows: &[usize], height: usize) -> St
     let x = |i: usize| center[i] + MARGIN as f64;
     let y = |i: usize| (MARGIN + GAP_Y / 2 + rows[i] * (HEIGHT + GAP_Y)) as f64;
     let mut out = format!(
-        "<figure><figcaption>{title}</figcaption><svg style=\"width:min({w}px,max(100%,{}px))\" viewBox=\"0 0 {w} {h}\" role=\"img\">",
+        "<figure><figcaption>{title}</figcaption><svg style=\"width:100%;max-width:{w}px;min-width:{}px\" viewBox=\"0 0 {w} {h}\" role=\"img\">",
         // Shrunk to fit, but not so far that nobody can read it.
-        w * 55 / 100
+        w * 45 / 100
     );
     for (from, to) in &edges {
         let (x1, y1) = (x(*from), y(*from) + HEIGHT as f64);
@@ -267,7 +272,7 @@ fn side(title: &str, nodes: &[ContextNode], rows: &[usize], height: usize) -> St
         );
     }
     out.push_str("</svg></figure>");
-    out
+    (w, out)
 }
 
 /// What a node is known by.

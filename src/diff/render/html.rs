@@ -10,8 +10,8 @@ use crate::diff::report::{Change, Class, FileReport, Verdict};
 /// Places, and renamed names, in a table.
 const ROWS: usize = 500;
 
-/// Places of a change that are listed without a click.
-const UNFOLDED: usize = 8;
+/// Places of a change, and nodes at them, that are listed without a click.
+const UNFOLDED: usize = 12;
 
 /// Changes that are unfolded at first.
 const OPEN: usize = 6;
@@ -276,7 +276,11 @@ fn places(change: &Change) -> String {
     if told {
         return String::new();
     }
-    let many = change.places.len() > UNFOLDED;
+    let listed = change
+        .places
+        .iter()
+        .map(|p| 1 + p.added.len() + p.removed.len());
+    let many = listed.sum::<usize>() > UNFOLDED;
     let mut out = String::new();
     if many {
         let n = words::number(change.places.len(), "place");

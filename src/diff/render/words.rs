@@ -263,12 +263,30 @@ pub(super) fn ranges(numbers: &BTreeSet<u32>) -> String {
     parts.join(", ")
 }
 
-/// `layer 3`, `layers 0–27`; nothing where a place's layer is not known.
-fn layers(places: &[Place]) -> Option<(usize, String)> {
-    let all: Option<BTreeSet<u32>> = places.iter().map(|p| p.layer).collect();
-    let all = all.filter(|l| !l.is_empty())?;
+/// How many layers, and `layer 3`, `layers 0–27`.
+fn layers(places: &[&Place]) -> (usize, String) {
+    let all: BTreeSet<u32> = places.iter().filter_map(|p| p.layer).collect();
     let s = if all.len() == 1 { "" } else { "s" };
-    Some((all.len(), format!("layer{s} {}", ranges(&all))))
+    (all.len(), format!("layer{s} {}", ranges(&all)))
+}
+
+/// A place behind a title: what the title says already (operator, input) is not
+/// said again, if there is a name to say instead.
+fn brief(title: &str, at: &Place) -> String {
+    let spots = [&at.b, &at.a].into_iter().flatten();
+    let mut spots = spots.chain(at.added.first()).chain(at.removed.first());
+    let named = spots.next().filter(|s| {
+        let told = s.op.as_ref().is_none_or(|op| title.contains(&clean(op)));
+        let slot = s.slot.is_none_or(|n| title.contains(&format!("input {n}")));
+        told && slot
+    });
+    match named
+        .and_then(|s| s.node.as_ref())
+        .filter(|n| !n.is_empty())
+    {
+        Some(name) if at.graph.is_empty() => format!("'{}'", clean(name)),
+        _ => place(at),
+    }
 }
 
 /// Names of places in one line before "and so on".
@@ -358,20 +376,29 @@ pub(super) fn at(change: &Change) -> String {
         // Names of inserted nodes say nothing that the pass does not; the title has the layer.
         [_] if change.kind == Kind::Rewrite => String::new(),
         [one] if told(one) => layer_of(one),
-        [one] => match place(one) {
+        [one] => match brief(&title, one) {
             at if at.is_empty() => layer_of(one),
             at => format!(", at {at}{}", layer_of(one)),
         },
         many => {
             let total = many.len();
-            if let Some((distinct, layers)) = layers(many) {
+            // Where most lie in layers, these say more than names.
+            let (inside, outside): (Vec<&Place>, Vec<&Place>) =
+                many.iter().partition(|p| p.layer.is_some());
+            if inside.len() > outside.len() {
+                let (distinct, layers) = layers(&inside);
+                let elsewhere = match outside.len() {
+                    0 => String::new(),
+                    n => format!(" and {n} elsewhere"),
+                };
                 return if distinct == total {
                     format!(", in {layers}")
                 } else {
-                    format!(", {} times, in {layers}", count(total as u64))
+                    format!(", {} times, in {layers}{elsewhere}", count(total as u64))
                 };
             }
-            let named: Vec<String> = many.iter().map(place).filter(|p| !p.is_empty()).collect();
+            let named = many.iter().map(|p| brief(&title, p));
+            let named: Vec<String> = named.filter(|p| !p.is_empty()).collect();
             if named.is_empty() {
                 return format!(", {} times", count(total as u64));
             }
