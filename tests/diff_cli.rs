@@ -369,6 +369,120 @@ fn names_with_markup_come_out_escaped() {
     );
 }
 
+#[test]
+fn damage_gives_a_report_or_an_error_never_a_panic() {
+    use duet_onnx::diff::render::{Format, View, render};
+    let dir = tempfile::tempdir().expect("a directory");
+    let (a, b) = (dir.path().join("a.onnx"), dir.path().join("b.onnx"));
+    let file = encode(&nested()).to_vec();
+    fs::write(&a, &file).expect("written");
+    let options = duet_onnx::diff::Options {
+        context: 2,
+        ..Default::default()
+    };
+    let (mut compared, mut refused) = (0, 0);
+    for at in 0..file.len() {
+        let mut bytes = file.clone();
+        bytes[at] ^= 1 << (at % 8);
+        fs::write(&b, &bytes).expect("written");
+        let lines = duet_onnx::diff::textconv(&b).expect("always lines");
+        assert!(!lines.is_empty());
+        match duet_onnx::diff::compare(&a, &b, &options) {
+            Ok(report) => {
+                compared += 1;
+                for format in Format::ALL {
+                    render(&report, format, View::default());
+                }
+            }
+            Err(e) => {
+                refused += 1;
+                assert!(e.to_string().contains("b.onnx: "), "{e}");
+            }
+        }
+    }
+    assert!(
+        compared > 50 && refused > 50,
+        "{compared} compared, {refused} refused"
+    );
+}
+
+// ---- a rewrite, and what the manual says ----
+
+/// The code blocks of a language in docs/diff.md.
+fn blocks(language: &str) -> Vec<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/diff.md");
+    let text = fs::read_to_string(path).expect("docs/diff.md");
+    let start = format!("```{language}\n");
+    let parts = text.split(start.as_str()).skip(1);
+    let block = |p: &str| p.split("```").next().expect("a block").to_owned();
+    parts.map(block).collect()
+}
+
+#[test]
+fn the_manual_shows_valid_yaml_and_valid_policies() {
+    let all = blocks("yaml");
+    let (policies, jobs): (Vec<&String>, Vec<&String>) =
+        all.iter().partition(|b| b.starts_with("version: 1\n"));
+    assert_eq!((policies.len(), jobs.len()), (2, 2));
+    for text in policies {
+        let policy = duet_onnx::diff::policy::Policy::parse(text);
+        policy.unwrap_or_else(|e| panic!("{e}\n{text}"));
+    }
+    for text in jobs {
+        let job: serde_json::Value =
+            serde_yaml::from_str(text).unwrap_or_else(|e| panic!("{e}\n{text}"));
+        assert!(job.is_object());
+    }
+}
+
+#[test]
+fn a_rewritten_model_reads_as_one_and_passes_the_manuals_policy() {
+    let pair = Pair::new();
+    let recipe = "version: 1\npasses:\n  - token_merge: {dominant: 30, contextual: 6}\n  - visual_prune: {drops: \
+                  [{after_layer: 3, keep: 0.5}, {after_layer: 5, keep: 0.0}]}\n";
+    let recipe = pair.write("recipe.yaml", recipe);
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let before = root.join("models/llava/fixtures/ts-sdpa-mha");
+    let before = before.to_str().expect("UTF-8");
+    let after = pair.path("rewritten");
+    let after = after.to_str().expect("UTF-8");
+    code(
+        &duet(&[
+            "rewrite", before, "--recipe", &recipe, "--out", after, "--quiet",
+        ]),
+        0,
+    );
+    let output = duet(&["diff", before, after]);
+    code(&output, 1);
+    let text = stdout(&output);
+    for line in [
+        "Rewritten by duet: token_merge and visual_prune; nothing else changed in graphs and weights.",
+        "+ duet/visual_prune/drop1 inserted after layer 3",
+        "+ duet/visual_prune/drop2 inserted after layer 5",
+        "+ metadata 'duet.recipe' added",
+        "'image_seq_length': 81 → 36",
+    ] {
+        assert!(text.contains(line), "'{line}' is not in:\n{text}");
+    }
+    let manual = blocks("yaml");
+    let policy = manual
+        .iter()
+        .find(|b| b.contains("rewrites: { "))
+        .expect("the example");
+    let path = pair.write("policy.yaml", policy);
+    code(&duet(&["diff", before, after, "--policy", &path]), 0);
+    let more = policy.replace("drop*: 2", "drop*: 3");
+    assert_ne!(&more, policy);
+    let path = pair.write("policy.yaml", more);
+    let output = duet(&["diff", before, after, "--policy", &path]);
+    code(&output, 1);
+    assert!(
+        stdout(&output).contains("expected exactly 3 times, found at 2 places"),
+        "{}",
+        stdout(&output)
+    );
+}
+
 // ---- git ----
 
 /// A repository of its own, untouched by the user's settings.

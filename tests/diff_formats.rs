@@ -604,7 +604,10 @@ fn a_comment_is_never_longer_than_allowed() {
                 "{} for {n} × {width}",
                 text.len()
             );
-            assert!(text.contains("did not fit into a comment"), "{n} × {width}");
+            // Short, the longest list is cut by number before it is cut by length.
+            let cut = text.contains("did not fit into a comment");
+            let counted = text.contains("  … ") && !view.full;
+            assert!(cut || counted, "{n} × {width}");
             let outside = outside_of_fences(&text);
             well_formed(&outside.replace("\n> ", "\n"), &["br"]);
         }
