@@ -425,33 +425,45 @@ fn built_in_recipes_are_the_files_of_the_passes_folder_and_meet_their_budgets() 
         let prune = recipe
             .pass::<duet_onnx::passes::VisualPrune>()
             .expect("a schedule");
-        // Video-LLaVA's budgets are of each of 8 frames.
-        let (patches, frames) = match name.starts_with("video-llava") {
-            true => (256, 8),
-            false => (576, 1),
+        // What the families' budgets are stated for: images that enter together, patches of one, CLS, layers.
+        let (images, patches, cls, layers) = match name {
+            "demo" => (1, 576, true, 16),
+            n if n.starts_with("llava-1.5-") => (1, 576, true, 32),
+            n if n.starts_with("llava-next-") => (5, 576, true, 32),
+            n if n.starts_with("llava-onevision-") => (5, 729, false, 28),
+            n if n.starts_with("qwen2.5-vl-") => (1, 1000, false, 28),
+            n if n.starts_with("video-llava-") => (8, 256, true, 32),
+            _ => panic!("{name}: of which family?"),
         };
-        // Without a merge: per hundred tokens.
-        let out = match recipe.pass::<duet_onnx::passes::TokenMerge>() {
-            Some(merge) => frames * duet_onnx::passes::merge_budget(merge, patches, true).total(),
-            None if name == "qwen2.5-vl-prune" => 100,
-            None => 576,
+        let each = match recipe.pass::<duet_onnx::passes::TokenMerge>() {
+            Some(merge) => duet_onnx::passes::merge_budget(merge, patches, cls).total(),
+            None => patches,
         };
-        let layers = match name {
-            "demo" => 16,
-            "qwen2.5-vl-prune" => 28,
-            _ => 32,
-        };
-        let counts = prune.tokens_per_layer(out, layers);
+        let deepest = prune.drops.last().expect("a drop").after_layer;
+        assert!(deepest < layers, "{name}: a drop after layer {deepest}");
+        let counts = prune.tokens_per_layer(images * each, layers);
         let average = counts.iter().sum::<i64>() as f64 / layers as f64;
         let expected = match name {
             "llava-1.5-192" => 191.75,
+            "demo" | "llava-1.5-128" => 126.25,
             "llava-1.5-64" => 63.75,
-            // Of each crop's 576: all, a half, a quarter, an eighth, for eight layers each.
-            "llava-next-prune" => 270.0,
-            "qwen2.5-vl-prune" => 68.75,
+            // All, a half, a quarter, an eighth, for a quarter of the layers each.
+            "llava-next-prune" => 2880.0 * 1.875 / 4.0,
+            "llava-next-640" => 300.0,
+            "llava-next-320" => 150.0,
+            "llava-next-160" => 75.0,
+            "llava-onevision-prune" => (3645 + 1822 + 911 + 455) as f64 / 4.0,
+            "llava-onevision-810" => 379.5,
+            "llava-onevision-405" => 189.5,
+            "llava-onevision-200" => 93.75,
+            "qwen2.5-vl-prune" => 687.5,
+            "qwen2.5-vl-640" => 440.0,
+            "qwen2.5-vl-320" => 220.0,
+            "qwen2.5-vl-160" => 110.0,
+            "qwen2.5-vl-ratio" => 437.5,
             "video-llava-960" => 960.0,
             "video-llava-136" => 136.0,
-            _ => 126.25,
+            _ => panic!("{name}: which budget?"),
         };
         assert!((average - expected).abs() < 1e-9, "{name}: {average}");
     }

@@ -16,7 +16,10 @@ use std::path::PathBuf;
 
 use duet_onnx::arch::{Kind, Role, Vlm};
 use duet_onnx::onnx::read;
-use duet_onnx::runtime::{Embedder, StepInput, Tensor, Value, VisionEncoder, scatter};
+use duet_onnx::runtime::{
+    Clip, ClipEncoder, Embedder, GenerateOptions, Message, StepInput, Tensor, Token, Value,
+    VisionEncoder, VlmFiles, VlmPipeline, scatter, video,
+};
 use duet_onnx::validate::scenario::Seeded;
 use ndarray::Array2;
 use serde_json::Value as Json;
@@ -42,21 +45,53 @@ fn fixture() -> Vlm {
 /// The same with the video encoder of the dynamo exporter, whose frames come out in one list,
 /// `[clips, frames·N, D]`: a product of the number of frames and of the tokens of one, which is baked in.
 fn joined() -> Vlm {
-    let mut vlm = fixture();
-    let path = root().join("models/video_llava/fixtures/joined/video_encoder.onnx.gz");
+    with_video_encoder("joined")
+}
+
+/// A packed file of the fixtures.
+fn unpacked(name: &str) -> Vec<u8> {
+    let path = root().join("models/video_llava/fixtures").join(name);
     let packed = std::fs::read(&path).expect("the packed encoder");
     let mut bytes = Vec::new();
     flate2::read::GzDecoder::new(packed.as_slice())
         .read_to_end(&mut bytes)
         .expect("gzip");
+    bytes
+}
+
+/// The fixture with another encoder of clips.
+fn with_video_encoder(name: &str) -> Vlm {
+    let mut vlm = fixture();
     let place = tempfile::tempdir().expect("a folder");
     let file = place.path().join("video_encoder.onnx");
+    let bytes = unpacked(&format!("{name}/video_encoder.onnx.gz"));
     std::fs::write(&file, bytes).expect("written");
     let model = read(&file).expect("a model");
     let at = vlm.set("").video.expect("a video encoder");
     vlm.parts[at].role = Role::of(&model);
     vlm.parts[at].model = model;
     vlm
+}
+
+/// A directory in which both towers are one file, with two inputs and two outputs.
+fn together() -> commands::Place {
+    let place = commands::Place::new("");
+    let base = place.path("base");
+    std::fs::create_dir_all(base.join("onnx")).expect("a folder");
+    let copy = |name: &str| {
+        std::fs::copy(folder().join(name), base.join(name)).expect("copied");
+    };
+    for entry in std::fs::read_dir(folder()).expect("the fixture") {
+        let entry = entry.expect("an entry");
+        if entry.path().is_file() {
+            copy(entry.file_name().to_str().expect("UTF-8"));
+        }
+    }
+    copy("onnx/embed_tokens.onnx");
+    copy("onnx/decoder_model_merged.onnx");
+    let encoder = unpacked("together/vision_encoder.onnx.gz");
+    std::fs::write(base.join("onnx/vision_encoder.onnx"), encoder).expect("written");
+    place
 }
 
 /// The pixels that the goldens were recorded with: the upper byte of SplitMix64, divided by 64, less 2.
@@ -374,4 +409,313 @@ fn a_clip_is_asked_about() {
         "{}",
         refused.stderr
     );
+}
+
+#[test]
+fn two_towers_in_one_file_reproduce_pytorch() {
+    let place = together();
+    reproduces_pytorch(&parts_at(&place.path("base")));
+}
+
+/// Taken apart, changed and put together again: one file with both inputs and both outputs, where each output is
+/// what the tower gives alone, the weights of the projector that both share are there once, and a file that
+/// nothing changed is the file that was read.
+#[test]
+fn two_towers_in_one_file_stay_one_file() {
+    let place = together();
+    let vlm = parts_at(&place.path("base"));
+    let lanes: Vec<&str> = vlm
+        .parts
+        .iter()
+        .filter(|p| p.source.is_tower())
+        .filter_map(|p| p.source.branch.as_deref())
+        .collect();
+    assert_eq!(lanes, ["pixel_values_images", "pixel_values_videos"]);
+    assert_eq!(vlm.ambiguous(), None);
+    let file = |vlm: &Vlm| {
+        let files = vlm.files().expect("files");
+        let named = |f: &duet_onnx::arch::FileModel| f.file.ends_with("vision_encoder.onnx");
+        let found = files.into_iter().find(named).expect("the encoder");
+        duet_onnx::onnx::serialize(duet_onnx::ir::verify(&found.model).expect("valid")).to_vec()
+    };
+    assert!(
+        file(&vlm) == unpacked("together/vision_encoder.onnx.gz"),
+        "the bytes that were read"
+    );
+
+    let merge = ("token_merge", "{dominant: 12, contextual: 3}");
+    let prune = ("visual_prune", "{drops: [{after_layer: 4, keep: 0.5}]}");
+    let new = rewritten(&vlm, &recipe_text(&[merge, prune], ""));
+    let bytes = file(&new);
+    assert!(bytes == file(&new), "the same each time");
+    let path = place.path("new.onnx");
+    std::fs::write(&path, &bytes).expect("written");
+    let model = read(&path).expect("a model");
+    let names = |values: &[duet_onnx::ir::ValueId]| -> Vec<String> {
+        values.iter().map(|v| model.name(*v).to_owned()).collect()
+    };
+    let graph = model.graph();
+    assert_eq!(
+        (names(&graph.inputs), names(&graph.outputs)),
+        (
+            vec!["pixel_values_images".into(), "pixel_values_videos".into()],
+            vec!["image_features".into(), "video_features".into()]
+        )
+    );
+    let weights = |vlm: &Vlm| {
+        let files = vlm.files().expect("files");
+        let first = files
+            .into_iter()
+            .find(|f| f.file.ends_with("vision_encoder.onnx"));
+        let model = first.expect("the encoder").model;
+        let shared = |v: &&duet_onnx::ir::ValueId| !model.name(**v).starts_with("duet/");
+        model.graph().initializers.iter().filter(shared).count()
+    };
+    assert_eq!(weights(&new), weights(&vlm));
+    // Two merges and two marker channels, the second lane's in a scope of their own.
+    let scored = |scope: &str| {
+        model
+            .find(&format!("duet/token_merge/{scope}score"))
+            .is_some()
+    };
+    assert!(scored("") && scored("pixel_values_videos/"));
+
+    let mut session = open(&model, &path);
+    let given =
+        [pixels("image", 126), pixels("video", 126)].map(|p| Value::new(p).expect("pixels"));
+    let outputs = session
+        .run(&[
+            ("pixel_values_images", &given[0]),
+            ("pixel_values_videos", &given[1]),
+        ])
+        .expect("a run");
+    for (kind, name) in [("image", "image_features"), ("video", "video_features")] {
+        let (alone, _) = encode(&new, kind);
+        let both = numbers(outputs.get(name).expect("features"));
+        let apart = difference(&alone.f32s().expect("numbers"), &both);
+        assert!(apart < 1e-6, "{kind}: {apart:.1e}");
+    }
+    // Read again, it is two towers that were rewritten.
+    let again = Vlm::new(vec![("vision_encoder.onnx".into(), String::new(), model)]);
+    let kinds: Vec<Kind> = again
+        .parts
+        .iter()
+        .map(duet_onnx::arch::Part::kind)
+        .collect();
+    assert_eq!(kinds, [Kind::Vision, Kind::Video]);
+    assert!(
+        again
+            .parts
+            .iter()
+            .all(|p| p.model.find("duet/token_merge/score").is_some())
+    );
+}
+
+/// Rewritten, asked and validated on the command line; the file runs as it is, the tower that is not asked on zeros.
+#[test]
+fn two_towers_in_one_file_are_asked_and_validated() {
+    commands::runtime();
+    let place = together();
+    let golden = root().join("models/video_llava/goldens/clip.json");
+    let golden: Json =
+        serde_json::from_str(&std::fs::read_to_string(golden).expect("clip.json")).expect("JSON");
+    let text = |path: &PathBuf| path.to_str().expect("UTF-8").to_owned();
+    let clip = text(&commands::source("models/video_llava/images/ball.gif"));
+    let picture = text(&commands::source("models/llava/images/street.png"));
+    let prompt = golden["prompt"].as_str().expect("a prompt");
+    let asked = |model: &str, more: &[&str]| {
+        let mut arguments = vec![
+            "run",
+            model,
+            "--prompt",
+            prompt,
+            "--max-new-tokens",
+            "4",
+            "--json",
+        ];
+        arguments.extend(more);
+        commands::duet(&arguments).json()
+    };
+    let base = place.at("base");
+    let answer = asked(&base, &["--video", &clip]);
+    assert_eq!(answer["tokens"], golden["tokens"]);
+    let apart = text(&folder());
+    let pictured = ["--image", &picture];
+    assert_eq!(
+        asked(&base, &pictured)["tokens"],
+        asked(&apart, &pictured)["tokens"]
+    );
+
+    let recipe = recipe_text(
+        &[
+            ("token_merge", "{dominant: 20, contextual: 4}"),
+            (
+                "visual_prune",
+                "{drops: [{after_layer: 4, keep: 0.5}, {after_layer: 6, keep: 0.0}]}",
+            ),
+        ],
+        "",
+    );
+    std::fs::write(place.path("recipe.yaml"), recipe).expect("written");
+    let (file, out) = (place.at("recipe.yaml"), place.at("out"));
+    for model in [&base, &apart] {
+        let out = if *model == base {
+            out.clone()
+        } else {
+            place.at("apart")
+        };
+        let rewrite = commands::duet(&["rewrite", model, "--recipe", &file, "--out", &out]);
+        assert_eq!(rewrite.code, 0, "{}", rewrite.stderr);
+    }
+    let both = ["--video", &clip, "--image", &picture];
+    let (one, two) = (asked(&out, &both), asked(&place.at("apart"), &both));
+    assert_eq!(one["visual_tokens"], 24 * 9);
+    assert_eq!(
+        (&one["tokens"], &one["cache_lengths"]),
+        (&two["tokens"], &two["cache_lengths"])
+    );
+    let valid = commands::duet(&["validate", &base, &out]);
+    assert_eq!(valid.code, 0, "{}{}", valid.stdout, valid.stderr);
+    assert!(
+        valid.stdout.contains("clips: two images"),
+        "{}",
+        valid.stdout
+    );
+    let shown = commands::duet(&["inspect", &base]);
+    assert!(
+        shown.stdout.contains("of a file of two towers"),
+        "{}",
+        shown.stdout
+    );
+}
+
+/// LanguageBind's own tower: frames attend to each other in every block before tokens do. The attention that scores
+/// is the one over a frame's tokens.
+#[test]
+fn a_tower_whose_frames_see_each_other_is_scored_by_the_attention_within_a_frame() {
+    let base = with_video_encoder("temporal");
+    let (_, tower) = base.towers().find(|(_, t)| t.video).expect("a video tower");
+    // Four live blocks of two attentions each.
+    assert_eq!(
+        (tower.layers, tower.patches(), tower.cls, tower.frames),
+        (8, Some(81), true, Some(8))
+    );
+    let folder = root().join("models/video_llava/goldens");
+    let text = std::fs::read_to_string(folder.join("temporal.json")).expect("temporal.json");
+    let goldens: Json = serde_json::from_str(&text).expect("temporal.json");
+    let stored = tensors(&folder.join("temporal.safetensors"));
+    let cases = goldens["cases"].as_array().expect("cases");
+    assert_eq!(cases.len(), 2);
+    for case in cases {
+        let name = case["name"].as_str().expect("a name");
+        let vlm = rewritten(&base, &case["recipe"].to_string());
+        let (found, chosen) = encode(&vlm, "video");
+        let merged = case["merged"].as_array().expect("frames");
+        assert_eq!(merged.len(), 8);
+        for (frame, merged) in merged.iter().enumerate() {
+            for (set, field) in [(DOMINANT, "dominant"), (ANCHORS, "anchors")] {
+                assert_eq!(
+                    list(&merged[field]),
+                    chosen[set][frame],
+                    "{name}: {field} of frame {frame}"
+                );
+            }
+        }
+        let want = &stored[name];
+        let found = unmarked(&found, want.shape()[2]);
+        let apart = difference(&want.f32s().expect("numbers"), &found);
+        assert!(apart <= LIMIT, "{name}: {apart:.1e}");
+    }
+}
+
+/// Another question, about another clip, on the cache of an answer: what a prompt of both turns gives from nothing.
+#[test]
+fn a_second_clip_goes_on_from_the_cache() {
+    commands::runtime();
+    let options = duet_onnx::runtime::SessionOptions {
+        intra_threads: 1,
+        ..Default::default()
+    };
+    let onnx = |name: &str| folder().join(format!("onnx/{name}.onnx"));
+    let files = VlmFiles {
+        vision_encoder: onnx("vision_encoder"),
+        embed_tokens: onnx("embed_tokens"),
+        decoder: onnx("decoder_model_merged"),
+        configs: folder(),
+    };
+    let clips = ClipEncoder::open(&onnx("video_encoder"), &folder(), &options).expect("clips");
+    let mut vlm = VlmPipeline::open(&files, &options)
+        .expect("a model")
+        .with_clips(clips);
+    let ball = commands::source("models/video_llava/images/ball.gif");
+    let frames = video::sample(&ball, 8).expect("frames");
+    let backward = Clip::from(frames.iter().rev().cloned().collect::<Vec<_>>());
+    let forward = Clip::from(frames);
+    let generate = GenerateOptions {
+        max_new_tokens: 5,
+        ..Default::default()
+    };
+    let mut go_on = |_: &Token| std::ops::ControlFlow::Continue(());
+    let first = [Message::user_with(0, 1, "What is it?")];
+    let prepared = vlm
+        .prepare_with_clips(&first, &[], std::slice::from_ref(&forward))
+        .expect("a prompt");
+    let answer = vlm
+        .generate(&prepared, None, &generate, &mut go_on)
+        .expect("an answer");
+    let messages = [
+        first[0].clone(),
+        Message::assistant(answer.text.trim()),
+        Message::user_with(0, 1, "And this one?"),
+    ];
+    let given = std::slice::from_ref(&backward);
+    let turn = vlm
+        .prepare_follow_up_with_clips(&answer, &messages, &[], given)
+        .expect("another turn");
+    assert_eq!(turn.visual.iter().filter(|v| **v).count(), 8 * 82);
+    let second = vlm
+        .generate(&turn, Some(&answer.cache), &generate, &mut go_on)
+        .expect("an answer");
+
+    let mut whole = turn.clone();
+    let said = &answer.tokens[..answer.tokens.len() - 1];
+    whole.ids = [prepared.ids.as_slice(), said, &turn.ids].concat();
+    whole.visual = [
+        prepared.visual.clone(),
+        vec![false; said.len()],
+        turn.visual.clone(),
+    ]
+    .concat();
+    whole.salient = vec![false; whole.ids.len()];
+    let features = vlm
+        .clips
+        .as_mut()
+        .expect("clips")
+        .encode(&[forward, backward.clone()]);
+    let embeds = vlm
+        .embedder
+        .run_row(&whole.ids)
+        .expect("embeddings")
+        .to_tensor();
+    let embeds = scatter(
+        embeds.expect("numbers"),
+        &whole.visual,
+        &features.expect("features"),
+    );
+    whole.embeds = Value::new(embeds.expect("as many places as features")).expect("embeddings");
+    let again = vlm
+        .generate(&whole, None, &generate, &mut go_on)
+        .expect("an answer");
+    assert_eq!(again.tokens, second.tokens);
+    assert_eq!(again.cache_lengths, second.cache_lengths);
+
+    for (clips, said) in [
+        (&[][..], "mentions 1 clips, 0 are given"),
+        (&[backward.clone(), backward], "2 are given"),
+    ] {
+        let error = vlm
+            .prepare_follow_up_with_clips(&answer, &messages, &[], clips)
+            .expect_err("another number of clips");
+        assert!(error.to_string().contains(said), "{error}");
+    }
 }

@@ -34,8 +34,8 @@ def pinpoints(name: str) -> list[list[int]]:
     return [[h * edge, w * edge] for h, w in grid]
 
 
-def model(name: str, attention: str = "eager") -> nn.Module:
-    """A LlavaNextForConditionalGeneration or LlavaOnevisionForConditionalGeneration, fp32, weights from a seed."""
+def config(name: str) -> tuple[type, transformers.PretrainedConfig]:
+    """Class and configuration of a model."""
     size = SIZES[name]
     plain = build.config(size)
     shared = {
@@ -73,4 +73,10 @@ def model(name: str, attention: str = "eager") -> nn.Module:
             architectures=[kind.__name__],
             **shared,
         )
-    return variants.fill(kind, cfg, size.seed, attention)
+    return kind, cfg
+
+
+def model(name: str, attention: str = "eager") -> nn.Module:
+    """A LlavaNextForConditionalGeneration or LlavaOnevisionForConditionalGeneration, fp32, weights from a seed."""
+    kind, cfg = config(name)
+    return variants.fill(kind, cfg, SIZES[name].seed, attention)

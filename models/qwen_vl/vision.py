@@ -1,4 +1,4 @@
-"""Exports the vision tower of build.py, for any grid, and compares it with Transformers' own.
+"""Exports the vision towers of build.py, for any grid, and compares them with Transformers' own.
 
     python models/qwen_vl/vision.py [--out models/qwen_vl/fixtures] [NAME ...]
 
@@ -34,7 +34,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 import build
-from build import SIZE, sibling
+from build import SIZE, Size, sibling
 
 shared = sibling("export")
 
@@ -108,9 +108,9 @@ class Vision(nn.Module):
         return features if self.window is None else features[torch.argsort(order)]
 
 
-def part(net, form) -> shared.Part:
+def part(net, form, size: Size = SIZE) -> shared.Part:
     grid = torch.tensor([GRIDS[1]])
-    width = 3 * 2 * SIZE.patch**2
+    width = 3 * 2 * size.patch**2
     pixels = torch.randn(int(grid.prod()), width, generator=torch.Generator().manual_seed(0))
     axes = {"pixel_values": {0: "num_patches"}, "image_grid_thw": {}, "image_features": {0: "num_tokens"}}
     names = ["pixel_values", "image_grid_thw"]

@@ -47,17 +47,29 @@ def run(net, pixel_values: torch.Tensor) -> TowerOutput:
     x = x + embeddings.position_embedding.weight
     if has_cls:
         x = norm(tower.pre_layrnorm, x)
+
+    def heads_of(attention, h):
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        return (linear(p, h).unflatten(-1, (heads, -1)).transpose(1, 2) for p in projections)
+
+    def attend(attention, h):
+        q, k, v = heads_of(attention, h)
+        probs = torch.softmax(q @ k.transpose(2, 3) * q.shape[-1] ** -0.5, dim=-1)
+        return linear(attention.out_proj, (probs @ v).transpose(1, 2).flatten(2)), probs, k
+
     probs = metric = None
     for layer in tower.encoder.layers[:live]:
-        attention = layer.self_attn
-        h = norm(layer.layer_norm1, x)
-        q, k, v = (
-            linear(p, h).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        probs = torch.softmax(q @ k.transpose(2, 3) * q.shape[-1] ** -0.5, dim=-1)
+        if hasattr(layer, "temporal_attn"):
+            # The tokens of one place in all frames of a clip, [clips, frames, T, C] -> [clips * T, frames, C].
+            frames = layer.temporal_embedding.shape[0]
+            places = x.unflatten(0, (-1, frames)).transpose(1, 2)
+            size = places.shape[:2]
+            places = places.flatten(0, 1) + layer.temporal_embedding
+            places = places + attend(layer.temporal_attn, norm(layer.temporal_layer_norm1, places))[0]
+            x = places.unflatten(0, size).transpose(1, 2).flatten(0, 1)
+        out, probs, k = attend(layer.self_attn, norm(layer.layer_norm1, x))
         metric = k.mean(dim=1)
-        x = x + linear(attention.out_proj, (probs @ v).transpose(1, 2).flatten(2))
+        x = x + out
         h = linear(layer.mlp.fc1, norm(layer.layer_norm2, x))
         x = x + linear(layer.mlp.fc2, act(h))
     return TowerOutput(x, probs, metric, has_cls)

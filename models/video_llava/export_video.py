@@ -3,8 +3,9 @@
     python models/video_llava/export_video.py [--out models/video_llava/fixtures] [NAME ...]
 
 Every NAME of FORMS becomes a directory with the configs, a tokenizer and onnx/{vision_encoder,video_encoder,
-embed_tokens,decoder_model_merged}.onnx; features, logits and a decode step are then compared with the PyTorch
-model under ONNX Runtime, and the command fails if they differ.
+embed_tokens,decoder_model_merged}.onnx (`together`: both towers in vision_encoder.onnx); features, logits and a
+decode step are then compared with the PyTorch model under ONNX Runtime, and the command fails if they differ. Of
+`dynamo18` and `together` only the encoder is kept with the fixtures, packed by gzip.
 """
 
 import argparse
@@ -33,7 +34,8 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 @dataclass(frozen=True)
 class Form:
-    """One way of exporting. `joined`: the frames of a clip come out as one list of tokens.
+    """One way of exporting. `joined`: the frames of a clip come out as one list of tokens; `together`: both towers,
+    which share the projector, in one file with two inputs and two outputs.
 
     `size` "true" has the geometry of Video-LLaVA-7B (224 px, 257 tokens of a frame, 32 decoder layers) and small
     widths: what the recipes of `passes/` are for.
@@ -45,11 +47,13 @@ class Form:
     joined: bool
     external: bool = False
     size: str = "small"
+    together: bool = False
 
 
 FORMS = {
     "ts-sdpa": Form("sdpa", 17, False, joined=False),
     "dynamo18": Form("sdpa", 18, True, joined=True),
+    "together": Form("sdpa", 17, False, joined=False, together=True),
     "geometry": Form("sdpa", 17, False, joined=False, size="true"),
 }
 
@@ -85,11 +89,22 @@ class VideoEncoder(nn.Module):
         return features
 
 
+class BothEncoders(nn.Module):
+    """pixel_values_images and pixel_values_videos -> image_features and video_features, as the two above."""
+
+    def __init__(self, net, joined: bool):
+        super().__init__()
+        self.images, self.videos = ImageEncoder(net), VideoEncoder(net, joined)
+
+    def forward(self, pixel_values_images: torch.Tensor, pixel_values_videos: torch.Tensor):
+        return self.images(pixel_values_images), self.videos(pixel_values_videos)
+
+
 def parts(net, form: Form, size: Size) -> list[llava.Part]:
     g = torch.Generator().manual_seed(0)
     side = size.image
     out = {0: "batch_size", 1: "video_tokens"} if form.joined else {0: "batch_frames"}
-    return [
+    encoders = [
         llava.Part(
             "vision_encoder",
             ImageEncoder(net),
@@ -106,8 +121,20 @@ def parts(net, form: Form, size: Size) -> list[llava.Part]:
             ["video_features"],
             {"pixel_values_videos": {0: "batch_size", 1: "num_frames"}, "video_features": out},
         ),
-        *llava.language_parts(net, size),
     ]
+    if form.together:
+        image, video = encoders
+        video.axes["pixel_values_videos"][0] = "num_videos"
+        both = llava.Part(
+            "vision_encoder",
+            BothEncoders(net, form.joined),
+            (*image.args, *video.args),
+            image.inputs + video.inputs,
+            image.outputs + video.outputs,
+            image.axes | video.axes,
+        )
+        encoders = [both]
+    return [*encoders, *llava.language_parts(net, size)]
 
 
 def configs(net, folder: Path, size: Size) -> None:
@@ -177,8 +204,13 @@ def compare(folder: Path, net, size: Size) -> dict[str, float]:
     image = rng.standard_normal((1, 3, size.image, size.image)).astype(np.float32)
     clips = rng.standard_normal((2, 4, 3, size.image, size.image)).astype(np.float32)
     result = {}
-    features = files.run("vision_encoder", {"pixel_values_images": image})[0]
-    video = files.run("video_encoder", {"pixel_values_videos": clips})[0].reshape(2, -1, size.width)
+    if (folder / "onnx" / "video_encoder.onnx").exists():
+        features = files.run("vision_encoder", {"pixel_values_images": image})[0]
+        video = files.run("video_encoder", {"pixel_values_videos": clips})[0]
+    else:
+        given = {"pixel_values_images": image, "pixel_values_videos": clips}
+        features, video = files.run("vision_encoder", given)
+    video = video.reshape(2, -1, size.width)
     rows = [tokens.BOS, 20, *[tokens.IMAGE] * features.shape[1], 30, *[VIDEO] * video.shape[1], 40, 41, 42]
     ids = np.array([rows], np.int64)
     embeds = files.run("embed_tokens", {"input_ids": ids})[0]

@@ -10,6 +10,7 @@ mod decoder;
 mod embedding;
 mod head_rows;
 mod hidden;
+mod lanes;
 mod pixels;
 mod projection;
 mod residual;

@@ -84,7 +84,13 @@ impl Kind {
     /// are told by their interface.
     fn stamped(model: &Model) -> Option<Self> {
         if let Some(word) = model.metadata(ROLE_KEY) {
-            return Self::PARTS.into_iter().find(|k| k.word() == word);
+            let stamped = Self::PARTS.into_iter().find(|k| k.word() == word);
+            // A file of two towers has one stamp.
+            return stamped.map(|kind| match kind {
+                Self::Vision if takes_clips(model) => Self::Video,
+                Self::Video if !takes_clips(model) => Self::Vision,
+                kind => kind,
+            });
         }
         model.metadata("duet.recipe")?;
         let floats = |values: &[ValueId], ranks: std::ops::RangeInclusive<usize>| {

@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 
 use super::attention::{Site, refused, sites};
-use super::pixels::{no_pixels, pixels_of, second_pixels, takes_clips};
+use super::pixels::{no_pixels, pixels_of, takes_clips};
 use super::residual::articulations;
 use super::rows::{PatchRows, patch_inputs};
 use super::shuffle::{self, Shuffle};
@@ -144,14 +144,6 @@ impl VisionTower {
         }
         if model.input("input_ids").is_some() {
             return fail("it takes input_ids beside the pixels, as a whole model does".into());
-        }
-        if let Some(other) = second_pixels(model, pixels) {
-            return fail(format!(
-                "it takes pixels twice, '{}' and '{}': towers for images and for clips in one file are not \
-                 supported; export a file for each",
-                model.name(pixels),
-                model.name(other)
-            ));
         }
         let reached = descendants(model, &[pixels], true);
         let is_features = |v: &ValueId| {

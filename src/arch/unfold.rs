@@ -4,21 +4,25 @@
 //! A file whose network lies open is taken as it is. Where functions hold it,
 //! their calls are inlined; where the branches of an `If` hold it, each branch
 //! becomes a part of its own, and the parts are joined before the file is
-//! written. What no pass changes is written as it was read, functions and all.
+//! written. So does each of two towers that lie side by side. What no pass changes is written as it was read, functions and all.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::hidden::{network_functions, network_holders};
+use super::lanes::towers_of;
 use super::{NoMatch, Role, hidden_network};
-use crate::ir::{Branch, IrError, Model, NodeId, called, inline, join, split};
+use crate::ir::{
+    Branch, IrError, Lane, Model, NodeId, called, inline, join, join_lanes, lanes, split,
+};
 
 /// How a part differs from what its file holds.
 #[derive(Clone, Debug, Default)]
 pub struct Source {
     /// Model-local functions (`domain::name`) whose calls were inlined.
     pub inlined: Vec<String>,
-    /// The branch of an `If` that the part is (`then_branch`, `else_branch`).
+    /// Which of several parts of its file it is: a branch of an `If` (`then_branch`,
+    /// `else_branch`), or the tower that takes the input of that name.
     pub branch: Option<String>,
     /// Where the part is not the file's model as it was read.
     folded: Option<Arc<Folded>>,
@@ -28,11 +32,27 @@ pub struct Source {
 #[derive(Debug)]
 struct Folded {
     read: Arc<Model>,
-    /// With functions inlined, and the node whose branches were taken apart.
-    branches: Option<(Model, NodeId)>,
+    taken: Taken,
+}
+
+/// What was taken apart.
+#[derive(Debug)]
+enum Taken {
+    /// Nothing: functions were inlined.
+    Nothing,
+    /// The branches of a node of this model, with functions inlined.
+    Branches(Box<Model>, NodeId),
+    /// Towers that lie side by side.
+    Towers,
 }
 
 impl Source {
+    /// Whether the part is one of several towers in its file.
+    pub fn is_tower(&self) -> bool {
+        let folded = self.folded.as_ref();
+        folded.is_some_and(|f| matches!(f.taken, Taken::Towers))
+    }
+
     /// The model of a file, given all parts that came from it, in order.
     ///
     /// # Errors
@@ -47,14 +67,20 @@ impl Source {
         if !parts.iter().any(|(_, m)| m.is_patched()) {
             return Ok((*folded.read).clone());
         }
-        let Some((whole, node)) = &folded.branches else {
-            return Ok((*model).clone());
-        };
-        let branches = parts.iter().map(|(source, model)| Branch {
-            attribute: source.branch.clone().unwrap_or_default(),
-            model: (*model).clone(),
-        });
-        join(whole, *node, &branches.collect::<Vec<_>>())
+        let each = parts
+            .iter()
+            .map(|(source, model)| (source.branch.clone().unwrap_or_default(), (*model).clone()));
+        match &folded.taken {
+            Taken::Nothing => Ok((*model).clone()),
+            Taken::Branches(whole, node) => {
+                let branches = each.map(|(attribute, model)| Branch { attribute, model });
+                join(whole, *node, &branches.collect::<Vec<_>>())
+            }
+            Taken::Towers => {
+                let lanes = each.map(|(name, model)| Lane { name, model });
+                join_lanes(&folded.read, &lanes.collect::<Vec<_>>())
+            }
+        }
     }
 }
 
@@ -71,8 +97,39 @@ impl Unfolded {
     }
 }
 
-/// The parts of a file: one, unless it is a merged decoder.
+/// The parts of a file: one, unless it is a merged decoder or holds two towers.
 pub(super) fn unfold(read: Model) -> Vec<Unfolded> {
+    let towers = match towers_of(&read) {
+        Some(Ok(groups)) => lanes(&read, &groups).map_err(|e| e.to_string()),
+        Some(Err(why)) => Err(why),
+        None => Ok(Vec::new()),
+    };
+    match towers {
+        Ok(lanes) if lanes.is_empty() => {}
+        Ok(lanes) => {
+            let folded = Arc::new(Folded {
+                read: Arc::new(read),
+                taken: Taken::Towers,
+            });
+            let part = |lane: Lane| Unfolded {
+                role: Role::of(&lane.model),
+                model: lane.model,
+                source: Source {
+                    inlined: Vec::new(),
+                    branch: Some(lane.name),
+                    folded: Some(folded.clone()),
+                },
+            };
+            return lanes.into_iter().map(part).collect();
+        }
+        Err(why) => {
+            return vec![Unfolded {
+                model: read,
+                role: Role::Unknown(vec![NoMatch::new("a vision tower", why)]),
+                source: Source::default(),
+            }];
+        }
+    }
     let role = Role::of(&read);
     let plain = |read: Model, role: Role| {
         let source = Source::default();
@@ -134,7 +191,7 @@ fn open(read: &Arc<Model>, mut functions: BTreeSet<usize>) -> Result<Vec<Unfolde
             branch: None,
             folded: Some(Arc::new(Folded {
                 read: read.clone(),
-                branches: None,
+                taken: Taken::Nothing,
             })),
         };
         let role = Role::of(&whole);
@@ -160,7 +217,7 @@ fn open(read: &Arc<Model>, mut functions: BTreeSet<usize>) -> Result<Vec<Unfolde
     let inlined = shown(&functions);
     let folded = Arc::new(Folded {
         read: read.clone(),
-        branches: Some((whole, node)),
+        taken: Taken::Branches(Box::new(whole), node),
     });
     let parts = branches.into_iter().map(|branch| Unfolded {
         role: Role::of(&branch.model),

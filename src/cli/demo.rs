@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
-use super::rewrite::{average, outputs, tokens_by_layer};
+use super::counts::{average, tokens_by_layer};
+use super::rewrite::outputs;
 use super::{Engine, Global, Outcome, load, run::millis, style};
 use crate::onnx::{DataMode, write_out};
 use crate::passes::rewrite;

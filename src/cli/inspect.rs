@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Global, ModelArgument, Outcome, family, load, print_json, style};
+use super::{Global, ModelArgument, Outcome, counts, family, load, print_json, style};
 use crate::arch::{Decoder, FileSet, Part, PatchRows, Role, VisionTower, Vlm};
 use crate::ir::{Model, TensorData};
 use crate::onnx::ModelDir;
@@ -39,9 +39,16 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
             })
             .collect();
         let layout = dir.layout.word();
+        let depth = vlm.decoders().next().map(|(_, d)| d.depth());
+        let tokens = counts::unmodified(&vlm, family::crops(&dir.root, &vlm));
+        let tokens: Vec<Value> = tokens
+            .iter()
+            .map(|(of, tokens)| json!({ "of": of, "tokens": tokens, "layers": depth }))
+            .collect();
         print_json(&json!({
             "schema_version": 1,
-            "family": family::name(&dir.root),
+            "family": family::find(&dir.root, &vlm).map(|f| f.name),
+            "visual_tokens": tokens,
             "layout": layout,
             "sets": sets,
             "files": files,
@@ -88,10 +95,18 @@ fn sizes(model: &Model) -> (u64, u64) {
 
 /// How the files lie, which precisions there are, and what is used together.
 fn header(dir: &ModelDir, vlm: &Vlm, sets: &[FileSet]) {
-    if let Some(family) = family::name(&dir.root) {
-        anstream::println!("  family     {family}");
+    if let Some(family) = family::find(&dir.root, vlm) {
+        anstream::println!("  family     {}", family.name);
     }
     anstream::println!("  layout     {}", dir.layout.name());
+    if let Some((_, decoder)) = vlm.decoders().next() {
+        for (of, tokens) in counts::unmodified(vlm, family::crops(&dir.root, vlm)) {
+            anstream::println!(
+                "  visual     {tokens} tokens of {of} in each of {} layers",
+                decoder.depth()
+            );
+        }
+    }
     if sets.len() < 2 {
         return;
     }
@@ -284,7 +299,13 @@ fn print(parts: &[Part]) {
         }
         if part.source.branch.is_some() && earlier_recipe(model).is_none() {
             anstream::println!(
-                "  branch     of a merged file; rewrite changes every branch and joins them again"
+                "{}",
+                match part.source.is_tower() {
+                    true =>
+                        "  input      of a file of two towers; rewrite changes both and joins them again",
+                    false =>
+                        "  branch     of a merged file; rewrite changes every branch and joins them again",
+                }
             );
         }
         if let Some((version, recipe)) = earlier_recipe(model) {
@@ -355,7 +376,7 @@ fn print_tower(model: &Model, t: &VisionTower) {
     );
     if t.video {
         let frames = t.frames.map_or("any number".into(), |n| n.to_string());
-        anstream::println!("  clips      {frames} of frames, each seen alone");
+        anstream::println!("  clips      {frames} of frames, each merged alone");
     }
     anstream::println!("  merge at   {}", model.name(merge_point(t)));
 }

@@ -14,37 +14,34 @@ use crate::onnx::{ModelDir, read};
 use crate::passes::{Recipe, earlier_recipe, gives_fewer};
 use crate::runtime::CacheHeads;
 
+/// Files of `passes/` with their names.
+macro_rules! recipes {
+    ($($name:literal),* $(,)?) => {
+        &[$(($name, include_str!(concat!("../../passes/", $name, ".yaml")))),*]
+    };
+}
+
 /// Recipes that ship with the program: the files of `passes/`.
-pub(super) const RECIPES: &[(&str, &str)] = &[
-    ("demo", include_str!("../../passes/demo.yaml")),
-    (
-        "llava-next-prune",
-        include_str!("../../passes/llava-next-prune.yaml"),
-    ),
-    (
-        "llava-1.5-192",
-        include_str!("../../passes/llava-1.5-192.yaml"),
-    ),
-    (
-        "llava-1.5-128",
-        include_str!("../../passes/llava-1.5-128.yaml"),
-    ),
-    (
-        "llava-1.5-64",
-        include_str!("../../passes/llava-1.5-64.yaml"),
-    ),
-    (
-        "qwen2.5-vl-prune",
-        include_str!("../../passes/qwen2.5-vl-prune.yaml"),
-    ),
-    (
-        "video-llava-136",
-        include_str!("../../passes/video-llava-136.yaml"),
-    ),
-    (
-        "video-llava-960",
-        include_str!("../../passes/video-llava-960.yaml"),
-    ),
+pub(super) const RECIPES: &[(&str, &str)] = recipes![
+    "demo",
+    "llava-1.5-192",
+    "llava-1.5-128",
+    "llava-1.5-64",
+    "llava-next-prune",
+    "llava-next-640",
+    "llava-next-320",
+    "llava-next-160",
+    "llava-onevision-prune",
+    "llava-onevision-810",
+    "llava-onevision-405",
+    "llava-onevision-200",
+    "qwen2.5-vl-prune",
+    "qwen2.5-vl-640",
+    "qwen2.5-vl-320",
+    "qwen2.5-vl-160",
+    "qwen2.5-vl-ratio",
+    "video-llava-960",
+    "video-llava-136",
 ];
 
 /// A recipe by name or file.

@@ -1,13 +1,16 @@
 //! `duet plan`
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use serde_json::json;
 
-use super::{Global, ModelArgument, Outcome, load, style};
-use crate::arch::Vlm;
-use crate::passes::{BudgetShape, plan};
+use super::counts::{self, LayerTable, Seen};
+use super::{Global, ModelArgument, Outcome, family, load, print_json, style};
+use crate::arch::{VisionTower, Vlm};
+use crate::passes::{BudgetShape, Style, plan, plan_share};
+use crate::runtime::ImageProcessor;
 
 /// Arguments of `duet plan`.
 #[derive(Debug, clap::Args)]
@@ -21,9 +24,30 @@ pub(super) struct Arguments {
     /// Share of the visual tokens to save, as in 67%
     #[arg(long, group = "target", value_name = "PERCENT", value_parser = percent)]
     reduction: Option<f64>,
+    /// Visual tokens of an image, for models where its size decides (Qwen2-VL)
+    #[arg(long, group = "image", value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
+    tokens: Option<i64>,
+    /// Size of an image, as in 1280x720, for models where it decides how many tokens or crops it has
+    #[arg(long, group = "image", value_name = "WxH", value_parser = image_size)]
+    image_size: Option<(usize, usize)>,
+    /// Crops of an image, the base crop counted, for models of several crops (LLaVA-NeXT)
+    #[arg(long, group = "image", value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
+    crops: Option<i64>,
     /// Write the recipe to a file that does not exist yet
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
+    /// Print one JSON document that holds the recipe
+    #[arg(long)]
+    json: bool,
+}
+
+/// `1280x720`: (width, height).
+fn image_size(text: &str) -> Result<(usize, usize), String> {
+    let side = |s: &str| s.trim().parse().ok().filter(|n| (1..=1 << 20).contains(n));
+    let sides = text.split_once(['x', 'X', '×']);
+    sides
+        .and_then(|(w, h)| Some((side(w)?, side(h)?)))
+        .ok_or_else(|| format!("'{text}' is no size of an image; expected 1280x720"))
 }
 
 /// `67%` or `67` or `0.67`.
@@ -50,70 +74,264 @@ fn percent(text: &str) -> Result<f64, String> {
     }
 }
 
+/// What a budget is for.
+struct Target {
+    shape: BudgetShape,
+    /// For people: `an image`, `a clip of 8 frames`.
+    of: String,
+}
+
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
     let path = &arguments.model.path;
-    let vlm = load::select(path, &[], global)?.vlm;
-    let shape = shape(&vlm).with_context(|| format!("{}", path.display()))?;
-    let all = shape.features as f64;
-    let budget = match (arguments.budget, arguments.reduction) {
-        (Some(tokens), _) => tokens,
-        (None, Some(share)) => all * (1.0 - share),
-        (None, None) => bail!("name --budget or --reduction"),
-    };
-    let planned =
-        plan(shape, budget).map_err(|problem| anyhow::anyhow!("{}: {problem}", path.display()))?;
-    match &arguments.output {
-        Some(file) => {
-            let mut target = std::fs::File::create_new(file)
-                .with_context(|| format!("writing {}", file.display()))?;
-            target
-                .write_all(planned.recipe.as_bytes())
-                .with_context(|| format!("writing {}", file.display()))?;
+    let load::Selected { dir, vlm, .. } = load::select(path, &[], global)?;
+    let target =
+        target(&dir.root, &vlm, arguments).with_context(|| format!("{}", path.display()))?;
+    let shape = target.shape;
+    let all = shape.features.map(|features| features * shape.images);
+    let fail = |problem: String| anyhow::anyhow!("{}: {problem}", path.display());
+    let (recipe, table) = match (arguments.budget, arguments.reduction, all) {
+        (None, None, _) => bail!("name --budget or --reduction"),
+        (None, Some(reduction), None) => {
+            let planned = plan_share(shape, 1.0 - reduction).map_err(fail)?;
+            let table = LayerTable {
+                of: target.of,
+                before: None,
+                after: Seen::Shares(planned.shares),
+                all_at_first: false,
+            };
+            (planned.recipe, table)
         }
-        None => anstream::print!("{}", planned.recipe),
+        (budget, reduction, all) => {
+            let share = 1.0 - reduction.unwrap_or(0.0);
+            let budget = budget.unwrap_or(all.unwrap_or(0) as f64 * share);
+            let planned = plan(shape, budget).map_err(fail)?;
+            let of = match all {
+                Some(_) => target.of,
+                None => format!("an image of {} tokens or more", planned.tokens[0]),
+            };
+            let table = LayerTable {
+                of,
+                before: all.map(|all| vec![all; shape.layers.max(1)]),
+                after: Seen::Tokens(planned.tokens),
+                all_at_first: false,
+            };
+            (planned.recipe, table)
+        }
+    };
+    if let Some(file) = &arguments.output {
+        let mut target = std::fs::File::create_new(file)
+            .with_context(|| format!("writing {}", file.display()))?;
+        target
+            .write_all(recipe.as_bytes())
+            .with_context(|| format!("writing {}", file.display()))?;
     }
-    global.say(format!(
-        "visual tokens by layer: {}; average {:.2} of {} ({:.1} % fewer)",
-        style::layers(&planned.tokens),
-        planned.average,
-        shape.features,
-        100.0 * (1.0 - planned.average / all)
-    ));
-    if let Some((_, decoder)) = vlm.decoders().next() {
-        let width = decoder.dtype.byte_len(1).map_or(4, |bytes| bytes as i64);
-        let row = 2 * decoder.kv_heads * decoder.head_dim * width;
-        let saved = planned
-            .tokens
-            .iter()
-            .map(|n| (shape.features - n) * row)
-            .sum::<i64>();
+    let saved = cache_saved(&vlm, &table);
+    if arguments.json {
+        print_json(&json!({
+            "schema_version": 1,
+            "recipe": recipe,
+            "visual_tokens": table.json(),
+            "cache_bytes_saved": saved,
+        }))?;
+    } else if arguments.output.is_none() {
+        anstream::print!("{recipe}");
+    }
+    global.say(table.line());
+    if let Some(saved) = saved {
+        let of = table.of.trim_start_matches("an ").trim_start_matches("a ");
+        let each = if table.of == "an image" { "image" } else { of };
         global.say(format!(
-            "key/value cache: {} fewer for each image",
-            style::bytes(u64::try_from(saved).unwrap_or(0))
+            "key/value cache: {} fewer for each {each}",
+            style::bytes(saved)
         ));
     }
     Ok(Outcome::Done)
 }
 
+/// Bytes of the cache that a recipe saves for what the table is of.
+fn cache_saved(vlm: &Vlm, table: &LayerTable) -> Option<u64> {
+    let (Some(before), Seen::Tokens(after)) = (&table.before, &table.after) else {
+        return None;
+    };
+    let (_, decoder) = vlm.decoders().next()?;
+    let width = i64::try_from(decoder.dtype.byte_len(1).unwrap_or(4)).ok()?;
+    let row = 2 * decoder.kv_heads * decoder.head_dim * width;
+    let fewer = before.iter().zip(after).map(|(b, a)| (b - a) * row);
+    u64::try_from(fewer.sum::<i64>()).ok()
+}
+
 /// What there is to merge and to prune.
-fn shape(vlm: &Vlm) -> anyhow::Result<BudgetShape> {
-    let layers = vlm.decoders().next().map_or(0, |(_, d)| d.depth());
-    let Some((_, tower)) = vlm.towers().next() else {
-        bail!(
-            "no vision encoder was recognised, so the number of visual tokens is not known; give the whole model \
-             directory (duet inspect says what is recognised)"
-        );
+fn target(root: &Path, vlm: &Vlm, arguments: &Arguments) -> anyhow::Result<Target> {
+    let decoder = vlm.decoders().next().map(|(_, d)| d);
+    let layers = decoder.map_or(0, |d| d.depth());
+    let rows = decoder.and_then(|d| d.position_rows);
+    // Of a model that takes both, clips are what is long.
+    let tower = vlm
+        .towers()
+        .find(|(_, t)| t.video)
+        .or_else(|| vlm.towers().next());
+    let tower = tower.map(|(_, t)| t);
+    let counted = tower.and_then(VisionTower::candidates);
+    let (Some(tower), Some(patches)) = (tower, counted) else {
+        if rows.is_none() && arguments.tokens.is_none() {
+            match tower {
+                Some(_) => bail!(
+                    "the number of patch tokens is not fixed in the file; say how many an image has (--tokens), or \
+                     write a recipe with ratios"
+                ),
+                None => bail!(
+                    "no vision encoder was recognised, so the number of visual tokens is not known; give the whole \
+                     model directory (duet inspect says what is recognised), or say how many an image has (--tokens)"
+                ),
+            }
+        }
+        return open(root, tower, layers, arguments);
     };
-    let (Some(patches), Some(features)) = (tower.patches(), tower.features_per_image()) else {
-        bail!(
-            "the number of patch tokens is not fixed in the file; write a recipe with ratios instead"
-        );
+    if arguments.tokens.is_some() {
+        bail!("--tokens: the file fixes the number of tokens, {patches} patches for each image");
+    }
+    let features = tower.features_per_image();
+    let crops = family::crops(root, vlm).filter(|_| !tower.video);
+    let (images, style, of) = match (tower.video, crops) {
+        (true, _) => {
+            let frames = counts::frames(tower);
+            (frames, Style::Clip, format!("a clip of {frames} frames"))
+        }
+        (false, Some(usual)) => {
+            let images = match (arguments.crops, arguments.image_size) {
+                (Some(crops), _) => crops,
+                (None, Some((width, height))) => {
+                    let count = ImageProcessor::from_dir(root)?.crop_count(height, width);
+                    i64::try_from(count)?
+                }
+                (None, None) => usual,
+            };
+            (images, Style::Crops, format!("an image of {images} crops"))
+        }
+        (false, None) => (1, Style::Image, "an image".to_owned()),
     };
-    Ok(BudgetShape {
-        patches,
-        cls: tower.cls,
-        features,
-        merges: tower.grid.is_none(),
-        layers,
+    if crops.is_none() && (arguments.crops.is_some() || arguments.image_size.is_some()) {
+        let what = if tower.video { "frame" } else { "image" };
+        bail!("this model sees every {what} in one crop of {patches} patches, whatever its size");
+    }
+    Ok(Target {
+        shape: BudgetShape {
+            patches: Some(patches),
+            cls: tower.cls,
+            features,
+            images,
+            merges: tower.grid.is_none(),
+            layers,
+            style,
+        },
+        of,
     })
+}
+
+/// The same where only the run, or the user, tells how many tokens an image has.
+fn open(
+    root: &Path,
+    tower: Option<&VisionTower>,
+    layers: usize,
+    arguments: &Arguments,
+) -> anyhow::Result<Target> {
+    if arguments.crops.is_some() {
+        bail!("--crops: this model does not cut images into crops; use --tokens or --image-size");
+    }
+    let tokens = match (arguments.tokens, arguments.image_size) {
+        (Some(tokens), _) => Some(tokens),
+        (None, Some(size)) => Some(grid_tokens(root, size)?),
+        (None, None) => None,
+    };
+    Ok(Target {
+        shape: BudgetShape {
+            patches: tokens,
+            cls: tower.is_some_and(|t| t.cls),
+            features: tokens,
+            images: 1,
+            merges: tower.is_some_and(|t| t.grid.is_none()),
+            layers,
+            style: Style::Grid,
+        },
+        of: tokens.map_or("an image".into(), |n| format!("an image of {n} tokens")),
+    })
+}
+
+/// Tokens of an image of (width, height) as Qwen2-VL's processor makes them: sides rounded
+/// to whole groups of patches, scaled so that the pixels stay within bounds.
+///
+/// Source: Transformers 5.22, `smart_resize` and `Qwen2VLImageProcessor`, whose values
+/// stand where the configuration is silent.
+fn grid_tokens(root: &Path, (width, height): (usize, usize)) -> anyhow::Result<i64> {
+    let path = root.join("preprocessor_config.json");
+    let config: serde_json::Value = match std::fs::read_to_string(&path) {
+        Ok(text) => {
+            serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?
+        }
+        Err(_) => serde_json::Value::Null,
+    };
+    let number = |places: &[&str], default: f64| {
+        let stated = places.iter().find_map(|p| config.pointer(p)?.as_f64());
+        stated.filter(|n| *n >= 1.0).unwrap_or(default)
+    };
+    let group = number(&["/patch_size"], 14.0) * number(&["/merge_size"], 2.0);
+    let least = number(
+        &["/min_pixels", "/size/shortest_edge", "/size/min_pixels"],
+        3136.0,
+    );
+    let most = number(
+        &["/max_pixels", "/size/longest_edge", "/size/max_pixels"],
+        1_003_520.0,
+    );
+    let (w, h) = (width as f64, height as f64);
+    if w.max(h) / w.min(h) > 200.0 {
+        bail!(
+            "an image of {width} × {height} is more than 200 times as long as it is wide, which the processor refuses"
+        );
+    }
+    // Halves to even, as Python rounds.
+    let mut sides = [h, w].map(|side| (side / group).round_ties_even());
+    let pixels = sides[0] * sides[1] * group * group;
+    if pixels > most {
+        let shrink = (h * w / most).sqrt();
+        sides = [h, w].map(|side| (side / shrink / group).floor().max(1.0));
+    } else if pixels < least {
+        let grow = (least / (h * w)).sqrt();
+        sides = [h, w].map(|side| (side * grow / group).ceil());
+    }
+    #[allow(clippy::cast_possible_truncation, reason = "token counts fit")]
+    let tokens = (sides[0] * sides[1]) as i64;
+    Ok(tokens.max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers of Transformers' `smart_resize` over 28 × 28.
+    #[test]
+    fn tokens_of_an_image_are_those_of_the_processor() {
+        let dir = tempfile::tempdir().unwrap();
+        for (size, tokens) in [
+            ((640, 480), 23 * 17),
+            ((1280, 720), 46 * 26),
+            ((4000, 3000), 41 * 30),
+            ((20, 20), 4),
+            ((42, 1000), 36 * 2),
+        ] {
+            assert_eq!(grid_tokens(dir.path(), size).unwrap(), tokens, "{size:?}");
+        }
+        let bounds = r#"{"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 4096}}"#;
+        std::fs::write(dir.path().join("preprocessor_config.json"), bounds).unwrap();
+        assert_eq!(grid_tokens(dir.path(), (400, 300)).unwrap(), 9 * 6);
+        assert!(grid_tokens(dir.path(), (4000, 10)).is_err());
+    }
+
+    #[test]
+    fn sizes_of_images_are_width_and_height() {
+        assert_eq!(image_size("1280x720"), Ok((1280, 720)));
+        for wrong in ["1280", "0x3", "1x-1", "x", "99999999x2"] {
+            assert!(image_size(wrong).is_err(), "{wrong}");
+        }
+    }
 }

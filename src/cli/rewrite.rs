@@ -3,16 +3,17 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail};
+use serde_json::json;
 
-use super::{Global, ModelArgument, Outcome, family, load, style};
-use crate::arch::{DEFAULT_FRAMES, Part, Role, VisionTower, Vlm};
+use super::{Global, ModelArgument, Outcome, counts, family, load, print_json, style};
+use crate::arch::{Part, Role, Vlm};
 use crate::ir::cone::holder_of;
 use crate::ir::{Model, TensorData, ValueId, verify};
 use crate::onnx::{
     DataMode, Layout, ModelDir, Outputs, mark_newline, patch_genai, patch_processor, serialize,
     suffixed, write_beside, write_out,
 };
-use crate::passes::{Count, Placement, Recipe, Rewritten, TokenMerge, VisualPrune, rewrite};
+use crate::passes::{Placement, Recipe, Rewritten, TokenMerge, rewrite};
 
 /// Arguments of `duet rewrite`.
 #[derive(Debug, clap::Args)]
@@ -39,6 +40,9 @@ pub(super) struct Arguments {
     /// a precision has no file of a module, the one with the same element types is taken along.
     #[arg(long, value_name = "NAME")]
     variant: Vec<String>,
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -55,9 +59,10 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     let dir = &selected.dir;
     // A file of that name comes before the built-in recipe.
     if !Path::new(&arguments.recipe).is_file() {
-        let built_in: Vec<&str> = load::RECIPES.iter().map(|(name, _)| *name).collect();
-        family::check(&dir.root, &arguments.recipe, &built_in)?;
+        let found = family::find(&dir.root, &selected.vlm);
+        family::check(found.as_ref(), &arguments.recipe, load::RECIPES)?;
     }
+    let crops = family::crops(&dir.root, &selected.vlm);
     let done = rewrite(selected.vlm, &recipe)?;
     let mut outputs = outputs(dir, &done, &recipe, arguments.beside.as_deref())?;
     for left in &selected.left_out {
@@ -77,29 +82,75 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         Data::Copy => DataMode::Copy,
         Data::Hardlink => DataMode::Hardlink,
     };
-    match (&arguments.out, &arguments.beside) {
+    let written = match (&arguments.out, &arguments.beside) {
         (Some(out), None) => {
             write_out(dir, &outputs, out, mode)?;
-            report(&done, &recipe, global);
-            if let Some(note) = crops_note(dir, &done.vlm, &recipe) {
+            report(&done, &recipe, crops, global);
+            if let Some(note) = crops_note(crops, &done.vlm, &recipe) {
                 global.say(note);
             }
             for left in &selected.left_out {
                 global.say(format!("{}: left out, {}", left.file.display(), left.why));
             }
             global.say(format!("wrote {}", out.display()));
+            vec![out.clone()]
         }
         (None, Some(suffix)) => {
             let only_changed = changed_only(outputs, &done);
             let written = write_beside(dir, &only_changed, suffix)?;
-            report(&done, &recipe, global);
-            for path in written {
+            report(&done, &recipe, crops, global);
+            if let Some(note) = crops_note(crops, &done.vlm, &recipe) {
+                global.say(note);
+            }
+            for path in &written {
                 global.say(format!("wrote {}", path.display()));
             }
+            written
         }
         _ => bail!("name one target: --out DIR or --beside SUFFIX"),
+    };
+    if arguments.json {
+        print_json(&document(
+            &done,
+            &recipe,
+            &arguments.recipe,
+            crops,
+            &written,
+        ))?;
     }
     Ok(Outcome::Done)
+}
+
+/// What was done, for programs.
+fn document(
+    done: &Rewritten,
+    recipe: &Recipe,
+    name: &str,
+    crops: Option<i64>,
+    written: &[PathBuf],
+) -> serde_json::Value {
+    let passes: Vec<_> = done
+        .summaries
+        .iter()
+        .map(|(pass, summary)| {
+            let changes = done.changes.iter().filter(|c| c.pass == *pass);
+            let files: Vec<_> = changes
+                .map(|c| {
+                    let part = &done.vlm.parts[c.part];
+                    json!({ "file": part.file, "branch": part.source.branch, "nodes_inserted": c.inserted })
+                })
+                .collect();
+            json!({ "pass": pass, "summary": summary, "files": files })
+        })
+        .collect();
+    let tables = counts::tables(&done.vlm, recipe, crops);
+    json!({
+        "schema_version": 1,
+        "recipe": name,
+        "passes": passes,
+        "visual_tokens": tables.iter().map(counts::LayerTable::json).collect::<Vec<_>>(),
+        "written": written,
+    })
 }
 
 /// What is to be written for a rewritten model, with `beside`'s suffix if the
@@ -167,22 +218,20 @@ pub(super) fn outputs(
 }
 
 /// What the counts mean for images of any resolution, and what their clients do.
-fn crops_note(dir: &ModelDir, vlm: &Vlm, recipe: &Recipe) -> Option<&'static str> {
-    let merge = recipe.pass::<TokenMerge>().filter(|_| !recipe.placed(vlm));
-    let text = std::fs::read_to_string(dir.root.join("config.json")).ok()?;
-    let config: serde_json::Value = serde_json::from_str(&text).ok()?;
-    config.get("image_grid_pinpoints")?;
-    Some(match merge {
-        Some(_) => {
-            "images of several crops: the counts above are of one crop. Clients put the crops' merged tokens one after \
-             the other, the base crop's first, without newline tokens (duet run does); the processor's own count of \
-             placeholders is for unmerged crops"
-        }
-        None => {
-            "images of several crops: the counts above are of one crop. Clients pack the crops as before; newline \
-             tokens count as visual"
-        }
-    })
+fn crops_note(crops: Option<i64>, vlm: &Vlm, recipe: &Recipe) -> Option<&'static str> {
+    crops?;
+    Some(
+        match recipe.pass::<TokenMerge>().filter(|_| !recipe.placed(vlm)) {
+            Some(_) => {
+                "images of several crops: clients put the crops' merged tokens one after the other, the base crop's first, \
+             without newline tokens (duet run does); the processor's own count of placeholders is for unmerged crops"
+            }
+            None => {
+                "images of several crops: clients pack the crops as before; newline tokens count as visual, what is cut off \
+             as padding does not"
+            }
+        },
+    )
 }
 
 /// Width of the embeddings without the marker channel, if there is one now.
@@ -249,48 +298,6 @@ fn changed_only(mut outputs: Outputs, done: &Rewritten) -> Outputs {
     outputs
 }
 
-/// Visual tokens that each layer sees, before and after, if the model is whole: of an
-/// image, or of a clip where the model takes nothing else.
-pub(super) fn tokens_by_layer(vlm: &Vlm, recipe: &Recipe) -> Option<(Vec<i64>, Vec<i64>)> {
-    by_layer(vlm, vlm.towers().next()?.1, recipe)
-}
-
-/// Frames of a clip that a tower sees.
-fn frames(tower: &VisionTower) -> i64 {
-    match tower.video {
-        true => tower.frames.unwrap_or(DEFAULT_FRAMES),
-        false => 1,
-    }
-}
-
-/// The same for one tower of the model.
-fn by_layer(vlm: &Vlm, tower: &VisionTower, recipe: &Recipe) -> Option<(Vec<i64>, Vec<i64>)> {
-    let (_, decoder) = vlm.decoders().next()?;
-    let before = frames(tower) * tower.features_per_image()?;
-    let placed = recipe.placed(vlm);
-    let placement = match placed {
-        true => Placement::Decoder,
-        false => Placement::Encoder,
-    };
-    let entering = match recipe.pass::<TokenMerge>() {
-        Some(merge) => frames(tower) * merge.tokens_left(tower, placement)?,
-        None => before,
-    };
-    let mut after = match recipe.pass::<VisualPrune>() {
-        Some(prune) => prune.tokens_per_layer(entering, decoder.depth()),
-        None => vec![entering; decoder.depth()],
-    };
-    // Discarded features go through the first layer with the others.
-    if placed && let Some(first) = after.first_mut() {
-        *first = before;
-    }
-    Some((vec![before; decoder.depth()], after))
-}
-
-pub(super) fn average(counts: &[i64]) -> f64 {
-    counts.iter().sum::<i64>() as f64 / counts.len().max(1) as f64
-}
-
 /// That functions were inlined, for people.
 fn inlined(part: &Part) -> String {
     match part.source.inlined.as_slice() {
@@ -299,48 +306,8 @@ fn inlined(part: &Part) -> String {
     }
 }
 
-/// Visual tokens by layer where only the run tells how many an image has: of one with as many as
-/// the recipe's counts or more, or in percent of an image's.
-fn open_layers(done: &Rewritten, recipe: &Recipe) -> Option<String> {
-    let (_, decoder) = done.vlm.decoders().next()?;
-    let merge = recipe.pass::<TokenMerge>();
-    // Hundredths of a percent keep what a product of two ratios has.
-    let whole = 10_000;
-    let (entering, counted) = match merge.map(|m| (m.dominant, m.contextual)) {
-        Some((Count::Tokens(a), Count::Tokens(b))) => (a + b, true),
-        Some((a @ Count::Ratio(_), b @ Count::Ratio(_))) => {
-            ((a.of(whole) + b.of(whole)).min(whole), false)
-        }
-        // A count beside a ratio is neither.
-        Some(_) => return None,
-        None => (whole, false),
-    };
-    let after = match recipe.pass::<VisualPrune>() {
-        Some(prune) => prune.tokens_per_layer(entering, decoder.depth()),
-        None => vec![entering; decoder.depth()],
-    };
-    let placed = recipe.placed(&done.vlm);
-    let first = if placed { " (the first sees all)" } else { "" };
-    Some(match counted {
-        true => format!(
-            "visual tokens by layer{first}, of an image of {entering} or more: {}; average {:.2}",
-            style::layers(&after),
-            average(&after)
-        ),
-        false => {
-            let percent = |n: f64| 100.0 * n / whole as f64;
-            let shares: Vec<i64> = after.iter().map(|n| n * 100 / whole).collect();
-            format!(
-                "visual tokens by layer{first}, in percent of an image's: {}; average {:.1} %",
-                style::layers(&shares),
-                percent(average(&after))
-            )
-        }
-    })
-}
-
 /// What was done, for people.
-pub(super) fn report(done: &Rewritten, recipe: &Recipe, global: &Global) {
+fn report(done: &Rewritten, recipe: &Recipe, crops: Option<i64>, global: &Global) {
     for (pass, summary) in &done.summaries {
         global.say(format!("{}{pass}{}  {summary}", style::NEW, style::RESET));
         for change in done.changes.iter().filter(|c| c.pass == *pass) {
@@ -353,28 +320,8 @@ pub(super) fn report(done: &Rewritten, recipe: &Recipe, global: &Global) {
             ));
         }
     }
-    // The precisions of one tower say the same.
-    let towers = [false, true].map(|video| done.vlm.towers().find(|(_, t)| t.video == video));
-    for (_, tower) in towers.into_iter().flatten() {
-        if tower.open() {
-            open_layers(done, recipe)
-                .into_iter()
-                .for_each(|l| global.say(l));
-            continue;
-        }
-        let Some((before, after)) = by_layer(&done.vlm, tower, recipe) else {
-            continue;
-        };
-        let (full, now) = (average(&before), average(&after));
-        let of = match tower.video {
-            true => format!(" of a clip of {} frames", frames(tower)),
-            false => String::new(),
-        };
-        global.say(format!(
-            "visual tokens{of} by layer: {}; average {now:.2} of {full:.0} ({:.1} % fewer)",
-            style::layers(&after),
-            100.0 * (1.0 - now / full)
-        ));
+    for table in counts::tables(&done.vlm, recipe, crops) {
+        global.say(table.line());
     }
     let unknown = done
         .vlm

@@ -1,6 +1,6 @@
 //! Colours and tables. anstream strips the codes where they do not belong.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 
 use anstyle::{AnsiColor, Reset, Style};
 
@@ -58,7 +58,7 @@ pub(super) fn bytes(count: u64) -> String {
 }
 
 /// `1–16: 576, 17–24: 288` from a count for each layer.
-pub(super) fn layers(counts: &[i64]) -> String {
+pub(super) fn layers<T: PartialEq + Display>(counts: &[T]) -> String {
     let mut parts = Vec::new();
     let mut start = 0;
     for end in 1..=counts.len() {

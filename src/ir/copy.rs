@@ -22,6 +22,30 @@ pub(in crate::ir) struct Names {
     pub(in crate::ir) listed: HashMap<ValueId, String>,
     /// Values of the enclosing function's attributes; `None` outside functions.
     pub(in crate::ir) attributes: Option<HashMap<String, AttrValue>>,
+    /// What becomes of the names that passes gave.
+    pub(in crate::ir) scope: Option<Scope>,
+}
+
+/// A scope inside every pass's: `duet/<pass>/…` ⇄ `duet/<pass>/<name>/…`.
+#[derive(Debug)]
+pub(in crate::ir) struct Scope {
+    pub(in crate::ir) name: String,
+    /// Into the scope, or out of it.
+    pub(in crate::ir) enter: bool,
+}
+
+impl Scope {
+    /// The other name, of what has one.
+    fn of(&self, name: &str) -> Option<String> {
+        let (pass, rest) = name.strip_prefix("duet/")?.split_once('/')?;
+        Some(match self.enter {
+            true => format!("duet/{pass}/{}/{rest}", self.name),
+            false => {
+                let rest = rest.strip_prefix(&self.name)?.strip_prefix('/')?;
+                format!("duet/{pass}/{rest}")
+            }
+        })
+    }
 }
 
 impl Names {
@@ -29,7 +53,7 @@ impl Names {
     pub(in crate::ir) fn of(&self, model: &Model, value: ValueId) -> String {
         match self.listed.get(&value) {
             Some(name) => name.clone(),
-            None => format!("{}{}", self.prefix, model.name(value)),
+            None => self.plain(model.name(value)),
         }
     }
 
@@ -38,8 +62,13 @@ impl Names {
         if name.is_empty() {
             String::new()
         } else {
-            format!("{}{name}", self.prefix)
+            self.plain(name)
         }
+    }
+
+    fn plain(&self, name: &str) -> String {
+        let scoped = self.scope.as_ref().and_then(|scope| scope.of(name));
+        scoped.unwrap_or_else(|| format!("{}{name}", self.prefix))
     }
 
     fn list(&self, model: &Model, values: &[Option<ValueId>]) -> Vec<String> {
@@ -316,7 +345,8 @@ pub(in crate::ir) fn all(
     Ok(false)
 }
 
-fn renamed_tensor(tensor: &Tensor, name: String) -> Tensor {
+/// A tensor under another name.
+pub(in crate::ir) fn renamed_tensor(tensor: &Tensor, name: String) -> Tensor {
     let origin = tensor.origin.clone().filter(|_| name == tensor.name);
     Tensor {
         name,

@@ -159,6 +159,7 @@ impl Inliner<'_> {
             prefix: self.prefix(&format!("{}{label}", outer.prefix)),
             listed: HashMap::new(),
             attributes: Some(attributes(node, function, outer)),
+            scope: None,
         };
         for (slot, &input) in body.inputs.iter().enumerate() {
             let given = node.input(slot);

@@ -15,6 +15,7 @@ mod error;
 mod extract;
 mod ids;
 mod inline;
+mod lanes;
 mod load;
 mod model;
 mod ops;
@@ -31,6 +32,7 @@ pub use error::IrError;
 pub use extract::extract;
 pub use ids::{GraphId, NodeId, ValueId};
 pub use inline::{called, inline};
+pub use lanes::{Lane, join_lanes, lanes};
 pub use model::{
     AttrValue, Attribute, Def, Function, Graph, GraphKind, MetadataEntry, Model, Node, Provenance,
     Use, Value,

@@ -1,26 +1,89 @@
 //! A recipe for a budget: how many visual tokens the layers of a decoder may see on average.
 //!
-//! The shape of the schedule is the published one (DUET-VLM, arXiv 2602.18846, the LLaVA-1.5 budgets): half of the
-//! tokens leave after half of the layers, all of them after three quarters, so that e tokens entering a decoder of
-//! L layers average 0.625·e. How many of the entering tokens are contextual is interpolated between the published
-//! budgets of 192, 128 and 64 of 576. Where nothing can be merged, three drops by the same ratio at quarters of
-//! the depth (PyramidDrop's shape) meet the budget alone.
+//! The shape of the schedule, and how many of the entering tokens are contextual, are those published for models of
+//! the kind (see [`Style`]). Where nothing can be merged, three drops by the same ratio at quarters of the depth
+//! (PyramidDrop's shape) meet the budget alone.
 
 use std::fmt::Write;
+
+/// Which published budgets a recipe is modelled on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Style {
+    /// LLaVA-1.5 (DUET-VLM, arXiv 2602.18846): half of the tokens leave after half of the layers, all of them after
+    /// three quarters, so that e tokens entering average 0.625·e; contextual ones interpolated between the budgets of
+    /// 192, 128 and 64 of 576.
+    #[default]
+    Image,
+    /// Video-LLaVA (the same source): the same schedule, 32 contextual tokens among a frame's 192.
+    Clip,
+    /// LLaVA-NeXT: half leave after each quarter of the layers (DUET-VLM's public implementation), 20 contextual
+    /// tokens among a crop's 128 (VisionZip, arXiv 2412.04467).
+    Crops,
+    /// Qwen2.5-VL (DUET-VLM's public implementation): half leave after half of the layers, half of these after three
+    /// quarters; 100 contextual tokens among 640.
+    Grid,
+}
+
+impl Style {
+    /// Drops of a merging recipe, (layers that have run, share of the entering tokens). Short decoders have no
+    /// quarters: what falls together or onto the end is left out.
+    fn drops(self, layers: usize) -> Vec<(usize, f64)> {
+        let (half, most) = (layers / 2, layers * 3 / 4);
+        let all: &[(usize, f64)] = match self {
+            Self::Image | Self::Clip => &[(half, 0.5), (most, 0.0)],
+            Self::Crops => &[(layers / 4, 0.5), (half, 0.25), (most, 0.125)],
+            Self::Grid => &[(half, 0.5), (most, 0.25)],
+        };
+        let mut drops: Vec<(usize, f64)> = Vec::new();
+        for &(after, keep) in all {
+            if after > drops.last().map_or(0, |d| d.0) && after < layers {
+                drops.push((after, keep));
+            }
+        }
+        drops
+    }
+
+    /// Contextual tokens among the `entering` of an image of `patches`, as the published budgets have them.
+    fn contextual(self, entering: i64, patches: Option<i64>) -> i64 {
+        let share = match self {
+            Self::Image => {
+                let at = entering as f64 / patches.unwrap_or(576).max(1) as f64;
+                let [(a, share_a), (b, share_b), (c, share_c)] = PUBLISHED;
+                let between =
+                    |x0: f64, y0: f64, x1: f64, y1: f64| y0 + (at - x0) / (x1 - x0) * (y1 - y0);
+                if at < b {
+                    between(a, share_a, b, share_b)
+                } else {
+                    between(b, share_b, c, share_c)
+                }
+            }
+            Self::Clip => 32.0 / 192.0,
+            Self::Crops => 20.0 / 128.0,
+            Self::Grid => 100.0 / 640.0,
+        };
+        #[allow(clippy::cast_possible_truncation, reason = "token counts fit")]
+        let count = (entering as f64 * share.clamp(0.0, 1.0 / 3.0)).round() as i64;
+        count.clamp(0, (entering - 1).max(0))
+    }
+}
 
 /// What a recipe is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BudgetShape {
-    /// Patch tokens of the tower.
-    pub patches: i64,
+    /// Patch tokens of one image that the tower sees (an image, a frame, a crop); none where only the run tells.
+    pub patches: Option<i64>,
     /// Whether the tower has a CLS token.
     pub cls: bool,
-    /// Visual tokens that reach the decoder unmerged.
-    pub features: i64,
+    /// Visual tokens of one such image that reach the decoder unmerged; none where only the run tells.
+    pub features: Option<i64>,
+    /// Such images whose tokens enter together and that a budget is for: frames of a clip, crops of an image.
+    pub images: i64,
     /// Whether tokens can be merged behind the tower.
     pub merges: bool,
     /// Decoder layers; 0 if there is no decoder to prune.
     pub layers: usize,
+    /// What the recipe is modelled on.
+    pub style: Style,
 }
 
 /// A recipe made for a budget.
@@ -34,29 +97,96 @@ pub struct Planned {
     pub average: f64,
 }
 
-/// (entering tokens as a share of the patches, contextual ones as a share of the entering), published.
+/// A recipe of ratios.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlannedShare {
+    /// YAML text.
+    pub recipe: String,
+    /// Share of the visual tokens that each decoder layer sees.
+    pub shares: Vec<f64>,
+    /// Their mean: at most the share asked for.
+    pub average: f64,
+}
+
+/// (entering tokens as a share of the patches, contextual ones as a share of the entering), published for LLaVA-1.5.
 const PUBLISHED: [(f64, f64); 3] = [
     (102.0 / 576.0, 30.0 / 102.0),
     (202.0 / 576.0, 32.0 / 202.0),
     (307.0 / 576.0, 7.0 / 307.0),
 ];
 
+/// Tokens that a recipe of ratios is worked out with: ratios have four digits.
+const UNIT: i64 = 10_000;
+
+/// How a recipe says how many tokens.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Said {
+    Counts,
+    Ratios,
+}
+
 /// A recipe under which decoder layers see at most `budget` visual tokens on average.
 ///
 /// # Errors
-/// A budget that is no less than what there is, or that leaves no token.
+/// A budget that is no less than what there is, that leaves no token, or that only a number of tokens could meet which
+/// is not known.
 pub fn plan(shape: BudgetShape, budget: f64) -> Result<Planned, String> {
-    let all = shape.features;
-    if !(budget > 0.0 && budget < all as f64) {
+    let all = shape.features.map(|features| features * shape.images);
+    if !(budget > 0.0 && budget.is_finite()) {
+        return Err(format!(
+            "the budget is {budget:.2} visual tokens per layer; expected more than 0"
+        ));
+    }
+    if let Some(all) = all.filter(|all| budget >= *all as f64) {
         return Err(format!(
             "the budget is {budget:.2} visual tokens per layer; expected more than 0 and less than the {all} that \
              there are"
         ));
     }
-    if shape.merges {
-        merging(shape, budget)
-    } else {
-        pruning(shape, budget)
+    make(shape, budget, Said::Counts)
+}
+
+/// A recipe of ratios under which decoder layers see at most a `share` of the visual tokens on average, however many
+/// an image has.
+///
+/// # Errors
+/// A share that is not between 0 and 1, or that pruning alone does not reach.
+pub fn plan_share(shape: BudgetShape, share: f64) -> Result<PlannedShare, String> {
+    if !(share > 0.0 && share < 1.0) {
+        return Err(format!(
+            "the share is {share:.2} of the visual tokens; expected more than 0 and less than 1"
+        ));
+    }
+    let unit = BudgetShape {
+        patches: Some(UNIT),
+        features: Some(UNIT),
+        images: 1,
+        ..shape
+    };
+    let planned = make(unit, share * UNIT as f64, Said::Ratios).map_err(|_| {
+        format!(
+            "{:.2} % of the visual tokens cannot be met by pruning alone: the first quarter of {} layers sees all of them",
+            100.0 * share,
+            shape.layers
+        )
+    })?;
+    let of_unit = |tokens: &i64| *tokens as f64 / UNIT as f64;
+    Ok(PlannedShare {
+        recipe: planned.recipe,
+        shares: planned.tokens.iter().map(of_unit).collect(),
+        average: planned.average / UNIT as f64,
+    })
+}
+
+fn make(shape: BudgetShape, budget: f64, said: Said) -> Result<Planned, String> {
+    match (shape.merges, shape.features) {
+        (true, _) => merging(shape, budget, said),
+        (false, Some(features)) => pruning(shape, features, budget),
+        (false, None) => Err(
+            "nothing can be merged here, and pruning keeps ratios of a number of tokens that only the run tells; ask \
+             for a reduction (67%), or say how many tokens an image has (--tokens)"
+                .into(),
+        ),
     }
 }
 
@@ -74,56 +204,57 @@ fn mean(counts: &[i64]) -> f64 {
     counts.iter().sum::<i64>() as f64 / counts.len().max(1) as f64
 }
 
-fn merging(shape: BudgetShape, budget: f64) -> Result<Planned, String> {
-    let layers = shape.layers;
-    // Short decoders have no three quarters: what falls together or onto the end is left out.
-    let mut drops: Vec<(usize, f64)> = Vec::new();
-    for (after, keep) in [(layers / 2, 0.5), (layers * 3 / 4, 0.0)] {
-        if after > drops.last().map_or(0, |d| d.0) && after < layers {
-            drops.push((after, keep));
+fn merging(shape: BudgetShape, budget: f64, said: Said) -> Result<Planned, String> {
+    let (layers, images) = (shape.layers, shape.images.max(1));
+    let drops = shape.style.drops(layers);
+    // No drop comes before a quarter of the layers, so layers average a quarter of what enters at least (in decoders
+    // so short that a quarter is none, an eighth).
+    #[allow(clippy::cast_possible_truncation, reason = "token counts fit")]
+    let most = match shape.patches {
+        Some(patches) => patches + i64::from(shape.cls),
+        None => (8.0 * budget.min(1e12)) as i64 + 8,
+    };
+    let fits = |entering: i64| mean(&by_layer(images * entering, &drops, layers)) <= budget;
+    // The mean rises with what enters: the largest that fits.
+    let (mut entering, mut beyond) = (0, most + 1);
+    while beyond - entering > 1 {
+        let middle = entering + (beyond - entering) / 2;
+        if fits(middle) {
+            entering = middle;
+        } else {
+            beyond = middle;
         }
     }
-    let most = shape.patches + i64::from(shape.cls);
-    let fits = |entering: &i64| mean(&by_layer(*entering, &drops, layers)) <= budget;
-    let Some(entering) = (1..=most).rev().find(fits) else {
+    if entering == 0 {
         return Err(format!(
             "no token is left at a budget of {budget:.2} per layer"
         ));
-    };
-    if entering >= shape.features && layers > 1 {
-        // Generous enough for every token to enter: later and weaker drops will do.
-        return pruning(shape, budget);
     }
-    let contextual = contextual(entering, shape.patches);
-    let dominant = entering - contextual;
+    if let Some(features) = shape.features.filter(|f| entering >= *f && layers > 1) {
+        // Generous enough for every token to enter: later and weaker drops will do.
+        return pruning(shape, features, budget);
+    }
+    let contextual = shape.style.contextual(entering, shape.patches);
+    let count = |tokens: i64| match said {
+        Said::Counts => tokens.to_string(),
+        Said::Ratios => format!("{:?}", tokens as f64 / UNIT as f64),
+    };
+    let dominant = count(entering - contextual);
     let mut recipe = format!("version: 1\npasses:\n  - token_merge:\n      dominant: {dominant}");
     if shape.cls {
         recipe += " # CLS counted";
     }
     let _ = write!(
         recipe,
-        "\n      contextual: {contextual}\n      cluster_width: 4\n      selector: attention\n"
+        "\n      contextual: {}\n      cluster_width: 4\n      selector: attention\n",
+        count(contextual)
     );
-    Ok(finish(recipe, entering, &drops, layers))
+    Ok(finish(recipe, images * entering, &drops, layers))
 }
 
-/// Contextual tokens among `entering`, as the published budgets have them.
-fn contextual(entering: i64, patches: i64) -> i64 {
-    let at = entering as f64 / patches.max(1) as f64;
-    let [(a, share_a), (b, share_b), (c, share_c)] = PUBLISHED;
-    let between = |x0: f64, y0: f64, x1: f64, y1: f64| y0 + (at - x0) / (x1 - x0) * (y1 - y0);
-    let share = if at < b {
-        between(a, share_a, b, share_b)
-    } else {
-        between(b, share_b, c, share_c)
-    };
-    #[allow(clippy::cast_possible_truncation, reason = "token counts fit")]
-    let count = (entering as f64 * share.clamp(0.0, 1.0 / 3.0)).round() as i64;
-    count.clamp(0, (entering - 1).max(0))
-}
-
-fn pruning(shape: BudgetShape, budget: f64) -> Result<Planned, String> {
+fn pruning(shape: BudgetShape, features: i64, budget: f64) -> Result<Planned, String> {
     let layers = shape.layers;
+    let all = features * shape.images.max(1);
     if layers < 2 {
         return Err(
             "there is neither a tower to merge behind nor a decoder layer to prune before".into(),
@@ -146,22 +277,17 @@ fn pruning(shape: BudgetShape, budget: f64) -> Result<Planned, String> {
     };
     let fits = |step: &i32| {
         let drops = schedule(f64::from(*step) / 1000.0);
-        mean(&by_layer(shape.features, &drops, layers)) <= budget
+        mean(&by_layer(all, &drops, layers)) <= budget
     };
     let Some(step) = (0..1000).rev().find(fits) else {
         return Err(format!(
             "{budget:.2} visual tokens per layer cannot be met by pruning alone: the first {} of {layers} layers see \
-             all {} tokens",
-            places[0], shape.features
+             all {all} tokens",
+            places[0]
         ));
     };
     let drops = schedule(f64::from(step) / 1000.0);
-    Ok(finish(
-        "version: 1\npasses:\n".into(),
-        shape.features,
-        &drops,
-        layers,
-    ))
+    Ok(finish("version: 1\npasses:\n".into(), all, &drops, layers))
 }
 
 fn finish(mut recipe: String, entering: i64, drops: &[(usize, f64)], layers: usize) -> Planned {
@@ -190,11 +316,13 @@ mod tests {
     use crate::passes::{Recipe, TokenMerge, VisualPrune};
 
     const LLAVA: BudgetShape = BudgetShape {
-        patches: 576,
+        patches: Some(576),
         cls: true,
-        features: 576,
+        features: Some(576),
+        images: 1,
         merges: true,
         layers: 32,
+        style: Style::Image,
     };
 
     #[test]
@@ -221,6 +349,123 @@ mod tests {
         }
     }
 
+    /// (dominant, contextual, drops) of a recipe.
+    fn parts(
+        text: &str,
+    ) -> (
+        crate::passes::Count,
+        crate::passes::Count,
+        Vec<(usize, f64)>,
+    ) {
+        let recipe = Recipe::parse(text).unwrap();
+        let merge = recipe.pass::<TokenMerge>().unwrap();
+        let drops = &recipe.pass::<VisualPrune>().unwrap().drops;
+        let drops = drops.iter().map(|d| (d.after_layer, d.keep)).collect();
+        (merge.dominant, merge.contextual, drops)
+    }
+
+    #[test]
+    fn the_published_make_up_of_every_family_comes_out() {
+        use crate::passes::Count::Tokens;
+        let clip = BudgetShape {
+            patches: Some(256),
+            features: Some(257),
+            images: 8,
+            style: Style::Clip,
+            ..LLAVA
+        };
+        let planned = plan(clip, 960.0).unwrap();
+        assert_eq!(planned.average, 960.0);
+        assert_eq!(
+            parts(&planned.recipe),
+            (Tokens(160), Tokens(32), vec![(16, 0.5), (24, 0.0)])
+        );
+        let crops = BudgetShape {
+            images: 5,
+            style: Style::Crops,
+            ..LLAVA
+        };
+        let planned = plan(crops, 300.0).unwrap();
+        assert_eq!((planned.tokens[0], planned.average), (640, 300.0));
+        assert_eq!(
+            parts(&planned.recipe),
+            (
+                Tokens(108),
+                Tokens(20),
+                vec![(8, 0.5), (16, 0.25), (24, 0.125)]
+            )
+        );
+        let grid = BudgetShape {
+            patches: None,
+            features: None,
+            cls: false,
+            layers: 28,
+            style: Style::Grid,
+            ..LLAVA
+        };
+        for (budget, dominant, contextual) in
+            [(440.0, 540, 100), (220.0, 270, 50), (110.0, 135, 25)]
+        {
+            let planned = plan(grid, budget).unwrap();
+            assert_eq!(planned.average, budget);
+            assert_eq!(
+                parts(&planned.recipe),
+                (
+                    Tokens(dominant),
+                    Tokens(contextual),
+                    vec![(14, 0.5), (21, 0.25)]
+                )
+            );
+        }
+        let alone = BudgetShape {
+            merges: false,
+            ..grid
+        };
+        assert!(plan(alone, 440.0).unwrap_err().contains("--tokens"));
+    }
+
+    #[test]
+    fn shares_are_met_whatever_the_number_of_tokens() {
+        let grid = BudgetShape {
+            patches: None,
+            features: None,
+            cls: false,
+            layers: 28,
+            style: Style::Grid,
+            ..LLAVA
+        };
+        for merges in [true, false] {
+            for percent in [30, 50, 80, 95] {
+                let share = f64::from(percent) / 100.0;
+                let shape = BudgetShape { merges, ..grid };
+                let planned = plan_share(shape, share).unwrap();
+                assert!(
+                    planned.average <= share && planned.average > share - 0.01,
+                    "{planned:?}"
+                );
+                let recipe = Recipe::parse(&planned.recipe).unwrap();
+                let merge = recipe.pass::<TokenMerge>();
+                assert!(merges || merge.is_none());
+                for n in [7, 100, 1000, 16_384] {
+                    let entering = merge.map_or(n, |m| m.dominant.of(n) + m.contextual.of(n));
+                    let prune = recipe.pass::<VisualPrune>().unwrap();
+                    let seen = mean(&prune.tokens_per_layer(entering, 28));
+                    assert!(seen <= share * n as f64, "{n}: {seen} at {share}");
+                }
+            }
+        }
+        let alone = BudgetShape {
+            merges: false,
+            ..grid
+        };
+        assert!(
+            plan_share(alone, 0.2)
+                .unwrap_err()
+                .contains("pruning alone")
+        );
+        assert!(plan_share(grid, 1.0).is_err() && plan_share(grid, 0.0).is_err());
+    }
+
     #[test]
     fn no_budget_is_exceeded_or_wasted() {
         for layers in [1, 2, 3, 8, 24, 28, 32] {
@@ -228,11 +473,12 @@ mod tests {
                 for merges in [true, false] {
                     for percent in [5, 20, 33, 50, 80, 95] {
                         let shape = BudgetShape {
-                            patches,
+                            patches: Some(patches),
                             cls: merges,
-                            features: patches,
+                            features: Some(patches),
                             merges,
                             layers,
+                            ..LLAVA
                         };
                         let budget = (patches * percent) as f64 / 100.0;
                         let Ok(planned) = plan(shape, budget) else {

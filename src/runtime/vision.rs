@@ -1,11 +1,53 @@
 //! The two models before the decoder: pixels to features, ids to embeddings, and features into embeddings.
 
+mod patches;
+
 use ndarray::{Array2, Array3, Axis};
 
 use super::error::{Result, RuntimeError};
 use super::session::{Outputs, Port, Session};
 use super::tensor::{DType, Element, Tensor, TensorData};
 use super::value::Value;
+
+pub use patches::{PatchEncoder, PatchFeatures};
+
+/// An open vision encoder of either kind.
+#[derive(Debug)]
+pub enum Vision {
+    /// Takes images of one size.
+    Images(VisionEncoder),
+    /// Takes rows of patches and the grid that they were.
+    Patches(PatchEncoder),
+}
+
+impl Vision {
+    /// Takes a session over after looking at its interface.
+    ///
+    /// # Errors
+    /// The model has the interface of neither kind.
+    pub fn new(session: Session) -> Result<Self> {
+        Ok(match PatchEncoder::fits(&session) {
+            true => Self::Patches(PatchEncoder::new(session)?),
+            false => Self::Images(VisionEncoder::new(session)?),
+        })
+    }
+
+    /// The session.
+    pub fn session(&self) -> &Session {
+        match self {
+            Self::Images(encoder) => encoder.session(),
+            Self::Patches(encoder) => encoder.session(),
+        }
+    }
+
+    /// The session, to end its profiling.
+    pub fn session_mut(&mut self) -> &mut Session {
+        match self {
+            Self::Images(encoder) => encoder.session_mut(),
+            Self::Patches(encoder) => encoder.session_mut(),
+        }
+    }
+}
 
 /// An open vision encoder (tower and projector).
 #[derive(Debug)]
@@ -14,6 +56,14 @@ pub struct VisionEncoder {
     pixels: Port,
     /// Which pixels are the image and which padding, for models that are told.
     mask: Option<Port>,
+    /// In a file of two towers, the pixels of the other and the output that is ours.
+    beside: Option<(Port, String)>,
+}
+
+/// Whether an input takes clips, `[clips, frames, 3, height, width]`, and not the crops of
+/// an image.
+pub(super) fn is_clips(port: &Port) -> bool {
+    port.dims.len() == 5 && port.name.contains("video")
 }
 
 impl VisionEncoder {
@@ -22,7 +72,20 @@ impl VisionEncoder {
     /// # Errors
     /// The model needs something else than one input of pixels.
     pub fn new(session: Session) -> Result<Self> {
+        Self::of(session, false)
+    }
+
+    /// The same of a tower for clips, which may be one of two in a file.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn for_clips(session: Session) -> Result<Self> {
+        Self::of(session, true)
+    }
+
+    fn of(session: Session, clips: bool) -> Result<Self> {
         let float = |port: &Port| port.dtype.is_some_and(DType::is_float);
+        let pixels = |port: &Port| float(port) && (4..=5).contains(&port.dims.len());
         let marks = |port: &Port| {
             matches!(
                 port.dtype,
@@ -33,18 +96,43 @@ impl VisionEncoder {
             [pixels] if float(pixels) => Ok(Self {
                 pixels: pixels.clone(),
                 mask: None,
+                beside: None,
                 session,
             }),
+            [a, b] if pixels(a) && pixels(b) && is_clips(a) != is_clips(b) => {
+                let (ours, other) = match is_clips(a) == clips {
+                    true => (a.clone(), b.clone()),
+                    false => (b.clone(), a.clone()),
+                };
+                let outputs = session.outputs();
+                let named = |port: &&Port| port.name.contains("video") == clips;
+                let (Some(output), 2) = (outputs.iter().find(named), outputs.len()) else {
+                    return Err(RuntimeError::Interface {
+                        model: session.model().to_string(),
+                        expected: "two towers with an output each, that of clips with 'video' in its name"
+                            .into(),
+                        found: describe(outputs),
+                    });
+                };
+                Ok(Self {
+                    beside: Some((other, output.name.clone())),
+                    pixels: ours,
+                    mask: None,
+                    session,
+                })
+            }
             [pixels, mask] if float(pixels) && marks(mask) => Ok(Self {
                 pixels: pixels.clone(),
                 mask: Some(mask.clone()),
+                beside: None,
                 session,
             }),
             inputs => Err(RuntimeError::Interface {
                 model: session.model().to_string(),
                 expected:
                     "a vision encoder with one input, pixel_values [images, 3, height, width], and at most \
-                     a pixel_attention_mask [images, height, width]"
+                     a pixel_attention_mask [images, height, width]; or with rows of patches [patches, values] \
+                     and their image_grid_thw [images, 3] as the only inputs"
                         .into(),
                 found: describe(inputs),
             }),
@@ -128,10 +216,18 @@ impl VisionEncoder {
                 Some((port.name.as_str(), pixel_mask(mask.unwrap_or(&all), port)?))
             }
         };
+        let blank = match &self.beside {
+            None => None,
+            Some((port, _)) => Some((port.name.as_str(), blank(port, [height, width])?)),
+        };
         let mut inputs = vec![(self.pixels.name.as_str(), &pixels)];
         inputs.extend(mask.as_ref().map(|(name, value)| (*name, value)));
+        inputs.extend(blank.as_ref().map(|(name, value)| (*name, value)));
         let outputs = self.session.run(&inputs)?;
-        let output = outputs.first()?;
+        let output = match &self.beside {
+            Some((_, name)) => outputs.get(name)?,
+            None => outputs.first()?,
+        };
         let (rows, width) = match *output.shape() {
             [n, rows, width] | [1, n, rows, width] if n == images => (rows, width),
             // The frames of each clip as images of their own.
@@ -153,6 +249,29 @@ impl VisionEncoder {
         let features = split(output.to_tensor()?, images, rows, width)?;
         Ok((features, outputs))
     }
+}
+
+/// The smallest thing that a tower takes which is not asked: one image or frame of
+/// zeros. ONNX Runtime runs every tower of a file, and an empty batch breaks reshapes
+/// that exporters leave.
+fn blank(port: &Port, size: [usize; 2]) -> Result<Value> {
+    let rank = port.dims.len();
+    let usual = |axis: usize| match rank - axis {
+        1 => size[1],
+        2 => size[0],
+        3 => 3,
+        _ => 1,
+    };
+    let dims = port.dims.iter().enumerate();
+    let shape: Vec<usize> = dims
+        .map(|(axis, dim)| dim.fixed().unwrap_or(usual(axis)))
+        .collect();
+    let zeros = TensorData::F32(vec![0.0; shape.iter().product()]);
+    let zeros = Tensor::new(shape, zeros)?;
+    Value::new(match port.dtype {
+        Some(dtype) => zeros.cast_float(dtype)?,
+        None => zeros,
+    })
 }
 
 /// Pixels `[images, 3, height, width]` in the rank that an input has: some models take

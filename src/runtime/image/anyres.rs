@@ -81,6 +81,12 @@ fn best(pinpoints: &[Size], (height, width): Size) -> Size {
 }
 
 impl Grids {
+    /// Crops of an image of that size, the base crop counted.
+    pub(super) fn count(&self, height: usize, width: usize) -> usize {
+        let (h, w) = best(&self.pinpoints, (height, width));
+        1 + h.div_ceil(self.edge) * w.div_ceil(self.edge)
+    }
+
     /// The base crop and, row by row, the others.
     ///
     /// # Errors

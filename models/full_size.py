@@ -1,0 +1,251 @@
+"""Vision-language models at their true size, with the real graphs and no weights, in the transformers.js layout.
+
+    python models/full_size.py --family llava-1.5 --out DIR [--layers N] [--pack FOLDER]
+
+The classes of Transformers with the dimensions of the published models, fp16, as PyTorch's dynamo exporter leaves
+them at opset 18, cut into files by the export scripts of the family's own folder. Weights are never written: their
+data files are sparse, 13 GiB by name and a few MiB on disk (where the file system keeps holes), and the memory that
+the script needs is that of the graphs. Everything that reads graphs works on it; running it gives nothing, because
+all weights are zero. `--pack` writes the graphs alone once more, packed by gzip and without what the exporter notes of
+each node, with the sizes of their data files: small enough for a fixture. Configs and tokenizer are those of the small models, with the true sizes.
+
+| family | tower | decoder |
+|---|---|---|
+| `llava-1.5` | CLIP ViT-L/14-336, CLS dropped | Llama-2-7B: 32 layers, 4096 wide |
+| `video-llava` | two CLIP ViT-L/14-224, one for images, one for frames | the same |
+| `llava-next` | CLIP ViT-L/14-336 for each crop | the same (llava-v1.6-vicuna-7b) |
+| `llava-next-mistral` | the same | Mistral-7B: 32 layers, 8 key heads (llava-v1.6-mistral-7b) |
+| `llava-onevision` | SigLIP so400m/14-384, 26 blocks, 729 patches of each crop | Qwen2-7B: 28 layers, 3584 wide, 4 key heads |
+| `qwen2.5-vl` | 32 blocks, full attention in 7, 15, 23 and 31, windows of 112 px, groups of 2 x 2 | the same, M-RoPE |
+"""
+
+import argparse
+import gzip
+import importlib.util
+import json
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import nn
+from transformers import initialization
+
+HERE = Path(__file__).parent
+# Tensors of at least as many bytes go to the data file.
+EXTERNAL = 1024
+# As ONNX Runtime maps them: multiples of a page.
+PAGE = 4096
+# Resolutions of llava-onevision-qwen2-7b-ov in crops: every grid of up to 6 x 6.
+ONEVISION_GRIDS = [[384 * h, 384 * w] for h in range(1, 7) for w in range(1, 7)]
+
+
+def folders(*names: str) -> None:
+    """Puts folders of this directory on the path, the first one first: several have modules of the same name."""
+    sys.path[:0] = [str(HERE / name) for name in names]
+
+
+def bare(kind: type, config) -> nn.Module:
+    """A model whose memory is reserved and never touched."""
+    with initialization.no_init_weights():
+        net = kind._from_config(config, attn_implementation="sdpa", dtype=torch.float16)
+    return net.eval().requires_grad_(False)
+
+
+def load(path: str):
+    """A module under a name of its own."""
+    spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "_"), HERE / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Each: (decoder layers or None for the model's own, folder for configs) -> llava's export module, whose `nest` and
+# `clean` serve all, and the files to export.
+
+
+def llava(layers: int | None, out: Path) -> tuple[ModuleType, list]:
+    folders("llava")
+    import build
+    import export
+    from transformers import LlavaForConditionalGeneration
+
+    size = build.Size(336, 1024, 4096, 16, 24, 4096, 11008, 32, 32, layers or 32, seed=0)
+    config = build.config(size)
+    config.text_config.vocab_size = 32064
+    config.vision_config.projection_dim = 768
+    net = bare(LlavaForConditionalGeneration, config)
+    export.configs(net, size, out)
+    return export, export.parts(net, size)
+
+
+def video_llava(layers: int | None, out: Path) -> tuple[ModuleType, list]:
+    folders("video_llava", "llava")
+    import export_video
+    import network
+    from transformers import VideoLlavaForConditionalGeneration
+
+    size = network.Size(224, 1024, 4096, 16, 24, 4096, 11008, 32, 32, layers or 32, seed=0)
+    config = network.config(size)
+    config.text_config.vocab_size = 32064
+    config.vision_config.projection_dim = 768
+    net = bare(VideoLlavaForConditionalGeneration, config)
+    export_video.configs(net, out, size)
+    return export_video.llava, export_video.parts(net, export_video.Form("sdpa", 18, True, joined=False), size)
+
+
+def crops(name: str, layers: int | None, out: Path, mistral: bool = False) -> tuple[ModuleType, list]:
+    sys.path.append(str(HERE / "llava_next"))
+    folders("llava", "forms")
+    import anyres
+    import build
+    import transformers
+
+    if name == "llava-next":
+        size = build.Size(336, 1024, 4096, 16, 24, 4096, 11008, 32, 32, layers or 32, seed=0)
+        if mistral:
+            size = replace(size, intermediate=14336, kv_heads=8)
+    else:
+        size = build.Size(384, 1152, 4304, 16, 26, 3584, 18944, 28, 4, layers or 28, seed=0)
+    anyres.SIZES[name] = size
+    kind, config = anyres.config(name)
+    if mistral:
+        text = {k: v for k, v in config.text_config.to_dict().items() if k != "model_type"}
+        config.text_config = transformers.MistralConfig(**text | {"sliding_window": None})
+    config.text_config.vocab_size = 32064 if name == "llava-next" else 152128
+    net = bare(kind, config)
+    net.model.image_newline.zero_()
+    # The module of llava's own name is loaded already.
+    crop = load("llava_next/export.py")
+    crop.configs(name, net, out)
+    if name == "llava-onevision":
+        for file, changes in {
+            "config.json": {"image_grid_pinpoints": ONEVISION_GRIDS, "vision_aspect_ratio": "anyres_max_9"},
+            "preprocessor_config.json": {"image_grid_pinpoints": ONEVISION_GRIDS},
+            "processor_config.json": {"vision_aspect_ratio": "anyres_max_9"},
+        }.items():
+            values = json.loads((out / file).read_text()) | changes
+            (out / file).write_text(json.dumps(values, indent=2) + "\n")
+    return crop.llava, crop.parts(name, net)
+
+
+def qwen(layers: int | None, out: Path) -> tuple[ModuleType, list]:
+    folders("qwen_vl")
+    import build
+    import export
+    import vision
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    size = build.Size(
+        width=3584,
+        intermediate=18944,
+        heads=28,
+        kv_heads=4,
+        layers=layers or 28,
+        section=(16, 24, 24),
+        vision_width=1280,
+        vision_intermediate=3420,
+        vision_heads=16,
+        vision_layers=32,
+        full=(7, 15, 23, 31),
+        patch=14,
+        window=112,
+    )
+    config = build.config(size)
+    config.text_config.vocab_size = 152064
+    net = bare(Qwen2_5_VLForConditionalGeneration, config)
+    export.configs(net, out)
+    return export.shared, [vision.part(net, vision.FORMS["vision-dynamo18"], size), *export.parts(net, size)]
+
+
+FAMILIES: dict[str, Callable[[int | None, Path], tuple[ModuleType, list]]] = {
+    "llava-1.5": llava,
+    "video-llava": video_llava,
+    "llava-next": lambda layers, out: crops("llava-next", layers, out),
+    "llava-next-mistral": lambda layers, out: crops("llava-next", layers, out, mistral=True),
+    "llava-onevision": lambda layers, out: crops("llava-onevision", layers, out),
+    "qwen2.5-vl": qwen,
+}
+
+
+def sparse(model: ir.Model, folder: Path, name: str) -> int:
+    """Points every large initializer into a data file of holes; returns the file's size."""
+    offset = 0
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor.nbytes < EXTERNAL:
+            continue
+        value.const_value = ir.ExternalTensor(
+            name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=folder
+        )
+        offset += -(-tensor.nbytes // PAGE) * PAGE
+    with open(folder / name, "wb") as file:
+        file.truncate(offset)
+    return offset
+
+
+def pack(folder: Path, target: Path) -> None:
+    """Each graph of `folder` as target/NAME.onnx.gz, and the bytes of the data files in target/data.json."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.glob("*.onnx")):
+        model = onnx.load(path, load_external_data=False)
+        graph = model.graph
+        for value in [*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
+            del value.metadata_props[:]
+        packed = gzip.compress(model.SerializeToString(deterministic=True), 9, mtime=0)
+        (target / f"{path.name}.gz").write_bytes(packed)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.onnx_data"))}
+    (target / "data.json").write_text(json.dumps(sizes, indent=2) + "\n")
+
+
+def half(value):
+    return value.half() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", required=True, choices=list(FAMILIES))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, help="decoder layers, if not as many as the model has")
+    parser.add_argument("--pack", type=Path, metavar="FOLDER", help="write the graphs there too, packed")
+    args = parser.parse_args()
+    shutil.rmtree(args.out, ignore_errors=True)
+    folder = args.out / "onnx"
+    folder.mkdir(parents=True)
+    shared, parts = FAMILIES[args.family](args.layers, args.out)
+    for part in parts:
+        began = time.monotonic()
+        arguments = torch.utils._pytree.tree_map(half, part.args)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                part.module.eval(),
+                arguments,
+                input_names=part.inputs,
+                output_names=part.outputs,
+                dynamic_shapes=shared.nest(part),
+                opset_version=18,
+                dynamo=True,
+                verbose=False,
+            )
+        graph = program.model
+        total = sparse(graph, folder, f"{part.file}.onnx_data")
+        proto = ir.to_proto(graph)
+        shared.clean(proto)
+        (folder / f"{part.file}.onnx").write_bytes(proto.SerializeToString())
+        took = time.monotonic() - began
+        print(f"{part.file}: {len(proto.graph.node)} nodes, {total / 2**30:.2f} GiB of data, {took:.0f} s")
+    if args.pack:
+        pack(folder, args.pack)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
