@@ -1,12 +1,13 @@
 """Vision-language models at their true size, with the real graphs and no weights, in the transformers.js layout.
 
-    python models/full_size.py --family llava-1.5 --out DIR [--layers N]
+    python models/full_size.py --family llava-1.5 --out DIR [--layers N] [--pack FOLDER]
 
 The classes of Transformers with the dimensions of the published models, fp16, as PyTorch's dynamo exporter leaves
 them at opset 18, cut into files by the export scripts of the family's own folder. Weights are never written: their
 data files are sparse, 13 GiB by name and a few MiB on disk (where the file system keeps holes), and the memory that
 the script needs is that of the graphs. Everything that reads graphs works on it; running it gives nothing, because
-all weights are zero. Configs and tokenizer are those of the small models, with the true sizes.
+all weights are zero. `--pack` writes the graphs alone once more, packed by gzip and without what the exporter notes of
+each node, with the sizes of their data files: small enough for a fixture. Configs and tokenizer are those of the small models, with the true sizes.
 
 | family | tower | decoder |
 |---|---|---|
@@ -19,6 +20,7 @@ all weights are zero. Configs and tokenizer are those of the small models, with 
 """
 
 import argparse
+import gzip
 import importlib.util
 import json
 import shutil
@@ -30,6 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -188,6 +191,20 @@ def sparse(model: ir.Model, folder: Path, name: str) -> int:
     return offset
 
 
+def pack(folder: Path, target: Path) -> None:
+    """Each graph of `folder` as target/NAME.onnx.gz, and the bytes of the data files in target/data.json."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.glob("*.onnx")):
+        model = onnx.load(path, load_external_data=False)
+        graph = model.graph
+        for value in [*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
+            del value.metadata_props[:]
+        packed = gzip.compress(model.SerializeToString(deterministic=True), 9, mtime=0)
+        (target / f"{path.name}.gz").write_bytes(packed)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.onnx_data"))}
+    (target / "data.json").write_text(json.dumps(sizes, indent=2) + "\n")
+
+
 def half(value):
     return value.half() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
@@ -197,6 +214,7 @@ def main() -> int:
     parser.add_argument("--family", required=True, choices=list(FAMILIES))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, help="decoder layers, if not as many as the model has")
+    parser.add_argument("--pack", type=Path, metavar="FOLDER", help="write the graphs there too, packed")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     folder = args.out / "onnx"
@@ -224,6 +242,8 @@ def main() -> int:
         (folder / f"{part.file}.onnx").write_bytes(proto.SerializeToString())
         took = time.monotonic() - began
         print(f"{part.file}: {len(proto.graph.node)} nodes, {total / 2**30:.2f} GiB of data, {took:.0f} s")
+    if args.pack:
+        pack(folder, args.pack)
     return 0
 
 

@@ -59,8 +59,12 @@ fn folder() -> PathBuf {
 }
 
 fn goldens() -> Goldens {
-    let text = fs::read_to_string(folder().join("cases.json")).expect("cases.json");
-    serde_json::from_str(&text).expect("cases.json")
+    read("cases.json")
+}
+
+fn read(name: &str) -> Goldens {
+    let text = fs::read_to_string(folder().join(name)).expect("goldens");
+    serde_json::from_str(&text).expect("cases")
 }
 
 fn fixture(name: &str) -> Vlm {
@@ -187,6 +191,32 @@ fn play(case: &Case, model: &mut Model, image: i64, place: &str) -> (f64, usize)
 fn reproduces_pytorch() {
     let goldens = goldens();
     assert!(goldens.cases.len() >= 6, "cases are recorded");
+    reproduces(&goldens);
+}
+
+/// `ratio_base: current`, the public code's schedule: what is not ranked at a drop stays as text, and asks.
+#[test]
+fn ratios_of_what_is_left_reproduce_pytorch() {
+    let goldens = read("current.json");
+    assert!(goldens.cases.len() >= 5, "cases are recorded");
+    reproduces(&goldens);
+    // The method's own ratios choose otherwise.
+    let case = &goldens.cases[0];
+    let text = case
+        .recipe
+        .to_string()
+        .replace("\"current\"", "\"entered\"");
+    let mut model = Model::open(&rewritten(&fixture("ts-sdpa"), &text));
+    let stored = tensors(&folder().join(format!("{}.safetensors", case.name)));
+    let ids = integers(&stored["turn0.input_ids"]);
+    let positions = planes(&stored["turn0.position_ids"]);
+    let give = |input: &mut StepInput| input.positions = Some(positions.into());
+    let features = Some(&stored["turn0.image_features"]);
+    let output = model.step(&ids, goldens.image_token_id, features, give, None);
+    assert_ne!(case.turns[0].cache_lengths, output.cache.lengths());
+}
+
+fn reproduces(goldens: &Goldens) {
     for name in FIXTURES {
         let base = fixture(name);
         let (mut worst, mut sets) = (0f64, 0);
@@ -202,7 +232,7 @@ fn reproduces_pytorch() {
             "{name}: {} cases, {sets} kept sets, logits within {worst:.1e}",
             goldens.cases.len()
         );
-        assert!(sets > 20, "{name}: {sets} kept sets compared");
+        assert!(sets >= 15, "{name}: {sets} kept sets compared");
     }
 }
 
@@ -244,8 +274,13 @@ fn validates() {
              {{after_layer: 3, keep: 0.25}}]{more}}}}}]"
         )
     };
-    let texts = [text(""), text(", rank_mask: none")];
-    for (name, text) in FIXTURES.iter().zip(&texts) {
+    let texts = [
+        text(""),
+        text(", rank_mask: none"),
+        text(", ratio_base: current"),
+        text(", ratio_base: current, rank_mask: none, text: last"),
+    ];
+    for (name, text) in FIXTURES.iter().cycle().zip(&texts) {
         let base = fixture(name);
         let options = Options {
             session: support::models::options(),

@@ -130,3 +130,41 @@ def model(
             parameter.copy_(llava._draw(key, parameter.shape, generator).bfloat16().float())
         net.lm_head.weight[tokens.silent()] = 0
     return net.requires_grad_(False)
+
+
+def qwen2(attention: str = "eager") -> Qwen2VLForConditionalGeneration:
+    """A Qwen2-VL whose vision tower is drawn, fp32; its decoder is as small as can be and means nothing.
+
+    The weights are the same whatever version of Transformers has the class.
+    """
+    cfg = Qwen2VLConfig(
+        vision_config={
+            "depth": 3,
+            "embed_dim": SIZE.vision_width,
+            "hidden_size": SIZE.width,
+            "mlp_ratio": 2,
+            "num_heads": SIZE.vision_heads,
+            "patch_size": SIZE.patch,
+        },
+        # Given flat, as every version takes it.
+        vocab_size=tokens.VOCAB,
+        hidden_size=SIZE.width,
+        intermediate_size=SIZE.width,
+        num_hidden_layers=1,
+        num_attention_heads=SIZE.heads,
+        num_key_value_heads=SIZE.heads,
+        rope_scaling={"type": "mrope", "mrope_section": list(SIZE.section)},
+        bos_token_id=tokens.BOS,
+        eos_token_id=tokens.EOS,
+    )
+    net = Qwen2VLForConditionalGeneration._from_config(cfg, attn_implementation=attention).float().eval()
+    generator = torch.Generator().manual_seed(SIZE.seed + 1)
+    with torch.no_grad():
+        for key, parameter in sorted(tower(net).named_parameters()):
+            parameter.copy_(llava._draw(key, parameter.shape, generator).bfloat16().float())
+    return net.requires_grad_(False)
+
+
+def tower(net):
+    """The vision tower of a Qwen model, wherever a version of Transformers keeps it."""
+    return net.visual if hasattr(net, "visual") else net.model.visual

@@ -49,15 +49,15 @@ TOLERANCE = 2e-4
 
 
 class Vision(nn.Module):
-    """The tower and merger of `net`; `eager` spells the attention out."""
+    """The tower and merger of `net`, a Qwen2.5-VL or a Qwen2-VL; `eager` spells the attention out."""
 
     def __init__(self, net, eager: bool):
         super().__init__()
         self.visual, self.eager = net.model.visual, eager
         self.merge = self.visual.spatial_merge_size
         # Edge of a window, in tokens; Qwen2-VL has no windows.
-        self.windowed = hasattr(self.visual, "fullatt_block_indexes")
-        if self.windowed:
+        self.window = None
+        if hasattr(self.visual, "window_size"):
             self.window = self.visual.window_size // self.merge // self.visual.patch_size
 
     def places(self, grid: torch.Tensor, tokens: int):
@@ -67,26 +67,17 @@ class Vision(nn.Module):
         rows, columns = grid[0, 1] // m, grid[0, 2] // m
         token = torch.arange(tokens)
         frame, row, column = token // (rows * columns), token // columns % rows, token % columns
-        down, across = (rows + edge - 1) // edge, (columns + edge - 1) // edge
-        window = (frame * down + row // edge) * across + column // edge
-        order = torch.argsort((window * edge + row % edge) * edge + column % edge)
+        window, order = frame, token
+        if edge is not None:
+            down, across = (rows + edge - 1) // edge, (columns + edge - 1) // edge
+            window = (frame * down + row // edge) * across + column // edge
+            order = torch.argsort((window * edge + row % edge) * edge + column % edge)
         # The patches of a token follow one another, its upper row first.
         within = torch.arange(m * m)
         down = row[order][:, None] * m + within // m
         across = column[order][:, None] * m + within % m
         spread = lambda x: x[order][:, None].expand(-1, m * m).reshape(-1)  # noqa: E731
         return order, spread(window), spread(frame), torch.stack([down, across], dim=-1).reshape(-1, 2)
-
-    def plain(self, grid: torch.Tensor, tokens: int):
-        """Frame of every patch [n * m * m], and its row and column [n * m * m, 2], in the tokens' own order."""
-        m = self.merge
-        rows, columns = grid[0, 1] // m, grid[0, 2] // m
-        token = torch.arange(tokens)
-        frame, row, column = token // (rows * columns), token // columns % rows, token % columns
-        within = torch.arange(m * m)
-        down = row[:, None] * m + within // m
-        across = column[:, None] * m + within % m
-        return frame[:, None].expand(-1, m * m).reshape(-1), torch.stack([down, across], dim=-1).reshape(-1, 2)
 
     def attend(self, attn, x: torch.Tensor, tables, seen: torch.Tensor) -> torch.Tensor:
         qkv = attn.qkv(x).reshape(-1, 3, attn.num_heads, attn.head_dim).permute(1, 0, 2, 3)
@@ -104,22 +95,17 @@ class Vision(nn.Module):
         visual, unit = self.visual, self.merge**2
         hidden = visual.patch_embed(pixel_values)
         tokens = hidden.shape[0] // unit
-        if not self.windowed:
-            frame, places = self.plain(image_grid_thw, tokens)
-            tables, full = visual.rotary_pos_emb(hidden, places), frame[:, None] == frame[None, :]
-            for block in visual.blocks:
-                hidden = hidden + self.attend(block.attn, block.norm1(hidden), tables, full)
-                hidden = hidden + block.mlp(block.norm2(hidden))
-            return visual.merger(hidden)
         order, window, frame, places = self.places(image_grid_thw, tokens)
-        hidden = hidden.reshape(-1, unit, hidden.shape[1])[order].reshape(-1, hidden.shape[1])
+        if self.window is not None:
+            hidden = hidden.reshape(-1, unit, hidden.shape[1])[order].reshape(-1, hidden.shape[1])
         tables = visual.rotary_pos_emb(hidden, places)
         windowed, full = (x[:, None] == x[None, :] for x in (window, frame))
         for index, block in enumerate(visual.blocks):
-            seen = full if index in visual.fullatt_block_indexes else windowed
+            seen = full if self.window is None or index in visual.fullatt_block_indexes else windowed
             hidden = hidden + self.attend(block.attn, block.norm1(hidden), tables, seen)
             hidden = hidden + block.mlp(block.norm2(hidden))
-        return visual.merger(hidden)[torch.argsort(order)]
+        features = visual.merger(hidden)
+        return features if self.window is None else features[torch.argsort(order)]
 
 
 def part(net, form, size: Size = SIZE) -> shared.Part:

@@ -207,18 +207,22 @@ fn open(vlm: &Vlm, recipe: &Recipe) -> Option<LayerTable> {
         // A count and a ratio: no one number says it.
         Some(_) => return None,
     };
-    let kept = |layer: usize| {
-        if placed && layer == 0 {
-            return 1.0;
-        }
-        let drops = prune.map_or(&[][..], |p| &p.drops);
-        let last = drops.iter().rev().find(|d| d.after_layer <= layer);
-        entering * last.map_or(1.0, |d| d.keep)
+    // What is left of a million tokens, whose roundings nobody sees.
+    let million = 1e6;
+    #[allow(clippy::cast_possible_truncation, reason = "at most a million")]
+    let tokens = (entering * million) as i64;
+    let counts = match prune {
+        Some(prune) => prune.tokens_per_layer(tokens, depth),
+        None => vec![tokens; depth],
     };
+    let mut shares: Vec<f64> = counts.iter().map(|n| *n as f64 / million).collect();
+    if placed && let Some(first) = shares.first_mut() {
+        *first = 1.0;
+    }
     Some(LayerTable {
         of: "an image".into(),
         before: None,
-        after: Seen::Shares((0..depth).map(kept).collect()),
+        after: Seen::Shares(shares),
         all_at_first: false,
     })
 }

@@ -293,9 +293,11 @@ impl Build<'_, '_> {
 /// asked for, an image with fewer keeping all.
 pub(super) fn open_summary(sizes: &super::TokenMerge) -> String {
     use crate::passes::recipe::Count;
+    // Rounded: the sum of two ratios is no round number in binary.
+    let percent = |r: f64| format!("{} %", (1e4 * r).round() / 100.0);
     let each = |count: Count| match count {
         Count::Tokens(n) => n.to_string(),
-        Count::Ratio(r) => format!("{} %", 100.0 * r),
+        Count::Ratio(r) => percent(r),
     };
     let parts = format!(
         "{} dominant + {} contextual",
@@ -307,7 +309,7 @@ pub(super) fn open_summary(sizes: &super::TokenMerge) -> String {
             format!("{} ({parts}) where an image has more", a + b)
         }
         (Count::Ratio(a), Count::Ratio(b)) => {
-            format!("{} % of them ({parts})", 100.0 * (a + b).min(1.0))
+            format!("{} of them ({parts})", percent((a + b).min(1.0)))
         }
         _ => parts,
     }

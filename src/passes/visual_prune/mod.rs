@@ -19,6 +19,7 @@
 //! Source: DUET-VLM (arXiv 2602.18846), section on text-to-vision pruning; the
 //! drop schedule is PyramidDrop's.
 
+mod current;
 mod gone;
 mod rank;
 mod rotary;
@@ -40,7 +41,7 @@ pub const SALIENT_MASK_INPUT: &str = "salient_token_mask";
 pub(super) const ENTRY: Entry = Entry {
     name: "visual_prune",
     about: "drops visual tokens at chosen decoder layers, ranked by the text's attention (T2V)",
-    keys: &["drops", "text", "positions", "rank_mask"],
+    keys: &["drops", "text", "positions", "rank_mask", "ratio_base"],
     parse: super::parse::<VisualPrune>,
     keep_everything: "{drops: [{after_layer: 2, keep: 1.0}]}",
 };
@@ -70,6 +71,20 @@ pub enum RankMask {
     None,
 }
 
+/// What the ratios of drop points are of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RatioBase {
+    /// The visual tokens that entered the decoder.
+    #[default]
+    Entered,
+    /// Those that count as visual at the drop point, as the public code does for Qwen2.5-VL:
+    /// of c, with r the ratio before the drop (1 at the first), the first ⌊c·r⌋ are ranked
+    /// and ⌊c·r′⌋ of these stay, while the others stay and count as text from there on.
+    /// [0.5, 0.25] so ends at 37.5 %, [0.5, 0.0] at 25 %.
+    Current,
+}
+
 /// One drop point.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -96,18 +111,29 @@ pub struct VisualPrune {
     /// Which keys an asking token weighs.
     #[serde(default)]
     pub rank_mask: RankMask,
+    /// What the ratios are of.
+    #[serde(default)]
+    pub ratio_base: RatioBase,
 }
 
 impl VisualPrune {
     /// Visual tokens that each of `layers` layers sees when `entered` enter.
     pub fn tokens_per_layer(&self, entered: i64, layers: usize) -> Vec<i64> {
-        (0..layers)
-            .map(|layer| {
-                let last = self.drops.iter().rev().find(|d| d.after_layer <= layer);
-                #[allow(clippy::cast_possible_truncation, reason = "token counts fit")]
-                last.map_or(entered, |d| (entered as f64 * d.keep) as i64)
-            })
-            .collect()
+        #[allow(clippy::cast_possible_truncation, reason = "token counts fit")]
+        let share = |count: i64, ratio: f64| (count as f64 * ratio) as i64;
+        let mut seen = vec![entered; layers];
+        let (mut left, mut counted, mut ratio) = (entered, entered, 1.0);
+        for drop in &self.drops {
+            left = match self.ratio_base {
+                RatioBase::Entered => share(entered, drop.keep),
+                RatioBase::Current => left - share(counted, ratio) + share(counted, drop.keep),
+            };
+            (counted, ratio) = (share(counted, drop.keep), drop.keep);
+            if let Some(behind) = seen.get_mut(drop.after_layer..) {
+                behind.fill(left);
+            }
+        }
+        seen
     }
 
     /// What happens to the positions of tokens that stay in `decoder`: what the

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::gone;
 use super::rank::Ranking;
-use super::{SALIENT_MASK_INPUT, TextQueries, VisualPrune, marker};
+use super::{RatioBase, SALIENT_MASK_INPUT, TextQueries, VisualPrune, marker};
 use crate::arch::Decoder;
 use crate::ir::cone::{descendants, descendants_up_to};
 use crate::ir::{
@@ -45,7 +45,7 @@ pub(super) struct Stage {
     pub(super) length: Size,
     /// Length of the stage's caches before this step.
     pub(super) past: Size,
-    /// Tokens dropped before this stage, in this step.
+    /// Tokens dropped before this stage, in this step (`ratio_base: entered`).
     lost: Size,
     /// Original value → this stage's.
     pub(super) subst: Substitution,
@@ -96,10 +96,10 @@ pub(super) fn plan(
     plan.keep_places(&mut stages[0])?;
     let entered = plan.entered(&stages[0]);
     for number in 0..plan.points.len() {
-        let before = &stages[number];
+        let before = &mut stages[number];
         let mut next = match number.checked_sub(usize::from(job.placed)) {
             None => plan.drop_gone(before),
-            Some(at) => plan.drop(at + 1, job.prune.drops[at].keep, before, &entered)?,
+            Some(at) => plan.drop(at + 1, before, &entered)?,
         };
         plan.rewire(number + 1, &mut next)?;
         plan.unfuse(number + 1, &mut next)?;
@@ -366,12 +366,11 @@ impl Plan<'_, '_> {
         }
     }
 
-    /// Inserts a drop point and returns the stage behind it.
+    /// Inserts drop point `number` (from 1) and returns the stage behind it.
     fn drop(
         &mut self,
         number: usize,
-        keep: f64,
-        before: &Stage,
+        before: &mut Stage,
         entered: &Entered,
     ) -> Result<Stage, String> {
         // Gone tokens have a drop point of their own, before the others.
@@ -379,20 +378,19 @@ impl Plan<'_, '_> {
         let first = self.points[behind - 1];
         let label = format!("drop{number}");
         self.patch.scope(&label);
-        // Each row could lose n − ⌊r·n⌋, and what is gone; all lose the smallest of these.
-        let lost = {
-            let p = &mut *self.patch;
-            let double = p.cast(entered.visual, DataType::Double);
-            let ratio = p.constant(crate::ir::Tensor::f64_scalar("", keep));
-            let kept = p.op("Mul", &[double, ratio]);
-            let kept = p.cast(kept, DataType::Int64);
-            let mut could = p.op("Sub", &[entered.visual, kept]);
-            if let Some(gone) = entered.gone {
-                could = p.op("Add", &[could, gone]);
+        let (now, lost) = match self.pass.ratio_base {
+            RatioBase::Entered => {
+                // Each row could lose n − ⌊r·n⌋, and what is gone, up to here.
+                let kept = self.share(entered.visual, self.pass.drops[number - 1].keep);
+                let lost = self.loss(entered.visual, kept, entered.gone);
+                (self.patch.size_sub(lost, before.lost), lost)
             }
-            Size::Value(p.reduce("ReduceMin", could, &[0], true))
+            RatioBase::Current => {
+                let now = self.release(number, before);
+                (now, now)
+            }
         };
-        let now = self.patch.size_sub(lost, before.lost);
+        let before = &*before;
         let length = self.patch.size_sub(before.length, now);
         let scores = Ranking {
             model: self.model,

@@ -18,6 +18,7 @@
 //!
 //! Source of the formulas: DUET-VLM (arXiv 2602.18846) and its public implementation.
 
+mod current;
 mod math;
 mod merge;
 mod place;
@@ -25,6 +26,7 @@ mod prune;
 mod rotary;
 mod rows;
 
+pub use current::{current_drop_counts, release};
 pub(in crate::validate) use math::descending as by_score;
 pub use merge::{
     Budget, ClampedBudget, Cls, MergeInput, MergeParams, Merged, Selector, clamp_budget, merge,

@@ -22,9 +22,9 @@ pub struct ReferenceDecoder {
     decoder: Decoder,
     stages: Vec<Stage>,
     names: Names,
-    prune: Option<VisualPrune>,
+    pub(super) prune: Option<VisualPrune>,
     /// Whether discarded tokens come in, to leave before the second layer.
-    placed: bool,
+    pub(super) placed: bool,
     positions: Positions,
     dtype: DType,
     /// Inputs that are the same for all stages.
@@ -309,24 +309,7 @@ impl ReferenceDecoder {
         input: &StepIn,
         choice: Option<Choice<'_>>,
     ) -> Result<StepOut, ValidateError> {
-        let count = |row: ndarray::ArrayView1<'_, bool>| row.iter().filter(|v| **v).count();
-        let entered: Vec<usize> = input.visual.outer_iter().map(count).collect();
-        let schedule: Vec<oracle::Drop> = self
-            .prune
-            .iter()
-            .flat_map(|p| &p.drops)
-            .map(|d| oracle::Drop {
-                after_layer: d.after_layer,
-                keep: d.keep,
-            })
-            .collect();
-        let drops = match self.placed {
-            true => {
-                let gone: Vec<usize> = input.gone.outer_iter().map(count).collect();
-                oracle::placed_drop_counts(&entered, &gone, &schedule)?
-            }
-            false => oracle::drop_counts(&entered, &schedule)?,
-        };
+        let drops = self.losses(input)?;
         if state.alone.is_empty() {
             return self.advance(state, input, &drops, choice);
         }
@@ -367,6 +350,7 @@ impl ReferenceDecoder {
             };
             rows.push(oracle::text_rows(row_visual, &real, text)?);
         }
+        let mut wanting = self.wanting(&rows, &visual);
         let mut entry = vec![input.embeds.clone()];
         let mut positions = input.positions.clone();
         let mut ids = input.ids.clone();
@@ -431,6 +415,10 @@ impl ReferenceDecoder {
                 let real = taking_part(&mask, row, &gone[row]);
                 // Where discarded tokens leave, nothing is ranked.
                 let ranked = !(self.placed && number == 0);
+                if ranked {
+                    let asks = (&mut rows[row], &mut wanting[row]);
+                    self.release(number, &mut visual[row], asks);
+                }
                 let candidates: Vec<bool> = visual[row].iter().map(|v| *v && ranked).collect();
                 let scores = if candidates.iter().any(|v| *v) {
                     #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]

@@ -14,6 +14,7 @@ mod decoder;
 mod operands;
 mod projection;
 mod rows;
+mod schedule;
 mod step;
 mod ties;
 mod vision;
