@@ -306,6 +306,23 @@ fn a_merge_alone_leaves_the_genai_config_as_it_is() {
 }
 
 #[test]
+fn a_genai_directory_whose_features_keep_their_places_has_wider_tensors_only() {
+    let place = genai(&MERGE.replace('}', ", placement: decoder}"));
+    let ran = place.rewritten(&[]);
+    let said = "attended to in the decoder's first layer";
+    assert!(ran.stderr.contains(said), "{}", ran.stderr);
+    let mut wanted = config(&place, "model/genai_config.json");
+    wanted["model"]["decoder"]["hidden_size"] = 33.into();
+    assert_eq!(config(&place, "out/genai_config.json"), wanted);
+    let model = read(&place.path("out/words.onnx")).expect("a model");
+    let features = model.value(model.input("image_features").expect("there"));
+    let shape = features.ty.as_ref().and_then(|t| t.shape()).expect("typed");
+    assert_eq!((shape[1].known(), shape[2].known()), (Some(81), Some(33)));
+    place.valid();
+    assert_eq!(place.answer("out", &[])["visual_tokens"], 81);
+}
+
+#[test]
 fn beside_a_genai_config_lies_one_that_names_the_new_files() {
     let place = genai(BOTH);
     let before = place.files("model");

@@ -166,4 +166,37 @@ TOWER = {
     for key in ("baseline", "merge", "merge-uniform-drop", "merge-local", "merge-no-contextual", "merge-ratios", "both")
 }
 
-SETS = {"mha": MHA, "gqa": GQA, "demo": DEMO}
+# All features come out in their places, and the decoder drops the discarded ones behind its first layer.
+PLACED = {"placement": "decoder"}
+GQA_PLACED = {
+    "merge": Case("the merge alone", recipe(merge(30, 6, **PLACED)), (ONE,)),
+    "both": Case("both stages", recipe(merge(30, 6, **PLACED), prune(*FALL)), (OTHER,)),
+    "both-second-image": Case(
+        "a second question with an image", recipe(merge(30, 6, **PLACED), prune(*STEPS)), (ONE, SECOND_IMAGE)
+    ),
+    "both-one-and-two": Case(
+        "rows with one and two images: one has discarded features left over",
+        recipe(merge(18, 4, **PLACED), prune(*STEPS)),
+        (ONE_AND_TWO,),
+    ),
+    "both-keep-local": Case(
+        "local anchors, two images, positions kept",
+        recipe(merge(24, 5, selector="local", **PLACED), prune(*STEPS, positions="keep")),
+        (TWO_IMAGES,),
+    ),
+}
+MHA_PLACED = {
+    **GQA_PLACED,
+    "both-at-once": Case(
+        "a drop where the discarded features leave, ranked by the last token",
+        recipe(merge(30, 6, **PLACED), prune((1, 0.6), (3, 0.3), text="last")),
+        (NOISE, SECOND_TEXT),
+    ),
+    "both-text-row": Case(
+        "a row without an image: all discarded features stay, masked",
+        recipe(merge(30, 6, **PLACED), prune(*FALL)),
+        (TEXT_ROW,),
+    ),
+}
+
+SETS = {"mha": MHA, "gqa": GQA, "demo": DEMO, "mha-placed": MHA_PLACED, "gqa-placed": GQA_PLACED}

@@ -77,22 +77,23 @@ def play(case: Case, net, pictures: dict, tokenizer, kind=Llava, images=images) 
     dtype = net.lm_head.weight.dtype
     tensors, turns, past, seen = {}, [], None, None
 
-    def call(ids, mask, features=None, salient=None):
+    def call(ids, mask, features=None, salient=None, **more):
         positions = check.positions_of(mask)[:, -ids.shape[1] :]
         arrays = (torch.from_numpy(x) for x in (ids, mask, positions))
-        return model.call(*arrays, features, past, salient), positions
+        return model.call(*arrays, features, past, salient, **more), positions
 
     for index, turn in enumerate(case.turns):
         names = [name for row in turn.images for name in row]
-        features, merged, counts = None, [], [0]
+        features, merged, counts, more = None, [], [0], {}
         if names:
             encoded, features, merged = model.encode(images(pictures, names, dtype))
             counts = [len(rows) for rows in features]
+            more = {"gone": model.gone(features, merged)}
             tensors[f"turn{index}.image_features"] = encoded.numpy()
         prompt = tokenize(tokenizer, turn, counts, first=index == 0)
         mask = prompt.mask if seen is None else np.concatenate([seen, prompt.mask], axis=1)
         salient = torch.from_numpy(prompt.salient) if turn.salient is not None else None
-        result, positions = call(prompt.ids, mask, features, salient)
+        result, positions = call(prompt.ids, mask, features, salient, **more)
         past = result.cache
         tensors[f"turn{index}.input_ids"] = prompt.ids
         tensors[f"turn{index}.attention_mask"] = mask
@@ -213,7 +214,9 @@ def main() -> int:
     torch.set_grad_enabled(False)
     inputs.record(args.out)
     for name in args.names:
-        record(name, SETS[name], args.out)
+        # A set of its own for the same weights: mha-placed.
+        weights = name.split("-")[0]
+        record(name, SETS[name], args.out, model=lambda _, w=weights: build.model(w), size=build.SIZES[weights])
     return 0
 
 

@@ -25,6 +25,8 @@ class AnyRes(Llava):
     """
 
     def encode(self, images: list[Picture]) -> tuple[torch.Tensor, list[torch.Tensor], list[Merged]]:
+        if self.merging is not None and self.merging.placement == "decoder":
+            raise ValueError("token_merge.placement: expected encoder for images of several crops; found decoder")
         features, merged = self.image_features(torch.cat([i.crops for i in images]))
         crops = features.split([i.crops.shape[0] for i in images])
         if self.merging is not None:

@@ -23,11 +23,12 @@ class Tokens:
     """The sequence that is being processed now, as it is between two layers."""
 
     hidden: torch.Tensor  # [B, S, D]
-    real: torch.Tensor  # bool [B, S], false for padding
+    real: torch.Tensor  # bool [B, S], false for padding and for gone tokens: nothing attends to them
     visual: torch.Tensor  # bool [B, S]
     asks: torch.Tensor  # bool [B, S], the queries that rank; may be empty in a row
     positions: torch.Tensor  # int64 [B, S], or [B, S, 3] with M-RoPE
     origin: torch.Tensor  # int64 [B, S], index at the decoder's entry
+    gone: torch.Tensor  # bool [B, S], features that the merge discarded and left in their places
 
     def take(self, kept: torch.Tensor) -> "Tokens":
         """`kept` [B, S'] indexes the sequence of each row."""
@@ -52,8 +53,10 @@ class Result:
     drops: list[Drop] = field(default_factory=list)
 
 
-def entry(hidden, real, visual, positions, prune: Prune | None, salient=None) -> Tokens:
+def entry(hidden, real, visual, positions, prune: Prune | None, salient=None, gone=None) -> Tokens:
     """The tokens at the decoder's entry; which of them ask is settled here, once."""
+    gone = torch.zeros_like(real) if gone is None else gone
+    real, visual = real & ~gone, visual & ~gone
     asks = torch.zeros_like(real)
     for row in range(real.shape[0]):
         seen = visual[row].nonzero().flatten()
@@ -64,7 +67,7 @@ def entry(hidden, real, visual, positions, prune: Prune | None, salient=None) ->
             # The last token of the prompt is always among them.
             asks[row, real[row].nonzero()[-1]] = True
     origin = torch.arange(real.shape[1]).expand(real.shape)
-    return Tokens(hidden, real, visual, asks & real, positions, origin)
+    return Tokens(hidden, real, visual, asks & real, positions, origin, gone)
 
 
 def rms_norm(x: torch.Tensor, module, eps: float) -> torch.Tensor:
@@ -139,13 +142,16 @@ class Decoder:
         return torch.stack(result)
 
     def _drop(self, layer: int, lose: int, tokens: Tokens, margins: Margins) -> torch.Tensor:
-        """Indices [B, S - lose] of the tokens that stay when every row loses `lose` visual ones."""
+        """Indices [B, S - lose] of the tokens that stay when every row loses `lose`: gone ones, then visual ones."""
         scores = self.scores(layer, tokens)
         kept = []
         for row in range(scores.shape[0]):
             seen = tokens.visual[row].nonzero().flatten()
-            count = len(seen) - lose
+            left = tokens.gone[row].nonzero().flatten()
+            leaving = min(lose, len(left))
+            count = len(seen) - (lose - leaving)
             stays = ~tokens.visual[row]
+            stays[left[len(left) - leaving :]] = False
             stays[seen[top(scores[row, seen], count)]] = True
             margins.cut(scores[row, seen], count)
             kept.append(stays.nonzero().flatten())
@@ -161,29 +167,44 @@ class Decoder:
             visual[row, seen[ranked:]] = False
             if self.prune.text == "all":
                 asks[row, seen[ranked:]] = True
-            lose.append(ranked - int(len(seen) * keep))
+            lose.append(ranked - int(len(seen) * keep) + int(tokens.gone[row].sum()))
         return replace(tokens, visual=visual, asks=asks), min(lose)
 
-    def run(self, tokens: Tokens, past: list[Cache] | None, margins: Margins) -> Result:
-        entered = tokens.visual.sum(dim=1).tolist()
+    def _behind(self, index: int, kept: torch.Tensor, tokens: Tokens, earlier: int) -> tuple[Tokens, Drop]:
+        """The tokens behind a drop point; `earlier` left there in earlier calls."""
+        tokens = tokens.take(kept)
+        positions = (self.prune or Prune(())).positions_of(tokens.positions.dim() == 3)
+        if positions == "renumber":
+            # Less by the tokens that left before it, in this call and in earlier ones.
+            tokens.positions = tokens.positions - (kept - torch.arange(kept.shape[1])) - earlier
+        return tokens, Drop(index, kept, tokens.origin, tokens.visual.sum(dim=1))
+
+    def run(self, tokens: Tokens, past: list[Cache] | None, margins: Margins, placed: bool = False) -> Result:
+        """With `placed`, gone tokens leave before the second layer, as many of each row as of any other."""
+        entered, discarded = (flags.sum(dim=1).tolist() for flags in (tokens.visual, tokens.gone))
         schedule = dict(self.prune.drops) if self.prune else {}
         cache, drops, lost, ratio = [], [], 0, 1.0
         for index, layer in enumerate(self.model.layers):
+            earlier = past[index - 1].real.shape[1] - past[index].real.shape[1] if past and index else 0
+            if placed and index == 1:
+                lost, length = min(discarded), tokens.gone.shape[1]
+                # Those at the end leave first, where a row has some left over.
+                behind = tokens.gone.flip(1).cumsum(1).flip(1)
+                stays = ~(tokens.gone & (behind <= lost))
+                kept = torch.arange(length).expand(stays.shape)[stays].reshape(-1, length - lost)
+                tokens, drop = self._behind(index, kept, tokens, earlier)
+                drops.append(drop)
+                earlier = 0
             if index in schedule:
                 # Rows stay of one length: all lose what the row that may lose least loses.
                 if self.prune.ratio_base == "current":
                     tokens, lose = self._ranked(tokens, ratio, schedule[index])
                 else:
-                    target = min(n - int(n * schedule[index]) for n in entered)
+                    target = min(n - int(n * schedule[index]) + g for n, g in zip(entered, discarded))
                     lose, lost = target - lost, target
                 kept, ratio = self._drop(index, lose, tokens, margins), schedule[index]
-                tokens = tokens.take(kept)
-                if self.prune.positions_of(tokens.positions.dim() == 3) == "renumber":
-                    # Less by the visual tokens that left before it, in this call and in earlier ones.
-                    gone = kept - torch.arange(kept.shape[1])
-                    earlier = past[index - 1].real.shape[1] - past[index].real.shape[1] if past else 0
-                    tokens.positions = tokens.positions - gone - earlier
-                drops.append(Drop(index, kept, tokens.origin, tokens.visual.sum(dim=1)))
+                tokens, drop = self._behind(index, kept, tokens, earlier)
+                drops.append(drop)
             tokens.hidden, layer_cache = self._layer(layer, tokens, past[index] if past else None)
             cache.append(layer_cache)
         return Result(self._logits(tokens.hidden[:, -1]), cache, drops)

@@ -128,9 +128,9 @@ class Family(Decoder):
         )
         return hidden, Cache(cache.keys, cache.values, real)
 
-    def run(self, tokens: Tokens, past: list[Cache] | None, margins: Margins) -> Result:
+    def run(self, tokens: Tokens, past: list[Cache] | None, margins: Margins, placed: bool = False) -> Result:
         self.config._attn_implementation = NAME
-        return super().run(tokens, past, margins)
+        return super().run(tokens, past, margins, placed)
 
     def _logits(self, last: torch.Tensor) -> torch.Tensor:
         logits = self.net.lm_head(self.model.norm(last))

@@ -28,7 +28,23 @@ class Llava:
             return tower.project(self.net, out.hidden[:, int(out.cls) :]), []
         images = zip(out.hidden, out.probs, out.metric)
         merged = [merge(*image, self.merging, self.margins, out.cls) for image in images]
-        return tower.project(self.net, torch.stack([m.hidden for m in merged])), merged
+        features = tower.project(self.net, torch.stack([m.hidden for m in merged]))
+        if self.merging.placement == "encoder":
+            return features, merged
+        # As many as before: dominant tokens at their own places, contextual ones at their anchors'.
+        placed = features.new_zeros(len(merged), out.hidden.shape[1] - int(out.cls), features.shape[-1])
+        for image, rows, one in zip(placed, features, merged):
+            image[torch.tensor(one.dominant + one.anchors)] = rows
+        return placed, merged
+
+    def gone(self, features: list[torch.Tensor], merged: list[Merged]) -> list[torch.Tensor] | None:
+        """Which features of each image were discarded, bool [tokens]; None if those do not come out."""
+        if self.merging is None or self.merging.placement == "encoder":
+            return None
+        flags = [torch.ones(len(rows), dtype=torch.bool) for rows in features]
+        for flag, one in zip(flags, merged):
+            flag[one.dominant + one.anchors] = False
+        return flags
 
     def encode(self, images: list) -> tuple[torch.Tensor, list[torch.Tensor], list[Merged]]:
         """Images [3, H, W] -> features as the encoder gives them, the rows that go to each image's places, merges."""
@@ -43,11 +59,13 @@ class Llava:
         features: torch.Tensor | list[torch.Tensor] | None = None,
         past: list[Cache] | None = None,
         salient: torch.Tensor | None = None,
+        gone: list[torch.Tensor] | None = None,
     ) -> Result:
         """One call of the decoder: a prompt, a further question on the cache, or one new token.
 
         `input_ids` [B, S] holds one placeholder for each feature, row after row; `attention_mask`
-        [B, past + S] may mark padding; `features` [images, tokens, D], or [tokens, D] of each image.
+        [B, past + S] may mark padding; `features` [images, tokens, D], or [tokens, D] of each image; `gone`
+        [tokens] of each image marks discarded ones.
         """
         visual = input_ids == self.net.config.image_token_index
         embeds = self.net.get_input_embeddings()(input_ids).clone()
@@ -59,5 +77,9 @@ class Llava:
         elif bool(visual.any()):
             raise ValueError("expected no image placeholders without features")
         real = attention_mask[:, -input_ids.shape[1] :].bool()
-        tokens = entry(embeds, real, visual, position_ids, self.pruning, salient)
-        return self.decoder.run(tokens, past, self.margins)
+        discarded = torch.zeros_like(visual)
+        if gone is not None:
+            discarded[visual] = torch.cat(gone)
+        tokens = entry(embeds, real, visual, position_ids, self.pruning, salient, discarded)
+        placed = self.merging is not None and self.merging.placement == "decoder"
+        return self.decoder.run(tokens, past, self.margins, placed)

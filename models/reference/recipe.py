@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 SELECTORS = ("attention", "uniform", "local")
+PLACEMENTS = ("encoder", "decoder")
 TEXTS = ("all", "last", "salient")
 
 
@@ -21,10 +22,15 @@ class Merge:
     contextual: int | float
     cluster_width: int = 4
     selector: str = "attention"
-    cls: str = "keep"
+    cls: str | None = None
+    placement: str = "encoder"
 
     def __post_init__(self):
         _pick(self.selector, SELECTORS, "token_merge.selector")
+        _pick(self.placement, PLACEMENTS, "token_merge.placement")
+        if self.cls is None:
+            # Left out: kept, but not among features that hold no place for it.
+            object.__setattr__(self, "cls", "drop" if self.placement == "decoder" else "keep")
         _pick(self.cls, ("keep", "drop"), "token_merge.cls")
         if self.cluster_width < 1:
             raise ValueError(f"token_merge.cluster_width: expected at least 1; found {self.cluster_width}")

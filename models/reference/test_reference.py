@@ -150,6 +150,33 @@ class Stages(unittest.TestCase):
         inputs = prompt([words(3, 1) + [IMAGE] * 81 + words(9, 2)])
         torch.testing.assert_close(plain.call(*inputs, a).logits, kept.call(*inputs, b).logits, atol=1e-6, rtol=0)
 
+    def test_features_keep_their_places(self):
+        """Everything kept in place changes nothing; discarded features have no say, whatever they hold."""
+        ids, mask, positions = prompt([words(3, 1) + [IMAGE] * 81 + words(9, 2)])
+        plain = Llava(self.net)
+        features, _ = plain.image_features(pixels(1))
+        want = plain.call(ids, mask, positions, features)
+        all_kept = Llava(self.net, Merge(81, 0, placement="decoder"))
+        features, merged = all_kept.image_features(pixels(1))
+        got = all_kept.call(ids, mask, positions, features, gone=all_kept.gone(list(features), merged))
+        torch.testing.assert_close(got.logits, want.logits, atol=1e-5, rtol=0)
+
+        some = Llava(self.net, Merge(20, 4, placement="decoder"), Prune(((2, 0.5),)))
+        features, merged = some.image_features(pixels(1))
+        (gone,) = some.gone(list(features), merged)
+        self.assertEqual(int(gone.sum()), 81 - 24)
+        step = torch.tensor([[9]])
+        longer = torch.cat([mask, torch.ones_like(step)], dim=1)
+        results = []
+        for noise in (0.0, 3.0):
+            rows = features + noise * gone[:, None]
+            first = some.call(ids, mask, positions, rows, gone=[gone])
+            second = some.call(step, longer, positions[:, -1:] + 1, past=first.cache)
+            self.assertEqual([c.real.shape[1] for c in second.cache[:3]], [94, 94 - 57, 94 - 57 - 12])
+            results.append((first.logits, second.logits))
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b, atol=0, rtol=0)
+
     def test_rows_are_ranked_as_if_alone(self):
         llava = Llava(self.net, None, Prune(((2, 0.5), (5, 0.1))))
         features, _ = llava.image_features(pixels(2))

@@ -201,6 +201,12 @@ pub(crate) fn kept_name(drop: usize) -> String {
     format!("duet/visual_prune/drop{drop}/kept_indices")
 }
 
+/// The names of the indices kept where discarded features leave: whichever pass plans the decoder.
+pub(crate) const LEFT: [&str; 2] = [
+    "duet/token_merge/drop0/kept_indices",
+    "duet/visual_prune/drop0/kept_indices",
+];
+
 /// The file's bytes but for the stamp.
 fn contents(model: &Model) -> Vec<u8> {
     let mut patch = Patch::new(model, "stamp");
@@ -225,7 +231,8 @@ pub(crate) fn open_decoder(vlm: &Vlm) -> Decoder {
     let Role::Decoder(decoder) = vlm.parts[main].role.clone() else {
         panic!("a whole model has no decoder of its own");
     };
-    let inside: Vec<String> = (1..=decoder.depth()).map(kept_name).collect();
+    let mut inside: Vec<String> = (1..=decoder.depth()).map(kept_name).collect();
+    inside.extend(LEFT.map(str::to_owned));
     for &part in &all {
         vlm.parts[part].model = probed(&vlm.parts[part].model, &inside);
     }
@@ -391,9 +398,16 @@ impl Runner {
     }
 }
 
-/// The kept indices of every drop point in a step, for each row.
+/// The kept indices of every drop point in a step, for each row; first of all, where there is such a
+/// place, those that stay where discarded features leave.
 pub(crate) fn kept(output: &StepOutput) -> Vec<Vec<Vec<usize>>> {
-    let mut all = Vec::new();
+    let left = output
+        .extra
+        .iter()
+        .filter(|(n, _)| LEFT.contains(&n.as_str()));
+    let mut all: Vec<_> = left
+        .map(|(_, value)| index_rows(&value.to_tensor().expect("indices")))
+        .collect();
     for drop in 1.. {
         let name = kept_name(drop);
         let Some((_, value)) = output.extra.iter().find(|(n, _)| *n == name) else {

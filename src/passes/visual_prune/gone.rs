@@ -55,7 +55,7 @@ pub(in crate::passes) fn plan(
 
 /// What the decoders of `vlm` do with gone tokens, for people.
 pub(in crate::passes) fn summary(vlm: &Vlm) -> String {
-    let all = vlm.decoders().all(|(_, d)| hides(d));
+    let all = vlm.decoders().all(|(_, d)| d.hides_columns());
     let first = match all {
         true => "masked in the decoder's first layer",
         false => {
@@ -63,11 +63,6 @@ pub(in crate::passes) fn summary(vlm: &Vlm) -> String {
         }
     };
     format!("the discarded ones are {first} and dropped before the second")
-}
-
-/// Whether columns can be masked: every attention takes a mask, and the client gives it.
-pub(super) fn hides(decoder: &Decoder) -> bool {
-    decoder.hides_columns()
 }
 
 /// A scalar of the mask's type.
@@ -112,51 +107,51 @@ impl Plan<'_, '_> {
         }
     }
 
-    /// The mask `[b, S]` of layer 0: the client's, with 0 where a token is gone, now
-    /// (`gone` `[b, L]`) or in an earlier step.
+    /// Masks the columns of gone tokens for layer 0: the whole mask `[b, S]`, and that of
+    /// the tokens processed now, of which `gone` `[b, L]` are gone.
     pub(super) fn hide(
         &mut self,
-        mask: ValueId,
         gone: ValueId,
-        length: Size,
+        now: Option<ValueId>,
         past: Size,
-    ) -> Result<ValueId, String> {
+    ) -> Result<(Option<ValueId>, Option<ValueId>), String> {
+        let (Some(mask), Some(now)) = (self.decoder.attention_mask, now) else {
+            return Ok((None, None));
+        };
         self.counts_nothing(mask)?;
         let dtype = self.mask_type();
         let p = &mut *self.patch;
         let (zero, one) = (p.constant(number(dtype, 0)), p.constant(number(dtype, 1)));
-        let total = p.size_of(mask, 1);
-        let old = p.size_sub(total, length);
-        let current = p.slice(mask, old, total, 1);
-        let current = p.op("Where", &[gone, zero, current]);
-        let hidden = if past == Size::Known(0) {
-            current
-        } else {
+        let now = p.op("Where", &[gone, zero, now]);
+        if let Some(before) = self.mask_before {
             // Some clients give ones for the new tokens only.
-            let earlier = p.slice(mask, Size::Known(0), old, 1);
-            let missing = p.size_sub(past, old);
+            let rows = p.size_of(before, 0);
+            let given = p.size_of(before, 1);
+            let missing = p.size_sub(past, given);
             let missing = p.size_max(missing, Size::Known(0));
-            let rows = p.size_of(mask, 0);
             let (rows, missing) = (p.size_value(rows), p.size_value(missing));
             let shape = p.concat(&[rows, missing], 0);
             let ones = p.op("Expand", &[one, shape]);
-            let given = p.concat(&[earlier, ones], 1);
-            self.client_mask = Some(given);
-            let earlier = self.hidden_past(given, 0, past);
-            self.patch.concat(&[earlier, current], 1)
+            self.mask_before = Some(p.concat(&[before, ones], 1));
+        }
+        let hidden = match self.mask_of_past(0, past) {
+            Some(earlier) => self.patch.concat(&[earlier, now], 1),
+            None => now,
         };
         self.patch.rewire_all(mask, hidden);
-        Ok(hidden)
+        Ok((Some(hidden), Some(now)))
     }
 
-    /// The mask of a layer's cache, `[b, past]`: the first columns of the `given` one (padding
-    /// lies on the left and is never dropped), with 0 where the key is zeros.
-    pub(super) fn hidden_past(&mut self, given: ValueId, layer: usize, past: Size) -> ValueId {
+    /// The mask of a layer's cache, `[b, past]`: the first columns of the client's (padding
+    /// lies on the left and is never dropped, so they describe a shorter past as well),
+    /// where columns are hidden with 0 for keys of zeros. None without a cache.
+    pub(super) fn mask_of_past(&mut self, layer: usize, past: Size) -> Option<ValueId> {
+        let before = self.mask_before?;
         let dtype = self.mask_type();
         let p = &mut *self.patch;
-        let mask = p.slice(given, Size::Known(0), past, 1);
-        let Some((keys, _)) = self.decoder.layers[layer].past else {
-            return mask;
+        let mask = p.slice(before, Size::Known(0), past, 1);
+        let Some((keys, _)) = self.decoder.layers[layer].past.filter(|_| self.hides) else {
+            return Some(mask);
         };
         let zero = p.constant(number(dtype, 0));
         let head = p.slice(keys, Size::Known(0), Size::Known(1), 1);
@@ -165,7 +160,7 @@ impl Plan<'_, '_> {
         let largest = p.reduce("ReduceMax", size, &[1, 3], false);
         let none = p.f32(0.0);
         let gone = p.op("Equal", &[largest, none]);
-        p.op("Where", &[gone, zero, mask])
+        Some(p.op("Where", &[gone, zero, mask]))
     }
 
     /// Inserts the drop point at which gone tokens leave, and returns the stage behind it.

@@ -23,6 +23,8 @@ pub(super) struct Stage {
     pub(super) hidden: Vec<ValueId>,
     /// Attention mask `[b, S]` in the graph's own type.
     pub(super) mask: Option<ValueId>,
+    /// Its columns of the tokens processed now, `[b, L]`.
+    pub(super) mask_now: Option<ValueId>,
     /// Token ids `[b, L]`, in a whole model.
     ids: Option<ValueId>,
     /// Bool `[b, L]`: neither padding nor gone.
@@ -82,8 +84,8 @@ pub(super) fn plan(
         decoder,
         patch: &mut patch,
         points,
-        hides: job.placed && gone::hides(decoder),
-        client_mask: None,
+        hides: job.placed && decoder.hides_columns(),
+        mask_before: None,
         cuts: &cuts,
     };
     plan.inputs()?;
@@ -180,9 +182,8 @@ pub(super) struct Plan<'a, 'm> {
     pub(super) points: Vec<usize>,
     /// Whether columns of discarded features are masked.
     pub(super) hides: bool,
-    /// What the client's mask says of the cache, `[b, past]`, where columns are masked in
-    /// it.
-    pub(super) client_mask: Option<ValueId>,
+    /// What the client's mask says of the cache, `[b, S − L]`; none without a cache.
+    pub(super) mask_before: Option<ValueId>,
     pub(super) cuts: &'a Cuts,
 }
 
@@ -257,26 +258,32 @@ impl Plan<'_, '_> {
     /// The stage before the first drop.
     fn entry(&mut self, entry: marker::Entry) -> Result<Stage, String> {
         let decoder = self.decoder;
-        let length = self.patch.size_of(decoder.embeds, 1);
+        let p = &mut *self.patch;
+        let length = p.size_of(decoder.embeds, 1);
+        let past = marker::past_length(p, decoder, 0);
+        let mut mask_now = None;
         let real = match decoder.attention_mask {
             Some(mask) => {
-                let current = self.last(mask, length);
-                self.patch.cast(current, DataType::Bool)
+                let total = p.size_of(mask, 1);
+                let old = p.size_sub(total, length);
+                let now = p.slice(mask, old, total, 1);
+                if past != Size::Known(0) {
+                    self.mask_before = Some(p.slice(mask, Size::Known(0), old, 1));
+                }
+                mask_now = Some(now);
+                p.cast(now, DataType::Bool)
             }
             None => {
-                let yes = self
-                    .patch
-                    .constant(crate::ir::Tensor::bool_scalar("", true));
-                let shape = self.patch.op("Shape", &[entry.visual]);
-                self.patch.op("Expand", &[yes, shape])
+                let yes = p.constant(crate::ir::Tensor::bool_scalar("", true));
+                let shape = p.op("Shape", &[entry.visual]);
+                p.op("Expand", &[yes, shape])
             }
         };
-        let past = marker::past_length(self.patch, decoder, 0);
         let gone = entry.gone.map(|g| self.patch.op("And", &[g, real]));
-        let mask = match (decoder.attention_mask, gone) {
-            (Some(mask), Some(gone)) if self.hides => Some(self.hide(mask, gone, length, past)?),
-            (mask, _) => mask,
-        };
+        let mut mask = decoder.attention_mask;
+        if let (Some(gone), true) = (gone, self.hides) {
+            (mask, mask_now) = self.hide(gone, mask_now, past)?;
+        }
         let real = match gone {
             Some(gone) => {
                 let here = self.patch.op("Not", &[gone]);
@@ -296,6 +303,7 @@ impl Plan<'_, '_> {
             first: 0,
             hidden: vec![entry.embeds],
             mask,
+            mask_now,
             ids: decoder.ids.map(|i| i.value),
             real,
             gone,
@@ -310,13 +318,6 @@ impl Plan<'_, '_> {
         };
         self.roots(0, &mut stage);
         Ok(stage)
-    }
-
-    /// The last `length` columns of a `[b, S]` tensor.
-    fn last(&mut self, x: ValueId, length: Size) -> ValueId {
-        let total = self.patch.size_of(x, 1);
-        let start = self.patch.size_sub(total, length);
-        self.patch.slice(x, start, total, 1)
     }
 
     /// The tokens that ask, fixed here for all drop points: bool `[b, L]`.
@@ -449,25 +450,10 @@ impl Plan<'_, '_> {
         let visual = p.gather_rows(before.visual, kept);
         let text = p.gather_rows(before.text, kept);
         let past = marker::past_length(p, self.decoder, first);
-        let mask = before.mask.map(|mask| {
-            let p = &mut *self.patch;
-            if past == Size::Known(0) {
-                return p.gather_rows(mask, kept);
-            }
-            let total = p.size_of(mask, 1);
-            let old = p.size_sub(total, before.length);
-            let current = p.slice(mask, old, total, 1);
-            let current = p.gather_rows(current, kept);
-            let earlier = match self.client_mask {
-                Some(given) => self.hidden_past(given, first, past),
-                None => {
-                    // Padding lies on the left and is never dropped, so the first
-                    // columns of the past describe a shorter past as well.
-                    let earlier = p.slice(mask, Size::Known(0), old, 1);
-                    p.slice(earlier, Size::Known(0), past, 1)
-                }
-            };
-            self.patch.concat(&[earlier, current], 1)
+        let mask_now = before.mask_now.map(|now| p.gather_rows(now, kept));
+        let mask = mask_now.map(|now| match self.mask_of_past(first, past) {
+            Some(earlier) => self.patch.concat(&[earlier, now], 1),
+            None => now,
         });
         let p = &mut *self.patch;
         let ids = before.ids.map(|ids| p.gather_rows(ids, kept));
@@ -505,6 +491,7 @@ impl Plan<'_, '_> {
             first,
             hidden,
             mask,
+            mask_now,
             ids,
             real,
             gone,

@@ -5,61 +5,12 @@ use ndarray::{Array2, Array3, ArrayView1, Axis, s};
 use super::super::oracle::{self, Text};
 use super::super::{ValidateError, probe};
 use super::operands::{Operands, Probe, Turn, array};
+use super::step::{State, StepIn, StepOut};
 use super::ties::{Choice, exchanged};
 use crate::arch::Decoder;
 use crate::ir::{Dim, Model, Patch, ValueType};
 use crate::passes::{Positions, RankMask, TextQueries, VisualPrune};
 use crate::runtime::{DType, Session, SessionOptions, Tensor, Value};
-
-/// What one step reads. b rows, L new tokens.
-#[derive(Clone, Debug)]
-pub struct StepIn {
-    /// `[b, L, D]`, without any marker channel.
-    pub embeds: Array3<f32>,
-    /// `[b, L]`: 1 for tokens, 0 for padding.
-    pub mask: Array2<i64>,
-    /// `[rows, b, L]`: one row, or as many as the decoder's position ids have (M-RoPE).
-    pub positions: Array3<i64>,
-    /// `[b, L]`: visual tokens that take part.
-    pub visual: Array2<bool>,
-    /// `[b, L]`: visual tokens that the merge discarded and left in their places.
-    pub gone: Array2<bool>,
-    /// `[b, L]`, for `text: salient`.
-    pub salient: Array2<bool>,
-    /// `[b, L]`, for decoders that take token ids too.
-    pub ids: Option<Array2<i64>>,
-}
-
-/// What one step gives.
-#[derive(Clone, Debug)]
-pub struct StepOut {
-    /// `[b, vocabulary]`: the last row.
-    pub logits: Array2<f32>,
-    /// Kept indices at each drop point, for each row, into the sequence before it.
-    pub kept: Vec<Vec<Vec<usize>>>,
-    /// Length of every layer's cache, where the decoder gives caches.
-    pub lengths: Vec<usize>,
-    /// Tokens that were exchanged because their scores tie as well as exactly.
-    pub near_ties: usize,
-}
-
-/// Caches and masks of a conversation.
-#[derive(Debug)]
-pub struct State {
-    /// Key and value of every layer; none where the decoder gives no caches.
-    caches: Vec<(Value, Value)>,
-    /// Mask `[b, past]` of every stage.
-    masks: Vec<Array2<i64>>,
-    /// A conversation of each row, where rows are run one by one.
-    alone: Vec<State>,
-}
-
-impl State {
-    /// Whether nothing was said yet.
-    pub fn is_new(&self) -> bool {
-        self.masks.iter().all(|mask| mask.ncols() == 0)
-    }
-}
 
 struct Stage {
     first: usize,
@@ -148,7 +99,7 @@ impl ReferenceDecoder {
         for number in 0..=drops.len() {
             let first = if number == 0 { 0 } else { drops[number - 1] };
             let mut patch = Patch::new(model, "cut");
-            let mut more = Vec::new();
+            let (mut more, mut entering) = (Vec::new(), Vec::new());
             if number > 0 {
                 for (i, &boundary) in decoder.layers[first].boundary.iter().enumerate() {
                     let source = if i == 0 {
@@ -164,6 +115,7 @@ impl ReferenceDecoder {
                         _ => source,
                     };
                     patch.rewire_all(boundary, hidden);
+                    entering.push(hidden);
                 }
                 if positions == Positions::Keep {
                     Turn::inputs(&mut patch, decoder);
@@ -173,7 +125,14 @@ impl ReferenceDecoder {
             let mut outputs = Vec::new();
             if let Some(&next) = drops.get(number) {
                 let layer = &decoder.layers[next];
-                outputs.extend(&layer.boundary);
+                // What no layer lies before any more is not computed.
+                let gone = next == first;
+                outputs.extend(layer.boundary.iter().filter(|_| !gone));
+                for &value in entering.iter().filter(|_| gone) {
+                    let copy = patch.op("Identity", &[value]);
+                    patch.add_output(copy, probe::INFERRED);
+                    outputs.push(copy);
+                }
                 outputs.extend([layer.query.value, layer.new_key.value]);
                 let mut copies = Vec::new();
                 // In a mixed graph, other layers' attention may count positions.

@@ -15,12 +15,14 @@ mod operands;
 mod projection;
 mod rows;
 mod schedule;
+mod step;
 mod ties;
 mod vision;
 
-pub use decoder::{ReferenceDecoder, State, StepIn, StepOut};
+pub use decoder::ReferenceDecoder;
 pub(in crate::validate) use rows::feed as row_feed;
 pub use rows::{ReferenceRows, RowsOut};
+pub use step::{State, StepIn, StepOut};
 pub use ties::{Choice, Ranking, Tolerance};
 pub(in crate::validate) use vision::per_image;
 pub use vision::{ReferenceFeatures, ReferenceVision};

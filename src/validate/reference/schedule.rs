@@ -2,7 +2,8 @@
 
 use ndarray::ArrayView1;
 
-use super::decoder::{ReferenceDecoder, StepIn};
+use super::decoder::ReferenceDecoder;
+use super::step::StepIn;
 use crate::passes::{RatioBase, TextQueries};
 use crate::validate::{ValidateError, oracle};
 
