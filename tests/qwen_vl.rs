@@ -202,7 +202,10 @@ fn ratios_of_what_is_left_reproduce_pytorch() {
     reproduces(&goldens);
     // The method's own ratios choose otherwise.
     let case = &goldens.cases[0];
-    let text = case.recipe.to_string().replace("\"current\"", "\"entered\"");
+    let text = case
+        .recipe
+        .to_string()
+        .replace("\"current\"", "\"entered\"");
     let mut model = Model::open(&rewritten(&fixture("ts-sdpa"), &text));
     let stored = tensors(&folder().join(format!("{}.safetensors", case.name)));
     let ids = integers(&stored["turn0.input_ids"]);

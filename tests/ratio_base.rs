@@ -21,7 +21,10 @@ fn every_form_drops_what_the_reference_drops() {
     commands::runtime();
     let current = prune(", ratio_base: current");
     for (fixture, text) in [
-        ("ts-eager-gqa", format!("version: 1\npasses: [{{{current}}}]")),
+        (
+            "ts-eager-gqa",
+            format!("version: 1\npasses: [{{{current}}}]"),
+        ),
         (
             "dynamo18-mha",
             format!(
@@ -61,7 +64,9 @@ fn one_drop_is_the_methods() {
             "version: 1\npasses: [{{visual_prune: {{drops: [{{after_layer: 2, keep: 0.3}}]{more}}}}}]"
         );
         let done = recipe(&text);
-        let prune = done.pass::<duet_onnx::passes::VisualPrune>().expect("a schedule");
+        let prune = done
+            .pass::<duet_onnx::passes::VisualPrune>()
+            .expect("a schedule");
         (prune.tokens_per_layer(81, 4), rewritten(&base, &text))
     };
     let ((a, _), (b, _)) = (kept(""), kept(", ratio_base: current"));
@@ -76,10 +81,18 @@ fn what_layers_see_is_counted() {
             "version: 1\npasses: [{{visual_prune: {{drops: [{drops}], ratio_base: current}}}}]"
         );
         let done = recipe(&text);
-        let prune = done.pass::<duet_onnx::passes::VisualPrune>().expect("a schedule");
+        let prune = done
+            .pass::<duet_onnx::passes::VisualPrune>()
+            .expect("a schedule");
         prune.tokens_per_layer(640, 4)
     };
     let half = "{after_layer: 1, keep: 0.5}";
-    assert_eq!(seen(&format!("{half}, {{after_layer: 2, keep: 0.25}}")), [640, 320, 240, 240]);
-    assert_eq!(seen(&format!("{half}, {{after_layer: 3, keep: 0.0}}")), [640, 320, 320, 160]);
+    assert_eq!(
+        seen(&format!("{half}, {{after_layer: 2, keep: 0.25}}")),
+        [640, 320, 240, 240]
+    );
+    assert_eq!(
+        seen(&format!("{half}, {{after_layer: 3, keep: 0.0}}")),
+        [640, 320, 320, 160]
+    );
 }

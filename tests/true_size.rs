@@ -24,7 +24,9 @@ fn model() -> commands::Place {
     for name in GRAPHS {
         let file = std::fs::File::open(packed.join(format!("{name}.onnx.gz"))).expect("packed");
         let mut bytes = Vec::new();
-        flate2::read::GzDecoder::new(file).read_to_end(&mut bytes).expect("gzip");
+        flate2::read::GzDecoder::new(file)
+            .read_to_end(&mut bytes)
+            .expect("gzip");
         std::fs::write(onnx.join(format!("{name}.onnx")), bytes).expect("written");
     }
     let sizes = std::fs::read_to_string(packed.join("data.json")).expect("data.json");
@@ -78,11 +80,17 @@ fn everything_that_reads_graphs_works_on_seven_billion_weights() {
         ("qwen2.5-vl-ratio", f64::NAN, [0.525, 0.35, 0.175]),
     ];
     for (recipe, average, levels) in recipes {
-        let arguments = ["rewrite", &base, "--recipe", recipe, "--beside", recipe, "--json"];
+        let arguments = [
+            "rewrite", &base, "--recipe", recipe, "--beside", recipe, "--json",
+        ];
         let done = commands::duet(&arguments).json();
         let table = &done["visual_tokens"][0];
         let shares = table["by_layer"].is_null();
-        let layers = if shares { &table["share_by_layer"] } else { &table["by_layer"] };
+        let layers = if shares {
+            &table["share_by_layer"]
+        } else {
+            &table["by_layer"]
+        };
         let layers: Vec<f64> = serde_json::from_value(layers.clone()).expect("layers");
         assert_eq!(layers.len(), 28, "{recipe}");
         assert_eq!([layers[13], layers[20], layers[27]], levels, "{recipe}");
@@ -92,7 +100,10 @@ fn everything_that_reads_graphs_works_on_seven_billion_weights() {
         for name in GRAPHS {
             let path = place.path(&format!("base/onnx/{name}_{recipe}.onnx"));
             if !path.exists() {
-                assert!(recipe.ends_with("prune") && name != "decoder_model_merged", "{recipe}: {name}");
+                assert!(
+                    recipe.ends_with("prune") && name != "decoder_model_merged",
+                    "{recipe}: {name}"
+                );
                 continue;
             }
             // No weight was written, and what was is a valid model that names its rewrite.
@@ -103,12 +114,25 @@ fn everything_that_reads_graphs_works_on_seven_billion_weights() {
             assert!(model.metadata("duet.recipe").is_some(), "{recipe}: {name}");
         }
     }
-    assert_eq!(held(&place.path("base/onnx"), "onnx_data"), 3, "no data file was added");
+    assert_eq!(
+        held(&place.path("base/onnx"), "onnx_data"),
+        3,
+        "no data file was added"
+    );
 
-    let refused = commands::duet(&["rewrite", &base, "--recipe", "llava-1.5-192", "--beside", "x"]);
+    let refused = commands::duet(&[
+        "rewrite",
+        &base,
+        "--recipe",
+        "llava-1.5-192",
+        "--beside",
+        "x",
+    ]);
     assert_eq!(refused.code, 2);
     assert!(
-        refused.stderr.contains("(M-RoPE) show that this model is of Qwen2.5-VL's kind"),
+        refused
+            .stderr
+            .contains("(M-RoPE) show that this model is of Qwen2.5-VL's kind"),
         "{}",
         refused.stderr
     );
@@ -136,9 +160,15 @@ fn a_budget_is_planned_for_images_of_any_size() {
     let open = plan(&["--budget", "440"]);
     let table = &open["visual_tokens"];
     assert_eq!(table["of"], "an image of 640 tokens or more");
-    assert_eq!(table["average"], 440.0);
+    assert_eq!(
+        (&table["average"], &table["first_layer_sees_all"]),
+        (&Json::from(440.0), &Json::from(true))
+    );
     let recipe = open["recipe"].as_str().expect("a recipe");
-    assert!(recipe.contains("dominant: 540\n      contextual: 100\n"), "{recipe}");
+    assert!(
+        recipe.contains("dominant: 540\n      contextual: 100\n"),
+        "{recipe}"
+    );
 
     let share = plan(&["--reduction", "80%"]);
     let average = share["visual_tokens"]["average"].as_f64().expect("a mean");
@@ -146,9 +176,23 @@ fn a_budget_is_planned_for_images_of_any_size() {
 
     // 46 × 26 groups of patches.
     let sized = plan(&["--budget", "440", "--image-size", "1280x720"]);
-    assert_eq!(numbers(&sized["visual_tokens"]["before_by_layer"]), [1196; 28]);
-    assert_eq!(sized["visual_tokens"]["average"], 440.0);
-    assert_eq!(plan(&["--budget", "440", "--tokens", "1196"])["recipe"], sized["recipe"]);
+    assert_eq!(
+        numbers(&sized["visual_tokens"]["before_by_layer"]),
+        [1196; 28]
+    );
+    // All of them go through the first layer.
+    assert_eq!(
+        numbers(&sized["visual_tokens"]["by_layer"])[..2],
+        [1196, 609]
+    );
+    assert_eq!(
+        plan(&["--budget", "440", "--tokens", "1196"])["recipe"],
+        sized["recipe"]
+    );
     let refused = commands::duet(&["plan", &base, "--budget", "440", "--crops", "5"]);
-    assert!(refused.code == 2 && refused.stderr.contains("--image-size"), "{}", refused.stderr);
+    assert!(
+        refused.code == 2 && refused.stderr.contains("--image-size"),
+        "{}",
+        refused.stderr
+    );
 }

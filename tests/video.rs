@@ -17,8 +17,8 @@ use std::path::PathBuf;
 use duet_onnx::arch::{Kind, Role, Vlm};
 use duet_onnx::onnx::read;
 use duet_onnx::runtime::{
-    ClipEncoder, Embedder, GenerateOptions, Message, StepInput, Tensor, Token, Value, VisionEncoder,
-    VlmFiles, VlmPipeline, scatter, video,
+    ClipEncoder, Embedder, GenerateOptions, Message, StepInput, Tensor, Token, Value,
+    VisionEncoder, VlmFiles, VlmPipeline, scatter, video,
 };
 use duet_onnx::validate::scenario::Seeded;
 use ndarray::Array2;
@@ -438,7 +438,10 @@ fn two_towers_in_one_file_stay_one_file() {
         let found = files.into_iter().find(named).expect("the encoder");
         duet_onnx::onnx::serialize(duet_onnx::ir::verify(&found.model).expect("valid")).to_vec()
     };
-    assert!(file(&vlm) == unpacked("together/vision_encoder.onnx.gz"), "the bytes that were read");
+    assert!(
+        file(&vlm) == unpacked("together/vision_encoder.onnx.gz"),
+        "the bytes that were read"
+    );
 
     let merge = ("token_merge", "{dominant: 12, contextual: 3}");
     let prune = ("visual_prune", "{drops: [{after_layer: 4, keep: 0.5}]}");
@@ -461,20 +464,30 @@ fn two_towers_in_one_file_stay_one_file() {
     );
     let weights = |vlm: &Vlm| {
         let files = vlm.files().expect("files");
-        let first = files.into_iter().find(|f| f.file.ends_with("vision_encoder.onnx"));
+        let first = files
+            .into_iter()
+            .find(|f| f.file.ends_with("vision_encoder.onnx"));
         let model = first.expect("the encoder").model;
         let shared = |v: &&duet_onnx::ir::ValueId| !model.name(**v).starts_with("duet/");
         model.graph().initializers.iter().filter(shared).count()
     };
     assert_eq!(weights(&new), weights(&vlm));
     // Two merges and two marker channels, the second lane's in a scope of their own.
-    let scored = |scope: &str| model.find(&format!("duet/token_merge/{scope}score")).is_some();
+    let scored = |scope: &str| {
+        model
+            .find(&format!("duet/token_merge/{scope}score"))
+            .is_some()
+    };
     assert!(scored("") && scored("pixel_values_videos/"));
 
     let mut session = open(&model, &path);
-    let given = [pixels("image", 126), pixels("video", 126)].map(|p| Value::new(p).expect("pixels"));
+    let given =
+        [pixels("image", 126), pixels("video", 126)].map(|p| Value::new(p).expect("pixels"));
     let outputs = session
-        .run(&[("pixel_values_images", &given[0]), ("pixel_values_videos", &given[1])])
+        .run(&[
+            ("pixel_values_images", &given[0]),
+            ("pixel_values_videos", &given[1]),
+        ])
         .expect("a run");
     for (kind, name) in [("image", "image_features"), ("video", "video_features")] {
         let (alone, _) = encode(&new, kind);
@@ -484,9 +497,18 @@ fn two_towers_in_one_file_stay_one_file() {
     }
     // Read again, it is two towers that were rewritten.
     let again = Vlm::new(vec![("vision_encoder.onnx".into(), String::new(), model)]);
-    let kinds: Vec<Kind> = again.parts.iter().map(duet_onnx::arch::Part::kind).collect();
+    let kinds: Vec<Kind> = again
+        .parts
+        .iter()
+        .map(duet_onnx::arch::Part::kind)
+        .collect();
     assert_eq!(kinds, [Kind::Vision, Kind::Video]);
-    assert!(again.parts.iter().all(|p| p.model.find("duet/token_merge/score").is_some()));
+    assert!(
+        again
+            .parts
+            .iter()
+            .all(|p| p.model.find("duet/token_merge/score").is_some())
+    );
 }
 
 /// Rewritten, asked and validated on the command line; the file runs as it is, the tower that is not asked on zeros.
@@ -502,7 +524,15 @@ fn two_towers_in_one_file_are_asked_and_validated() {
     let picture = text(&commands::source("models/llava/images/street.png"));
     let prompt = golden["prompt"].as_str().expect("a prompt");
     let asked = |model: &str, more: &[&str]| {
-        let mut arguments = vec!["run", model, "--prompt", prompt, "--max-new-tokens", "4", "--json"];
+        let mut arguments = vec![
+            "run",
+            model,
+            "--prompt",
+            prompt,
+            "--max-new-tokens",
+            "4",
+            "--json",
+        ];
         arguments.extend(more);
         commands::duet(&arguments).json()
     };
@@ -511,31 +541,52 @@ fn two_towers_in_one_file_are_asked_and_validated() {
     assert_eq!(answer["tokens"], golden["tokens"]);
     let apart = text(&folder());
     let pictured = ["--image", &picture];
-    assert_eq!(asked(&base, &pictured)["tokens"], asked(&apart, &pictured)["tokens"]);
+    assert_eq!(
+        asked(&base, &pictured)["tokens"],
+        asked(&apart, &pictured)["tokens"]
+    );
 
     let recipe = recipe_text(
         &[
             ("token_merge", "{dominant: 20, contextual: 4}"),
-            ("visual_prune", "{drops: [{after_layer: 4, keep: 0.5}, {after_layer: 6, keep: 0.0}]}"),
+            (
+                "visual_prune",
+                "{drops: [{after_layer: 4, keep: 0.5}, {after_layer: 6, keep: 0.0}]}",
+            ),
         ],
         "",
     );
     std::fs::write(place.path("recipe.yaml"), recipe).expect("written");
     let (file, out) = (place.at("recipe.yaml"), place.at("out"));
     for model in [&base, &apart] {
-        let out = if *model == base { out.clone() } else { place.at("apart") };
+        let out = if *model == base {
+            out.clone()
+        } else {
+            place.at("apart")
+        };
         let rewrite = commands::duet(&["rewrite", model, "--recipe", &file, "--out", &out]);
         assert_eq!(rewrite.code, 0, "{}", rewrite.stderr);
     }
     let both = ["--video", &clip, "--image", &picture];
     let (one, two) = (asked(&out, &both), asked(&place.at("apart"), &both));
     assert_eq!(one["visual_tokens"], 24 * 9);
-    assert_eq!((&one["tokens"], &one["cache_lengths"]), (&two["tokens"], &two["cache_lengths"]));
+    assert_eq!(
+        (&one["tokens"], &one["cache_lengths"]),
+        (&two["tokens"], &two["cache_lengths"])
+    );
     let valid = commands::duet(&["validate", &base, &out]);
     assert_eq!(valid.code, 0, "{}{}", valid.stdout, valid.stderr);
-    assert!(valid.stdout.contains("clips: two images"), "{}", valid.stdout);
+    assert!(
+        valid.stdout.contains("clips: two images"),
+        "{}",
+        valid.stdout
+    );
     let shown = commands::duet(&["inspect", &base]);
-    assert!(shown.stdout.contains("of a file of two towers"), "{}", shown.stdout);
+    assert!(
+        shown.stdout.contains("of a file of two towers"),
+        "{}",
+        shown.stdout
+    );
 }
 
 /// LanguageBind's own tower: frames attend to each other in every block before tokens do. The attention that scores
@@ -563,7 +614,11 @@ fn a_tower_whose_frames_see_each_other_is_scored_by_the_attention_within_a_frame
         assert_eq!(merged.len(), 8);
         for (frame, merged) in merged.iter().enumerate() {
             for (set, field) in [(DOMINANT, "dominant"), (ANCHORS, "anchors")] {
-                assert_eq!(list(&merged[field]), chosen[set][frame], "{name}: {field} of frame {frame}");
+                assert_eq!(
+                    list(&merged[field]),
+                    chosen[set][frame],
+                    "{name}: {field} of frame {frame}"
+                );
             }
         }
         let want = &stored[name];
@@ -589,7 +644,9 @@ fn a_second_clip_goes_on_from_the_cache() {
         configs: folder(),
     };
     let clips = ClipEncoder::open(&onnx("video_encoder"), &folder(), &options).expect("clips");
-    let mut vlm = VlmPipeline::open(&files, &options).expect("a model").with_clips(clips);
+    let mut vlm = VlmPipeline::open(&files, &options)
+        .expect("a model")
+        .with_clips(clips);
     let ball = commands::source("models/video_llava/images/ball.gif");
     let forward = video::sample(&ball, 8).expect("frames");
     let backward: Vec<_> = forward.iter().rev().cloned().collect();
@@ -602,7 +659,9 @@ fn a_second_clip_goes_on_from_the_cache() {
     let prepared = vlm
         .prepare_with_clips(&first, &[], std::slice::from_ref(&forward))
         .expect("a prompt");
-    let answer = vlm.generate(&prepared, None, &generate, &mut go_on).expect("an answer");
+    let answer = vlm
+        .generate(&prepared, None, &generate, &mut go_on)
+        .expect("an answer");
     let messages = [
         first[0].clone(),
         Message::assistant(answer.text.trim()),
@@ -620,17 +679,39 @@ fn a_second_clip_goes_on_from_the_cache() {
     let mut whole = turn.clone();
     let said = &answer.tokens[..answer.tokens.len() - 1];
     whole.ids = [prepared.ids.as_slice(), said, &turn.ids].concat();
-    whole.visual = [prepared.visual.clone(), vec![false; said.len()], turn.visual.clone()].concat();
+    whole.visual = [
+        prepared.visual.clone(),
+        vec![false; said.len()],
+        turn.visual.clone(),
+    ]
+    .concat();
     whole.salient = vec![false; whole.ids.len()];
-    let features = vlm.clips.as_mut().expect("clips").encode(&[forward, backward.clone()]);
-    let embeds = vlm.embedder.run_row(&whole.ids).expect("embeddings").to_tensor();
-    let embeds = scatter(embeds.expect("numbers"), &whole.visual, &features.expect("features"));
+    let features = vlm
+        .clips
+        .as_mut()
+        .expect("clips")
+        .encode(&[forward, backward.clone()]);
+    let embeds = vlm
+        .embedder
+        .run_row(&whole.ids)
+        .expect("embeddings")
+        .to_tensor();
+    let embeds = scatter(
+        embeds.expect("numbers"),
+        &whole.visual,
+        &features.expect("features"),
+    );
     whole.embeds = Value::new(embeds.expect("as many places as features")).expect("embeddings");
-    let again = vlm.generate(&whole, None, &generate, &mut go_on).expect("an answer");
+    let again = vlm
+        .generate(&whole, None, &generate, &mut go_on)
+        .expect("an answer");
     assert_eq!(again.tokens, second.tokens);
     assert_eq!(again.cache_lengths, second.cache_lengths);
 
-    for (clips, said) in [(&[][..], "mentions 1 clips, 0 are given"), (&[backward.clone(), backward], "2 are given")] {
+    for (clips, said) in [
+        (&[][..], "mentions 1 clips, 0 are given"),
+        (&[backward.clone(), backward], "2 are given"),
+    ] {
         let error = vlm
             .prepare_follow_up_with_clips(&answer, &messages, &[], clips)
             .expect_err("another number of clips");

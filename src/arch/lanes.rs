@@ -18,7 +18,10 @@ pub(super) fn towers_of(model: &Model) -> Option<Result<Vec<(String, Vec<ValueId
     let mut pixels = [first, second];
     let rank = |v: &ValueId| {
         let shape = model.value(*v).ty.as_ref().and_then(|t| t.shape());
-        (shape.map_or(0, <[_]>::len), model.name(*v).contains("video"))
+        (
+            shape.map_or(0, <[_]>::len),
+            model.name(*v).contains("video"),
+        )
     };
     pixels.sort_by_key(rank);
     let reached = pixels.map(|p| descendants(model, &[p], false));

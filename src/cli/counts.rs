@@ -76,7 +76,10 @@ impl LayerTable {
                 )
             }
             Seen::Tokens(counts) => {
-                let full = self.before.as_ref().map(|b| format!(" of {:.0}", average(b)));
+                let full = self
+                    .before
+                    .as_ref()
+                    .map(|b| format!(" of {:.0}", average(b)));
                 format!(
                     "visual tokens{of} by layer: {}; average {:.2}{}{fewer}",
                     style::layers(counts),
@@ -258,7 +261,10 @@ pub(super) fn tables(vlm: &Vlm, recipe: &Recipe, crops: Option<i64>) -> Vec<Laye
         }
     }
     // No tower, or one of a grid that only the run tells.
-    let known = vlm.towers().next().is_none_or(|(_, t)| t.candidates().is_none());
+    let known = vlm
+        .towers()
+        .next()
+        .is_none_or(|(_, t)| t.candidates().is_none());
     if tables.is_empty() && known {
         tables.extend(open(vlm, recipe));
     }
@@ -330,6 +336,12 @@ mod tests {
             all_at_first: true,
             ..open
         };
-        assert!(placed.line().contains("by layer: 1: all, 2: 320; average 480.00, with 640"), "{}", placed.line());
+        assert!(
+            placed
+                .line()
+                .contains("by layer: 1: all, 2: 320; average 480.00, with 640"),
+            "{}",
+            placed.line()
+        );
     }
 }

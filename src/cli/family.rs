@@ -100,7 +100,12 @@ fn config(root: &Path, name: &str) -> Option<serde_json::Value> {
 
 /// The `model_type` that the configuration of a model at `root` states.
 fn model_type(root: &Path) -> Option<String> {
-    Some(config(root, "config.json")?.get("model_type")?.as_str()?.to_owned())
+    Some(
+        config(root, "config.json")?
+            .get("model_type")?
+            .as_str()?
+            .to_owned(),
+    )
 }
 
 /// The family of a model at `root`: the configuration's word, else what its graphs show
@@ -260,22 +265,32 @@ mod tests {
         // A third of the tokens: 960 of 2048 is nearer than 136.
         let error = refusal(video, "llava-1.5-192").unwrap();
         assert!(
-            error.contains("33.3 %") && error.contains("nearest to that is video-llava-960 (46.9 %)"),
+            error.contains("33.3 %")
+                && error.contains("nearest to that is video-llava-960 (46.9 %)"),
             "{error}"
         );
         let error = refusal(video, "llava-1.5-64").unwrap();
-        assert!(error.contains("nearest to that is video-llava-136 (6.6 %)"), "{error}");
+        assert!(
+            error.contains("nearest to that is video-llava-136 (6.6 %)"),
+            "{error}"
+        );
         assert_eq!(refusal(video, "video-llava-960"), None);
         // Made for no family, or somebody's own.
         assert_eq!(refusal(video, "demo"), None);
         assert_eq!(refusal(video, "llava-1.5-192.yaml"), None);
         // Each of the two families of crops has its own.
         let one = refusal(r#"{"model_type": "llava_onevision"}"#, "llava-next-640").unwrap();
-        assert!(one.contains("nearest to that is llava-onevision-810"), "{one}");
+        assert!(
+            one.contains("nearest to that is llava-onevision-810"),
+            "{one}"
+        );
         let qwen = r#"{"model_type": "qwen2_vl"}"#;
         assert_eq!(refusal(qwen, "qwen2.5-vl-640"), None);
         let error = refusal(qwen, "llava-next-prune").unwrap();
-        assert!(error.contains("this model is of Qwen2.5-VL's kind"), "{error}");
+        assert!(
+            error.contains("this model is of Qwen2.5-VL's kind"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -298,10 +298,15 @@ fn print(parts: &[Part]) {
             );
         }
         if part.source.branch.is_some() && earlier_recipe(model).is_none() {
-            anstream::println!("{}", match part.source.is_tower() {
-                true => "  input      of a file of two towers; rewrite changes both and joins them again",
-                false => "  branch     of a merged file; rewrite changes every branch and joins them again",
-            });
+            anstream::println!(
+                "{}",
+                match part.source.is_tower() {
+                    true =>
+                        "  input      of a file of two towers; rewrite changes both and joins them again",
+                    false =>
+                        "  branch     of a merged file; rewrite changes every branch and joins them again",
+                }
+            );
         }
         if let Some((version, recipe)) = earlier_recipe(model) {
             anstream::println!("  rewritten by duet {version} with");

@@ -113,7 +113,8 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
                 of,
                 before: all.map(|all| vec![all; shape.layers.max(1)]),
                 after: Seen::Tokens(planned.tokens),
-                all_at_first: false,
+                // How many that is was counted where it is known.
+                all_at_first: all.is_none() && shape.placed,
             };
             (planned.recipe, table)
         }
@@ -166,7 +167,10 @@ fn target(root: &Path, vlm: &Vlm, arguments: &Arguments) -> anyhow::Result<Targe
     let layers = decoder.map_or(0, |d| d.depth());
     let rows = decoder.and_then(|d| d.position_rows);
     // Of a model that takes both, clips are what is long.
-    let tower = vlm.towers().find(|(_, t)| t.video).or_else(|| vlm.towers().next());
+    let tower = vlm
+        .towers()
+        .find(|(_, t)| t.video)
+        .or_else(|| vlm.towers().next());
     let tower = tower.map(|(_, t)| t);
     let counted = tower.and_then(VisionTower::candidates);
     let (Some(tower), Some(patches)) = (tower, counted) else {
@@ -182,7 +186,7 @@ fn target(root: &Path, vlm: &Vlm, arguments: &Arguments) -> anyhow::Result<Targe
                 ),
             }
         }
-        return open(root, tower, layers, arguments);
+        return open(root, tower, (layers, rows.is_some()), arguments);
     };
     if arguments.tokens.is_some() {
         bail!("--tokens: the file fixes the number of tokens, {patches} patches for each image");
@@ -220,6 +224,7 @@ fn target(root: &Path, vlm: &Vlm, arguments: &Arguments) -> anyhow::Result<Targe
             merges: tower.grid.is_none(),
             layers,
             style,
+            placed: rows.is_some(),
         },
         of,
     })
@@ -229,7 +234,7 @@ fn target(root: &Path, vlm: &Vlm, arguments: &Arguments) -> anyhow::Result<Targe
 fn open(
     root: &Path,
     tower: Option<&VisionTower>,
-    layers: usize,
+    (layers, rows): (usize, bool),
     arguments: &Arguments,
 ) -> anyhow::Result<Target> {
     if arguments.crops.is_some() {
@@ -249,6 +254,8 @@ fn open(
             merges: tower.is_some_and(|t| t.grid.is_none()),
             layers,
             style: Style::Grid,
+            // What `placement` means where it is left out: clients count on a grid's tokens.
+            placed: rows && tower.is_some(),
         },
         of: tokens.map_or("an image".into(), |n| format!("an image of {n} tokens")),
     })
@@ -272,11 +279,19 @@ fn grid_tokens(root: &Path, (width, height): (usize, usize)) -> anyhow::Result<i
         stated.filter(|n| *n >= 1.0).unwrap_or(default)
     };
     let group = number(&["/patch_size"], 14.0) * number(&["/merge_size"], 2.0);
-    let least = number(&["/min_pixels", "/size/shortest_edge", "/size/min_pixels"], 3136.0);
-    let most = number(&["/max_pixels", "/size/longest_edge", "/size/max_pixels"], 1_003_520.0);
+    let least = number(
+        &["/min_pixels", "/size/shortest_edge", "/size/min_pixels"],
+        3136.0,
+    );
+    let most = number(
+        &["/max_pixels", "/size/longest_edge", "/size/max_pixels"],
+        1_003_520.0,
+    );
     let (w, h) = (width as f64, height as f64);
     if w.max(h) / w.min(h) > 200.0 {
-        bail!("an image of {width} × {height} is more than 200 times as long as it is wide, which the processor refuses");
+        bail!(
+            "an image of {width} × {height} is more than 200 times as long as it is wide, which the processor refuses"
+        );
     }
     // Halves to even, as Python rounds.
     let mut sides = [h, w].map(|side| (side / group).round_ties_even());

@@ -110,7 +110,13 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         _ => bail!("name one target: --out DIR or --beside SUFFIX"),
     };
     if arguments.json {
-        print_json(&document(&done, &recipe, &arguments.recipe, crops, &written))?;
+        print_json(&document(
+            &done,
+            &recipe,
+            &arguments.recipe,
+            crops,
+            &written,
+        ))?;
     }
     Ok(Outcome::Done)
 }
@@ -214,16 +220,18 @@ pub(super) fn outputs(
 /// What the counts mean for images of any resolution, and what their clients do.
 fn crops_note(crops: Option<i64>, vlm: &Vlm, recipe: &Recipe) -> Option<&'static str> {
     crops?;
-    Some(match recipe.pass::<TokenMerge>().filter(|_| !recipe.placed(vlm)) {
-        Some(_) => {
-            "images of several crops: clients put the crops' merged tokens one after the other, the base crop's first, \
+    Some(
+        match recipe.pass::<TokenMerge>().filter(|_| !recipe.placed(vlm)) {
+            Some(_) => {
+                "images of several crops: clients put the crops' merged tokens one after the other, the base crop's first, \
              without newline tokens (duet run does); the processor's own count of placeholders is for unmerged crops"
-        }
-        None => {
-            "images of several crops: clients pack the crops as before; newline tokens count as visual, what is cut off \
+            }
+            None => {
+                "images of several crops: clients pack the crops as before; newline tokens count as visual, what is cut off \
              as padding does not"
-        }
-    })
+            }
+        },
+    )
 }
 
 /// Width of the embeddings without the marker channel, if there is one now.

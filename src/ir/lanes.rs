@@ -119,9 +119,7 @@ pub fn join_lanes(whole: &Model, parts: &[Lane]) -> Result<Model, IrError> {
             let tensor = part.model.value(value).initializer.as_ref();
             if let Some(tensor) = tensor.filter(|t| whole.find(&t.name).is_none()) {
                 let name = names.of(&part.model, value);
-                copier
-                    .into
-                    .initializer(new, renamed_tensor(tensor, name))?;
+                copier.into.initializer(new, renamed_tensor(tensor, name))?;
             }
         }
     }
@@ -130,9 +128,10 @@ pub fn join_lanes(whole: &Model, parts: &[Lane]) -> Result<Model, IrError> {
     for &output in &main.outputs {
         let name = whole.name(output);
         written.insert(name.to_owned());
-        let own = parts.iter().zip(&join.names).find_map(|(part, names)| {
-            Some((&part.model, part.model.output(name)?, names))
-        });
+        let own = parts
+            .iter()
+            .zip(&join.names)
+            .find_map(|(part, names)| Some((&part.model, part.model.output(name)?, names)));
         let (from, output, names) = own.unwrap_or((whole, output, &plain));
         let mut copier = Copier {
             from,

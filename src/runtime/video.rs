@@ -112,7 +112,9 @@ fn folder(path: &Path, count: usize) -> Result<Vec<Pixels>> {
             ),
         ));
     }
-    files.sort_by_cached_key(|file| in_order(&file.file_name().unwrap_or_default().to_string_lossy()));
+    files.sort_by_cached_key(|file| {
+        in_order(&file.file_name().unwrap_or_default().to_string_lossy())
+    });
     let wanted = even_steps(files.len(), count);
     pick(&wanted, |index| Pixels::open(&files[index]))
 }
@@ -136,9 +138,8 @@ fn in_order(name: &str) -> (Vec<(String, usize, String)>, String) {
 }
 
 fn gif(path: &Path, count: usize) -> Result<Vec<Pixels>> {
-    let wrong = |e: image::ImageError| {
-        failed(path, format!("{e}; the file is damaged or not complete"))
-    };
+    let wrong =
+        |e: image::ImageError| failed(path, format!("{e}; the file is damaged or not complete"));
     let frames = || {
         let file = File::open(path).map_err(RuntimeError::io(path))?;
         let decoder = GifDecoder::new(BufReader::new(file)).map_err(wrong)?;

@@ -66,9 +66,28 @@ fn a_folder_is_sorted_and_other_files_are_passed_over() {
     let numbered = tempfile::tempdir().unwrap();
     unfold(numbered.path(), |i| format!("frame {}.png", i + 1));
     assert_eq!(sums(&sample(numbered.path(), 8).unwrap()), recorded());
-    let mut names = ["b2", "a10b1", "a9", "a09", "a", "a10", "18446744073709551617"];
+    let mut names = [
+        "b2",
+        "a10b1",
+        "a9",
+        "a09",
+        "a",
+        "a10",
+        "18446744073709551617",
+    ];
     names.sort_by_key(|name| in_order(name));
-    assert_eq!(names, ["18446744073709551617", "a", "a09", "a9", "a10", "a10b1", "b2"]);
+    assert_eq!(
+        names,
+        [
+            "18446744073709551617",
+            "a",
+            "a09",
+            "a9",
+            "a10",
+            "a10b1",
+            "b2"
+        ]
+    );
     // Fewer frames than wanted: some are seen twice.
     let two = tempfile::tempdir().unwrap();
     for name in ["000.PNG", "001.PNG"] {

@@ -90,7 +90,10 @@ mod tests {
         assert_eq!(current_drop_counts(&[16, 0], None, &drops).unwrap(), [0, 0]);
         // Discarded ones leave first: 3 of the second row's 5 are left over, and 3 leave.
         let gone = Some(&[2, 5][..]);
-        assert_eq!(current_drop_counts(&[6, 6], gone, &drops).unwrap(), [2, 3, 1]);
+        assert_eq!(
+            current_drop_counts(&[6, 6], gone, &drops).unwrap(),
+            [2, 3, 1]
+        );
     }
 
     #[test]
