@@ -11,9 +11,11 @@
 
 pub mod arch;
 pub mod cli;
+pub mod diff;
 pub mod ir;
 pub mod onnx;
 pub mod passes;
 pub mod proto;
 pub mod runtime;
+mod suggest;
 pub mod validate;

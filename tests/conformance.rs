@@ -262,7 +262,13 @@ fn interface(model: &Model, values: &[ValueId]) -> Vec<String> {
 /// Interface, operator sets, names of what was inserted, stamps, and what must stay byte for byte.
 fn files(name: &str) {
     let base = fixture(name);
-    for text in recipes() {
+    let merge = (
+        "token_merge",
+        "{dominant: 30, contextual: 6, placement: decoder}",
+    );
+    let prune = ("visual_prune", samples("visual_prune")[2]);
+    let placed = [recipe_text(&[merge], ""), recipe_text(&[merge, prune], "")];
+    for text in recipes().into_iter().chain(placed) {
         let place = format!("{name}:\n{text}");
         let done = rewrite(base.clone(), &recipe(&text)).unwrap_or_else(|e| panic!("{e}; {place}"));
         let again = rewritten(&fixture(name), &text);

@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use duet_onnx::arch::{Kind, Role, Vlm};
 use duet_onnx::onnx::read;
 use duet_onnx::runtime::{
-    ClipEncoder, Embedder, GenerateOptions, Message, StepInput, Tensor, Token, Value,
+    Clip, ClipEncoder, Embedder, GenerateOptions, Message, StepInput, Tensor, Token, Value,
     VisionEncoder, VlmFiles, VlmPipeline, scatter, video,
 };
 use duet_onnx::validate::scenario::Seeded;
@@ -648,8 +648,9 @@ fn a_second_clip_goes_on_from_the_cache() {
         .expect("a model")
         .with_clips(clips);
     let ball = commands::source("models/video_llava/images/ball.gif");
-    let forward = video::sample(&ball, 8).expect("frames");
-    let backward: Vec<_> = forward.iter().rev().cloned().collect();
+    let frames = video::sample(&ball, 8).expect("frames");
+    let backward = Clip::from(frames.iter().rev().cloned().collect::<Vec<_>>());
+    let forward = Clip::from(frames);
     let generate = GenerateOptions {
         max_new_tokens: 5,
         ..Default::default()

@@ -1,8 +1,8 @@
-"""Seeded, random-weight Qwen2.5-VL models: small, but with the structure of the real ones.
+"""Seeded, random-weight Qwen2.5-VL and Qwen2-VL models: small, but with the structure of the real ones.
 
-Windowed vision attention with full attention in some blocks and in the last, a 2x2 merger behind it, and a
-Qwen2 decoder with biases on queries, keys and values, grouped key heads and M-RoPE: three rows of position
-ids (time, height, width), each of which turns its own part of every head.
+Windowed vision attention with full attention in some blocks and in the last (Qwen2-VL: full attention in all), a
+2x2 merger behind it, and a Qwen2 decoder with biases on queries, keys and values, grouped key heads and M-RoPE:
+three rows of position ids (time, height, width), each of which turns its own part of every head.
 """
 
 import importlib
@@ -11,11 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 LLAVA = Path(__file__).parents[1] / "llava"
 sys.path.append(str(LLAVA))
 import tokens  # noqa: E402
+import words  # noqa: E402
 
 
 def sibling(name: str):
@@ -37,7 +43,7 @@ def sibling(name: str):
 
 llava = sibling("build")
 
-VISION_START, VISION_END = tokens.VOCAB - 2, tokens.VOCAB - 1
+VISION_START, VISION_END = words.VISION_START_ID, words.VISION_END_ID
 
 
 @dataclass(frozen=True)
@@ -61,21 +67,31 @@ class Size:
 
 
 SIZE = Size()
+# Qwen2-VL's own: fewer layers, and other weights.
+SIZES = {"qwen2.5-vl": SIZE, "qwen2-vl": Size(layers=3, vision_intermediate=64, vision_layers=2, full=(), seed=32)}
+# Pixels that a picture has at least and at most: 4 and 40 tokens of 8 by 8.
+PIXELS = {"shortest_edge": 4 * 64, "longest_edge": 40 * 64}
 
 
-def config(size: Size = SIZE) -> Qwen2_5_VLConfig:
+def config(name: str = "qwen2.5-vl") -> Qwen2_5_VLConfig | Qwen2VLConfig:
+    size = SIZES[name]
     ids = {"bos_token_id": tokens.BOS, "eos_token_id": tokens.EOS, "pad_token_id": tokens.PAD}
-    return Qwen2_5_VLConfig(
-        vision_config={
-            "depth": size.vision_layers,
+    vision = {"depth": size.vision_layers, "num_heads": size.vision_heads, "patch_size": size.patch}
+    if name == "qwen2.5-vl":
+        make, architecture = Qwen2_5_VLConfig, "Qwen2_5_VLForConditionalGeneration"
+        vision |= {
             "hidden_size": size.vision_width,
             "intermediate_size": size.vision_intermediate,
-            "num_heads": size.vision_heads,
             "out_hidden_size": size.width,
-            "patch_size": size.patch,
             "window_size": size.window,
             "fullatt_block_indexes": list(size.full),
-        },
+        }
+    else:
+        make, architecture = Qwen2VLConfig, "Qwen2VLForConditionalGeneration"
+        ratio = size.vision_intermediate // size.vision_width
+        vision |= {"embed_dim": size.vision_width, "hidden_size": size.width, "mlp_ratio": ratio}
+    return make(
+        vision_config=vision,
         text_config={
             "vocab_size": tokens.VOCAB,
             "hidden_size": size.width,
@@ -92,21 +108,63 @@ def config(size: Size = SIZE) -> Qwen2_5_VLConfig:
             **ids,
         },
         image_token_id=tokens.IMAGE,
+        video_token_id=words.VIDEO_ID,
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
-        architectures=["Qwen2_5_VLForConditionalGeneration"],
+        architectures=[architecture],
         tie_word_embeddings=False,
         **ids,
     )
 
 
-def model(_: str = "qwen2.5-vl", attention: str = "eager") -> Qwen2_5_VLForConditionalGeneration:
+def model(
+    name: str = "qwen2.5-vl", attention: str = "eager"
+) -> Qwen2_5_VLForConditionalGeneration | Qwen2VLForConditionalGeneration:
     """The model, fp32, with attention implementation `attention`; its weights do not depend on it."""
-    cfg = config()
-    net = Qwen2_5_VLForConditionalGeneration._from_config(cfg, attn_implementation=attention).float().eval()
-    generator = torch.Generator().manual_seed(SIZE.seed)
+    cfg, size = config(name), SIZES[name]
+    make = Qwen2_5_VLForConditionalGeneration if name == "qwen2.5-vl" else Qwen2VLForConditionalGeneration
+    net = make._from_config(cfg, attn_implementation=attention).float().eval()
+    generator = torch.Generator().manual_seed(size.seed)
     with torch.no_grad():
         for key, parameter in sorted(net.named_parameters()):
             parameter.copy_(llava._draw(key, parameter.shape, generator).bfloat16().float())
         net.lm_head.weight[tokens.silent()] = 0
     return net.requires_grad_(False)
+
+
+def qwen2(attention: str = "eager") -> Qwen2VLForConditionalGeneration:
+    """A Qwen2-VL whose vision tower is drawn, fp32; its decoder is as small as can be and means nothing.
+
+    The weights are the same whatever version of Transformers has the class.
+    """
+    cfg = Qwen2VLConfig(
+        vision_config={
+            "depth": 3,
+            "embed_dim": SIZE.vision_width,
+            "hidden_size": SIZE.width,
+            "mlp_ratio": 2,
+            "num_heads": SIZE.vision_heads,
+            "patch_size": SIZE.patch,
+        },
+        # Given flat, as every version takes it.
+        vocab_size=tokens.VOCAB,
+        hidden_size=SIZE.width,
+        intermediate_size=SIZE.width,
+        num_hidden_layers=1,
+        num_attention_heads=SIZE.heads,
+        num_key_value_heads=SIZE.heads,
+        rope_scaling={"type": "mrope", "mrope_section": list(SIZE.section)},
+        bos_token_id=tokens.BOS,
+        eos_token_id=tokens.EOS,
+    )
+    net = Qwen2VLForConditionalGeneration._from_config(cfg, attn_implementation=attention).float().eval()
+    generator = torch.Generator().manual_seed(SIZE.seed + 1)
+    with torch.no_grad():
+        for key, parameter in sorted(tower(net).named_parameters()):
+            parameter.copy_(llava._draw(key, parameter.shape, generator).bfloat16().float())
+    return net.requires_grad_(False)
+
+
+def tower(net):
+    """The vision tower of a Qwen model, wherever a version of Transformers keeps it."""
+    return net.visual if hasattr(net, "visual") else net.model.visual

@@ -1,13 +1,15 @@
-"""Exports the decoder and the embedding of build.py with PyTorch's two exporters.
+"""Exports the models of build.py with PyTorch's two exporters.
 
     python models/qwen_vl/export.py [--out models/qwen_vl/fixtures] [NAME ...]
 
-Every NAME of FORMS becomes a directory with the configs, a tokenizer and onnx/{embed_tokens,
-decoder_model_merged}.onnx. The decoder takes `position_ids` [3, batch, sequence]. Each pair is compared with
-the PyTorch model under ONNX Runtime, with grids of different shape, and the command fails if they differ.
+Every NAME of FORMS becomes a directory with the configs, a tokenizer and onnx/{vision_encoder, embed_tokens,
+decoder_model_merged}.onnx; vision.py makes the first of them. The decoder takes `position_ids` [3, batch,
+sequence]. All are compared with the PyTorch model under ONNX Runtime, with grids of different shape, and the
+command fails if they differ. Graphs of PACKED are compressed afterwards (.onnx.gz).
 """
 
 import argparse
+import gzip
 import json
 import shutil
 import sys
@@ -19,7 +21,9 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 import build
-from build import SIZE, Size, sibling
+import vision
+import words
+from build import PIXELS, SIZE, SIZES, Size, sibling
 
 import tokens
 
@@ -29,7 +33,11 @@ FIXTURES = Path(__file__).parent / "fixtures"
 FORMS = {
     "ts-sdpa": shared.Form("qwen2.5-vl", "sdpa", 17, False),
     "dynamo18": shared.Form("qwen2.5-vl", "sdpa", 18, True),
+    "qwen2-vl": shared.Form("qwen2-vl", "sdpa", 17, False),
 }
+# Which graphs of a directory are kept compressed.
+PACKED = {"dynamo18": "vision_encoder.onnx", "qwen2-vl": "*.onnx"}
+PROCESSORS = {"qwen2.5-vl": "Qwen2_5_VLProcessor", "qwen2-vl": "Qwen2VLProcessor"}
 TOLERANCE = 2e-4
 
 
@@ -122,13 +130,20 @@ def compare(folder: Path, net) -> dict[str, float]:
     return {k: v if v == v else float("inf") for k, v in result.items()}
 
 
-def configs(net, folder: Path) -> None:
+def configs(net, model: str, folder: Path) -> None:
     config = json.loads(net.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)
     tokens.dump(config, folder / "config.json")
     ids = {"bos_token_id": tokens.BOS, "eos_token_id": tokens.EOS, "pad_token_id": tokens.PAD}
     tokens.dump({"_from_model_config": True, **ids}, folder / "generation_config.json")
-    (folder / "tokenizer.json").write_text(tokens.tokenizer().to_str(pretty=True) + "\n", encoding="utf-8")
+    words.save(folder, PROCESSORS[model], PIXELS, SIZES[model].patch)
+
+
+def pack(folder: Path, which: str) -> None:
+    """Compresses graphs of a directory; no name and no time goes in, so the same bytes make the same file."""
+    for path in sorted((folder / "onnx").glob(which)):
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
+        path.unlink()
 
 
 def main() -> int:
@@ -143,16 +158,19 @@ def main() -> int:
     worst = 0.0
     for name in args.names:
         form, folder = FORMS[name], args.out / name
-        net = build.model(attention=form.attention)
+        net = build.model(form.model, form.attention)
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "onnx").mkdir(parents=True)
-        configs(net, folder)
-        for part in parts(net):
+        configs(net, form.model, folder)
+        for part in [vision.part(net, form), *parts(net, SIZES[form.model])]:
             shared.export(part, form, folder / "onnx")
-        differences = compare(folder, build.model())
+        plain = build.model(form.model)
+        differences = {"features": vision.compare(folder, plain), **compare(folder, plain)}
         for what, difference in differences.items():
             print(f"{name:10} {what:24} max |onnx - torch| = {difference:.2e}")
         worst = max(worst, *differences.values())
+        if name in PACKED:
+            pack(folder, PACKED[name])
     if not worst < TOLERANCE:
         print(f"worst difference {worst:.2e}, expected below {TOLERANCE:.0e}", file=sys.stderr)
         return 1

@@ -2,10 +2,11 @@
 
     python models/qwen_vl/merge_goldens.py [--out models/qwen_vl/goldens]
 
-Writes OUT/merge.json and OUT/merge.safetensors. Each case is a recipe and a list of images, each an image grid
-(frames, rows and columns of patches) and the seed of its pixels, which are not stored: a reader makes them itself
-(`pixels`). A case is refused if double precision would choose other tokens, or if a choice was so close that
-another right implementation could choose otherwise; the tower of the reference has to give what Transformers' does.
+Writes OUT/merge.json and OUT/merge.safetensors for Qwen2.5-VL's tower, OUT/merge-qwen2.* for Qwen2-VL's. Each case
+is a recipe and a list of images, each an image grid (frames, rows and columns of patches) and the seed of its
+pixels, which are not stored: a reader makes them itself (`pixels`). A case is refused if double precision would
+choose other tokens, or if a choice was so close that another right implementation could choose otherwise; the tower
+of the reference has to give what Transformers' does.
 """
 
 import argparse
@@ -40,6 +41,9 @@ SQUARE, TALL, WIDE, SMALL, FRAMES, LARGE, ONE = (
     (1, 2, 2),
 )
 ALL = (SQUARE, TALL, WIDE, SMALL, FRAMES, LARGE, ONE)
+# Of the form that is for one grid (vision_forms.py); 35 tokens.
+FIXED = (1, 10, 14)
+SEEDED = (*ALL, FIXED)
 
 
 @dataclass(frozen=True)
@@ -55,20 +59,22 @@ def merge(dominant, contextual, **options) -> dict:
 
 CASES = {
     "keep-all": Case("ratio 1 and no contextual token: the unmodified features", merge(1.0, 0), ALL),
-    "counts": Case("budgets below, at and above what is there", merge(12, 4), ALL),
-    "narrow": Case("a pool that leaves residuals out", merge(5, 2, cluster_width=2), ALL),
+    "counts": Case("budgets below, at and above what is there", merge(12, 4), SEEDED),
+    "narrow": Case("a pool that leaves residuals out", merge(5, 2, cluster_width=2), SEEDED),
     "wide": Case("a pool of all residuals, anchors apart", merge(30, 9, cluster_width=20), (LARGE, FRAMES)),
     "large": Case("budgets that only the largest grid exceeds", merge(54, 10), (LARGE, FRAMES, SQUARE)),
     "published": Case("the published budgets, which no grid exceeds", merge(540, 100), (LARGE, SMALL)),
-    "ratios": Case("ratios of each grid's own count", merge(0.5, 0.1), ALL),
+    "ratios": Case("ratios of each grid's own count", merge(0.5, 0.1), SEEDED),
     "ratio-rest": Case("ratios that leave nothing over", merge(0.6, 0.5), (LARGE, TALL, WIDE)),
     "no-contextual": Case("dominant tokens alone", merge(6, 0), ALL),
     "one-contextual": Case("a single anchor takes the whole pool", merge(0.4, 1), (LARGE, TALL, WIDE)),
-    "uniform": Case("selector uniform", merge(9, 3, selector="uniform"), ALL),
+    "uniform": Case("selector uniform", merge(9, 3, selector="uniform"), SEEDED),
     "uniform-ratios": Case("selector uniform, ratios", merge(0.3, 0.15, selector="uniform"), (LARGE, FRAMES, WIDE)),
-    "local": Case("selector local", merge(5, 3, selector="local", cluster_width=3), ALL),
+    "local": Case("selector local", merge(5, 3, selector="local", cluster_width=3), SEEDED),
     "local-ratios": Case("selector local, ratios", merge(0.3, 0.15, selector="local"), (LARGE, FRAMES, WIDE)),
 }
+# What a tower without windows is asked.
+QWEN2 = ["keep-all", "counts", "narrow", "large", "ratios", "uniform", "local"]
 
 
 def pixels(grid: tuple[int, int, int], seed: int) -> np.ndarray:
@@ -84,7 +90,7 @@ def pixels(grid: tuple[int, int, int], seed: int) -> np.ndarray:
 
 
 def seed_of(grid: tuple[int, int, int]) -> int:
-    return ALL.index(grid) + 1
+    return SEEDED.index(grid) + 1
 
 
 def play(case: Case, net) -> tuple[list[np.ndarray], list[dict], float]:
@@ -113,20 +119,21 @@ def play(case: Case, net) -> tuple[list[np.ndarray], list[dict], float]:
 def from_transformers(net) -> float:
     """How far the reference's tower is from Transformers' own, over all grids."""
     worst = 0.0
-    for grid in ALL:
+    for grid in SEEDED:
         given = torch.from_numpy(pixels(grid, seed_of(grid)))
         want = net.model.visual(given, grid_thw=torch.tensor([grid])).pooler_output
         worst = max(worst, float((look(net, given, grid).features - want).abs().max()))
     return worst
 
 
-def record(name: str, make, out: Path) -> None:
+def record(name: str, make, cases: list[str], out: Path) -> None:
     """Writes OUT/NAME.json and OUT/NAME.safetensors for the model that `make` gives."""
     net, exact = make(), make().double()
     if not (far := from_transformers(net)) < 1e-5:
         raise RuntimeError(f"{name}: Transformers' tower gives features that differ by {far:.1e}")
     tensors, index = {}, []
-    for key, case in CASES.items():
+    for key in cases:
+        case = CASES[key]
         features, images, margin = play(case, net)
         more, same, _ = play(case, exact)
         if images != same:
@@ -152,7 +159,8 @@ def main() -> int:
     torch.set_num_threads(2)
     torch.set_grad_enabled(False)
     args.out.mkdir(parents=True, exist_ok=True)
-    record("merge", build.model, args.out)
+    record("merge", build.model, list(CASES), args.out)
+    record("merge-qwen2", build.qwen2, QWEN2, args.out)
     return 0
 
 

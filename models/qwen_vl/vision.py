@@ -1,4 +1,4 @@
-"""Exports the vision tower of build.py, for any grid, and compares it with Transformers' own.
+"""Exports the vision towers of build.py, for any grid, and compares them with Transformers' own.
 
     python models/qwen_vl/vision.py [--out models/qwen_vl/fixtures] [NAME ...]
 
@@ -49,14 +49,16 @@ TOLERANCE = 2e-4
 
 
 class Vision(nn.Module):
-    """The tower and merger of `net`; `eager` spells the attention out."""
+    """The tower and merger of `net`, a Qwen2.5-VL or a Qwen2-VL; `eager` spells the attention out."""
 
     def __init__(self, net, eager: bool):
         super().__init__()
         self.visual, self.eager = net.model.visual, eager
         self.merge = self.visual.spatial_merge_size
-        # Edge of a window, in tokens.
-        self.window = self.visual.window_size // self.merge // self.visual.patch_size
+        # Edge of a window, in tokens; Qwen2-VL has no windows.
+        self.window = None
+        if hasattr(self.visual, "window_size"):
+            self.window = self.visual.window_size // self.merge // self.visual.patch_size
 
     def places(self, grid: torch.Tensor, tokens: int):
         """Order of the tokens by window [n]; and in that order, of every patch: its window and frame [n * m * m],
@@ -65,9 +67,11 @@ class Vision(nn.Module):
         rows, columns = grid[0, 1] // m, grid[0, 2] // m
         token = torch.arange(tokens)
         frame, row, column = token // (rows * columns), token // columns % rows, token % columns
-        down, across = (rows + edge - 1) // edge, (columns + edge - 1) // edge
-        window = (frame * down + row // edge) * across + column // edge
-        order = torch.argsort((window * edge + row % edge) * edge + column % edge)
+        window, order = frame, token
+        if edge is not None:
+            down, across = (rows + edge - 1) // edge, (columns + edge - 1) // edge
+            window = (frame * down + row // edge) * across + column // edge
+            order = torch.argsort((window * edge + row % edge) * edge + column % edge)
         # The patches of a token follow one another, its upper row first.
         within = torch.arange(m * m)
         down = row[order][:, None] * m + within // m
@@ -92,14 +96,16 @@ class Vision(nn.Module):
         hidden = visual.patch_embed(pixel_values)
         tokens = hidden.shape[0] // unit
         order, window, frame, places = self.places(image_grid_thw, tokens)
-        hidden = hidden.reshape(-1, unit, hidden.shape[1])[order].reshape(-1, hidden.shape[1])
+        if self.window is not None:
+            hidden = hidden.reshape(-1, unit, hidden.shape[1])[order].reshape(-1, hidden.shape[1])
         tables = visual.rotary_pos_emb(hidden, places)
         windowed, full = (x[:, None] == x[None, :] for x in (window, frame))
         for index, block in enumerate(visual.blocks):
-            seen = full if index in visual.fullatt_block_indexes else windowed
+            seen = full if self.window is None or index in visual.fullatt_block_indexes else windowed
             hidden = hidden + self.attend(block.attn, block.norm1(hidden), tables, seen)
             hidden = hidden + block.mlp(block.norm2(hidden))
-        return visual.merger(hidden)[torch.argsort(order)]
+        features = visual.merger(hidden)
+        return features if self.window is None else features[torch.argsort(order)]
 
 
 def part(net, form, size: Size = SIZE) -> shared.Part:

@@ -133,8 +133,11 @@ def merge_grid(seen: Seen, to: Merge, margins: Margins) -> MergedGrid:
     """Stage 1 on one image. All frames of a grid are one set of n tokens: one budget, one pool.
 
     Dominant and contextual tokens come out together in ascending order, a contextual one at its anchor's place.
+    Ratios of a few tokens may come to none at all: then the best token is kept, since an image has to be something.
     """
-    made = choose(seen.score, seen.score, seen.metric, to.counts(seen.features.shape[0], has_cls=False), to, margins)
+    k1, k2 = to.counts(seen.features.shape[0], has_cls=False)
+    k1 = max(k1, int(k1 + k2 == 0))
+    made = choose(seen.score, seen.score, seen.metric, (k1, k2), to, margins)
     tokens = torch.cat([seen.features[made.dominant], contextual(seen.features, made, to)])
     kept = torch.cat([made.dominant, torch.tensor(made.anchors, dtype=torch.long)])
     order = kept.argsort()

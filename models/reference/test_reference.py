@@ -385,7 +385,7 @@ class QwenTowers(unittest.TestCase):
                 (540, 100, n, 0),
                 (n, 3, n, 0),
                 (n - 1, 3, n - 1, 1),
-                (0.5, 0.5, n // 2, n // 2),
+                (0.5, 0.5, max(n // 2, 1), n // 2),
                 (1.0, 0, n, 0),
             ):
                 got = merge_grid(seen, Merge(dominant, contextual), Margins())

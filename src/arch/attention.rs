@@ -5,6 +5,7 @@
 
 use super::projection::{Packed, fused};
 use super::scalar;
+use super::segments::in_segments;
 use super::tower::{element_type, projection_width};
 use crate::ir::{DataType, Model, NodeId, ValueId, consts};
 
@@ -38,13 +39,16 @@ pub enum Mask {
         /// What is written elsewhere.
         fill: Option<ValueId>,
     },
+    /// Rows see each other within segments that follow one another: where they begin, and
+    /// where the last one ends, integers `[segments + 1]`.
+    Segments(ValueId),
 }
 
 impl Mask {
     /// The tensor that decides.
     pub fn value(self) -> ValueId {
         match self {
-            Self::Added(value) => value,
+            Self::Added(value) | Self::Segments(value) => value,
             Self::Chosen { condition, .. } => condition,
         }
     }
@@ -86,7 +90,7 @@ impl Site {
     /// The computed tensors that masks read, with rank and element type.
     pub fn mask_reads(&self, model: &Model) -> Vec<(ValueId, usize, DataType)> {
         let values = self.masks.iter().flat_map(|mask| match *mask {
-            Mask::Added(value) => [Some(value), None],
+            Mask::Added(value) | Mask::Segments(value) => [Some(value), None],
             Mask::Chosen {
                 condition, fill, ..
             } => [Some(condition), fill],
@@ -95,7 +99,9 @@ impl Site {
             .flatten()
             .filter(|v| consts::constant(model, *v).is_none())
             .map(|value| {
-                let rank = consts::known_rank(model, value).unwrap_or(4);
+                let list = self.masks.contains(&Mask::Segments(value));
+                let stated = consts::known_rank(model, value);
+                let rank = stated.unwrap_or(if list { 1 } else { 4 });
                 let dtype = element_type(model, value).unwrap_or(DataType::Float);
                 (value, rank, dtype)
             })
@@ -127,10 +133,9 @@ pub(super) fn refused(model: &Model) -> Vec<(NodeId, String)> {
 }
 
 fn site(model: &Model, id: NodeId) -> Option<Result<Site, String>> {
-    match fused(model, id) {
-        Some(site) => Some(site),
-        None => plain_site(model, id).map(Ok),
-    }
+    fused(model, id)
+        .or_else(|| in_segments(model, id))
+        .or_else(|| plain_site(model, id).map(Ok))
 }
 
 fn plain_site(model: &Model, id: NodeId) -> Option<Site> {

@@ -38,8 +38,9 @@ pub(super) fn head_rows(model: &Model, site: &Site, width: i64) -> Option<[HeadR
     let transposed = product && !super::attention::transposed(model, site);
     let (query, key) = (site.query.value, site.key.value);
     let rank = |value| consts::known_rank(model, value);
-    // Of rank 3 the operator ONNX Attention splits rows into heads.
-    if !product && (rank(query) == Some(3) || node.attr_int("q_num_heads").is_some()) {
+    // Of rank 3 the operator ONNX Attention splits rows into heads; a loop over segments has rows.
+    let splits = node.is("Loop") || node.attr_int("q_num_heads").is_some();
+    if !product && (rank(query) == Some(3) || splits) {
         let rows = |value| HeadRows {
             value,
             axes: "bsx".into(),
@@ -77,6 +78,8 @@ fn back(model: &Model, value: ValueId, axes: String, width: i64) -> Option<HeadR
         let listed = |slot: usize| node.input(slot).and_then(|v| consts::ints(model, v));
         match node.op_type.as_str() {
             "Cast" | "Identity" => at.value = first,
+            // A list of one stretch.
+            "Split" if node.outputs.len() == 1 => at.value = first,
             "DequantizeLinear" => match quantised_from(model, at.value) {
                 Some(before) => at.value = before,
                 None => break,
@@ -181,16 +184,32 @@ pub(super) fn heads_behind(model: &Model, value: ValueId) -> Option<(i64, i64)> 
         }
     }
     // Packed projections hold queries, keys and values.
-    let fits = |(heads, width): &(i64, i64)| {
-        projected.is_none_or(|all| [1, 2, 3].iter().any(|parts| heads * width * parts == all))
+    let complete = |(heads, width): (i64, i64)| -> Option<(i64, i64)> {
+        let parts = [1, 2, 3].into_iter();
+        let Some(all) = projected else {
+            return (heads > 0 && width > 0).then_some((heads, width));
+        };
+        let mut fitting = parts.filter_map(|n| match (heads > 0, width > 0) {
+            (true, true) => (heads * width * n == all).then_some((heads, width)),
+            // What is left to be inferred: the reshape says how many parts there are.
+            (true, false) => {
+                (-width == n && all % (heads * n) == 0).then(|| (heads, all / (heads * n)))
+            }
+            _ => None,
+        });
+        fitting.next()
     };
-    splits.into_iter().find(fits)
+    splits.into_iter().find_map(complete)
 }
 
-/// The last two dimensions of a reshape target of rank 3 or more, where they are stated.
+/// The last two dimensions of a reshape target of rank 3 or more, where they are stated. A width
+/// that the reshape infers is minus the number of parts in front of the heads.
 fn last_two(model: &Model, shape: ValueId) -> Option<(i64, i64)> {
     let stated = consts::ints(model, shape);
     let pair = match stated.as_deref() {
+        // [P, heads, −1] and [P, 3, heads, −1]
+        Some([_, heads, -1]) => (*heads, -1),
+        Some([_, parts @ (1..=3), heads, -1]) => (*heads, -parts),
         Some([.., _, heads, width]) => (*heads, *width),
         Some(_) => return None,
         None => split_heads(model, shape).or_else(|| {
@@ -204,5 +223,20 @@ fn last_two(model: &Model, shape: ValueId) -> Option<(i64, i64)> {
             ))
         })?,
     };
-    (pair.0 > 0 && pair.1 > 0).then_some(pair)
+    (pair.0 > 0 && pair.1 != 0).then_some(pair)
+}
+
+/// The operator that cuts an operand's tokens into stretches, each with an attention of its own:
+/// then no attention is that of the block.
+pub(super) fn cut_rows(model: &Model, laid: &HeadRows) -> Option<String> {
+    let producer = model.producer_of(laid.value)?;
+    let node = model.node(producer);
+    let axis = match node.op_type.as_str() {
+        "Split" if node.outputs.len() > 1 => node.attr_int("axis").unwrap_or(0),
+        "Slice" => consts::int(model, node.input(3)?)?,
+        _ => return None,
+    };
+    let rank = laid.axes.len() as i64;
+    let axis = usize::try_from(if axis < 0 { axis + rank } else { axis }).ok()?;
+    (laid.axes.chars().nth(axis)? == 's').then(|| model.describe(producer))
 }

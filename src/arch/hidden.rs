@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use super::segments::in_segments;
 use crate::ir::{GraphId, Model, Node, NodeId, called};
 
 /// Operators that hold learned matrices or do what only a network does.
@@ -23,7 +24,7 @@ const HEAVY: &[&str] = &[
     "GroupQueryAttention",
 ];
 
-fn heavy(node: &Node) -> bool {
+pub(super) fn heavy(node: &Node) -> bool {
     let known = node.domain.is_empty() || node.domain.starts_with("com.microsoft");
     known && HEAVY.contains(&node.op_type.as_str())
 }
@@ -61,9 +62,11 @@ pub fn network_functions(model: &Model) -> BTreeSet<usize> {
     reached.into_iter().filter(network).collect()
 }
 
-/// Nodes of the main graph whose bodies hold part of a network.
+/// Nodes of the main graph whose bodies hold part of a network; a loop that is one attention
+/// over segments does not count.
 pub(super) fn network_holders(model: &Model) -> Vec<NodeId> {
     let nodes = model.graph().nodes.iter().copied();
+    let nodes = nodes.filter(|id| in_segments(model, *id).is_none());
     let holds = |id: &NodeId| {
         let mut bodies = model.node(*id).subgraphs();
         bodies.any(|g| holds_network(model, g, &mut BTreeSet::new()))

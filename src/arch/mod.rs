@@ -16,6 +16,7 @@ mod projection;
 mod residual;
 mod rows;
 mod scalar;
+mod segments;
 mod sets;
 mod shuffle;
 mod tower;

@@ -138,6 +138,12 @@ pub(super) fn fused(model: &Model, id: NodeId) -> Option<Result<Site, String>> {
         packed_weight(model, id, node, [5, 8, 9])
     } else if node.is_ms("MultiHeadAttention") {
         multi_head(model, id, node)
+    } else if node.is_ms("PackedMultiHeadAttention") || node.is_ms("PackedAttention") {
+        Err(
+            "packed attention is not supported; export with a MultiHeadAttention in a Loop (Olive's \
+             PackedAttentionToLoopMHA), or with masks"
+                .into(),
+        )
     } else {
         return None;
     };
@@ -146,7 +152,7 @@ pub(super) fn fused(model: &Model, id: NodeId) -> Option<Result<Site, String>> {
 
 /// The number of heads, and everything that would make the operator another one
 /// than softmax(scale · q·kᵀ + bias)·v.
-fn heads_of(node: &Node, refused: &[(usize, &str)]) -> Result<i64, String> {
+pub(super) fn heads_of(node: &Node, refused: &[(usize, &str)]) -> Result<i64, String> {
     for attribute in ["unidirectional", "do_rotary"] {
         if node.attr_int(attribute).unwrap_or(0) != 0 {
             return Err(format!(
@@ -165,7 +171,7 @@ fn heads_of(node: &Node, refused: &[(usize, &str)]) -> Result<i64, String> {
     heads.ok_or_else(|| "expected a positive 'num_heads'".into())
 }
 
-fn scale_of(node: &Node, head_dim: i64) -> f64 {
+pub(super) fn scale_of(node: &Node, head_dim: i64) -> f64 {
     let stated = node.attr_float("scale").map(f64::from);
     let stated = stated.filter(|s| *s != 0.0);
     stated.unwrap_or_else(|| 1.0 / (head_dim as f64).sqrt())

@@ -12,8 +12,8 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::ir::cone::{ancestors, carries_data, descendants};
-use crate::ir::{Model, ValueId};
+use crate::ir::cone::{ancestors, carries_data, descendants, holder_of};
+use crate::ir::{GraphKind, Model, NodeId, ValueId};
 
 /// Values that together carry everything from what is before them to what is
 /// behind: one, or several outputs of one node in the order of its outputs.
@@ -46,7 +46,7 @@ pub(super) fn cuts(model: &Model, source: ValueId, sink: ValueId) -> Vec<Cut> {
             .filter(|u| {
                 carries_data(model, u.node)
                     && model
-                        .node(u.node)
+                        .node(outermost(model, u.node))
                         .outputs
                         .iter()
                         .flatten()
@@ -54,6 +54,7 @@ pub(super) fn cuts(model: &Model, source: ValueId, sink: ValueId) -> Vec<Cut> {
             })
             .count()
     };
+    let mut reads = Vec::new();
     open.insert(source, readers(source));
     let mut found = vec![vec![source]];
     for &id in &model.graph().nodes {
@@ -71,7 +72,9 @@ pub(super) fn cuts(model: &Model, source: ValueId, sink: ValueId) -> Vec<Cut> {
         if made.is_empty() {
             continue;
         }
-        for input in node.inputs.iter().flatten() {
+        reads.clear();
+        data_reads(model, id, &mut reads);
+        for input in &reads {
             if let Some(left) = open.get_mut(input) {
                 *left -= 1;
                 if *left == 0 {
@@ -97,4 +100,30 @@ pub(super) fn cuts(model: &Model, source: ValueId, sink: ValueId) -> Vec<Cut> {
         }
     }
     found
+}
+
+/// The node of the main graph that a node is, or lies in.
+fn outermost(model: &Model, node: NodeId) -> NodeId {
+    let mut at = node;
+    while model.subgraph(model.node(at).graph).kind != GraphKind::Main {
+        match holder_of(model, model.node(at).graph) {
+            Some(holder) => at = holder,
+            None => break,
+        }
+    }
+    at
+}
+
+/// What a node reads as data, once for each use, those in its bodies included.
+fn data_reads(model: &Model, id: NodeId, into: &mut Vec<ValueId>) {
+    if !carries_data(model, id) {
+        return;
+    }
+    let node = model.node(id);
+    into.extend(node.inputs.iter().flatten());
+    for body in node.subgraphs() {
+        for &inner in &model.subgraph(body).nodes {
+            data_reads(model, inner, into);
+        }
+    }
 }

@@ -14,7 +14,7 @@
 use std::collections::HashSet;
 
 use super::attention::{Mask, Site, refused, sites};
-use super::head_rows::{HeadRows, head_rows, heads_behind};
+use super::head_rows::{HeadRows, cut_rows, head_rows, heads_behind};
 use super::residual::articulations;
 use super::shuffle;
 use super::tower::{VisionTower, element_type, projection_width, row_width, tower_end};
@@ -247,6 +247,15 @@ impl VisionTower {
                         "which axes of the queries and keys of {described} are heads and tokens cannot be told"
                     ));
                 };
+                if let Some(cut) = [&query, &key]
+                    .into_iter()
+                    .find_map(|laid| cut_rows(model, laid))
+                {
+                    return fail(format!(
+                        "{cut} cuts the tokens of the last block into stretches with an attention each (windows or \
+                         frames of one grid); export with masks, or with a grid of one frame"
+                    ));
+                }
                 (site.query.scale, site.key.scale) = (query.scale, key.scale);
                 (Some(query), Some(key))
             }

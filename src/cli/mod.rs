@@ -5,6 +5,7 @@
 
 mod counts;
 mod demo;
+mod diff;
 mod family;
 mod inspect;
 mod load;
@@ -13,6 +14,7 @@ mod rewrite;
 mod run;
 mod runtime;
 mod style;
+mod textconv;
 mod validate;
 
 use std::path::PathBuf;
@@ -69,6 +71,10 @@ enum Command {
     Run(run::Arguments),
     /// Check that a rewritten model computes what its recipe says
     Validate(validate::Arguments),
+    /// Say what changed between two models or model directories
+    Diff(diff::Arguments),
+    /// Print a model as lines of text, for git diff
+    Textconv(textconv::Arguments),
     /// The main job on the model that ships with the project
     Demo(demo::Arguments),
     /// Find or install ONNX Runtime's shared library
@@ -122,6 +128,8 @@ pub fn main() -> ExitCode {
         Command::Rewrite(arguments) => rewrite::run(arguments, global),
         Command::Run(arguments) => run::run(arguments, global),
         Command::Validate(arguments) => validate::run(arguments, global),
+        Command::Diff(arguments) => diff::run(arguments, global),
+        Command::Textconv(arguments) => textconv::run(arguments, global),
         Command::Demo(arguments) => demo::run(arguments, global),
         Command::Runtime(arguments) => runtime::run(arguments, global),
     };

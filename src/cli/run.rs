@@ -14,7 +14,7 @@ use crate::arch::DEFAULT_FRAMES;
 use crate::onnx::ModelDir;
 use crate::runtime::{
     ClipEncoder, GenerateOptions, Generation, Message, Pixels, Sampling, Stop, Token, VlmFiles,
-    VlmPipeline, WholePipeline, video,
+    VlmPipeline, WholePipeline,
 };
 
 /// Arguments of `duet run`.
@@ -28,7 +28,8 @@ pub(super) struct Arguments {
     /// Clip: a folder of frames, a GIF, or any video file if an ffmpeg program is on PATH; may be repeated
     ///
     /// As many frames as the model takes (8 for Video-LLaVA) are sampled at even steps, the first and the last
-    /// among them.
+    /// among them; Qwen2-VL and Qwen2.5-VL see two of each second, or what their configuration says, and of a
+    /// folder all.
     #[arg(long, value_name = "PATH")]
     video: Vec<PathBuf>,
     /// Question or instruction
@@ -115,7 +116,10 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         }
         Runnable::Trio(trio) => {
             let mut pipeline = open(dir, trio, &arguments.engine)?;
-            let clips = clips(&pipeline, &arguments.video)?;
+            let usual = usize::try_from(DEFAULT_FRAMES)?;
+            let clips = arguments.video.iter();
+            let clips = clips.map(|path| pipeline.take_clip(path, usual));
+            let clips = clips.collect::<Result<Vec<_>, _>>()?;
             let prepared = pipeline.prepare_with_clips(&messages, &images, &clips)?;
             pipeline.generate(&prepared, None, &options, &mut on_token)?
         }
@@ -132,22 +136,6 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         report(&answer, global);
     }
     Ok(Outcome::Done)
-}
-
-/// The frames of each clip that the model is to see.
-fn clips(pipeline: &VlmPipeline, paths: &[PathBuf]) -> anyhow::Result<Vec<Vec<Pixels>>> {
-    if paths.is_empty() {
-        return Ok(Vec::new());
-    }
-    let Some(encoder) = &pipeline.clips else {
-        bail!(
-            "the model sees no clips: no encoder with pixels [clips, frames, 3, height, width] \
-             (pixel_values_videos) is among its files; duet inspect lists them"
-        );
-    };
-    let frames = encoder.frames(usize::try_from(DEFAULT_FRAMES)?);
-    let each = paths.iter().map(|path| video::sample(path, frames));
-    Ok(each.collect::<Result<_, _>>()?)
 }
 
 fn open(dir: ModelDir, trio: Trio, engine: &Engine) -> anyhow::Result<VlmPipeline> {

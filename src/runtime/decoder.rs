@@ -11,7 +11,7 @@ use ndarray::{Array2, Axis, concatenate, s};
 
 use self::interface::{Ends, Slot, fillable, keys, slot};
 use super::error::{Result, RuntimeError};
-use super::grid;
+use super::grid::{self, Block, GridPositions};
 use super::session::{Port, Session};
 use super::tensor::{DType, Tensor};
 use super::value::Value;
@@ -37,9 +37,12 @@ pub struct StepInput {
     /// `[B, S]`, 1 for tokens, 0 for padding. All ones if absent.
     pub mask: Option<Array2<i64>>,
     /// Position ids, given as they are. If absent: the number of tokens before each, per row, counted over
-    /// the whole sequence; 0 for padding, as Transformers has it. A decoder with M-RoPE has to be given them
-    /// (`[3, B, S]`, see [`GridPositions`](super::GridPositions)).
+    /// the whole sequence; 0 for padding, as Transformers has it. A decoder with M-RoPE (`[3, B, S]`) has to be
+    /// given them or `blocks`, see [`GridPositions`].
     pub positions: Option<Tensor>,
+    /// For decoders with M-RoPE: the images of `visual`, over all rows in order. Given with the first tokens,
+    /// the positions of later ones follow from the cache.
+    pub blocks: Option<Vec<Block>>,
     /// `[B, S]`, true at image features, for decoders with an input `visual_token_mask`. All false if absent.
     pub visual: Option<Array2<bool>>,
     /// `[B, S]`, true at salient text, for decoders with an input `salient_token_mask`. All false if absent.
@@ -54,6 +57,7 @@ impl StepInput {
             ids: None,
             mask: None,
             positions: None,
+            blocks: None,
             visual: None,
             salient: None,
         }
@@ -71,6 +75,8 @@ pub struct Cache {
     keys: Vec<usize>,
     /// `[B, tokens so far]`, 0 for padding.
     mask: Array2<i64>,
+    /// Where positions of M-RoPE go on, if they are known.
+    places: Option<GridPositions>,
 }
 
 impl Cache {
@@ -81,6 +87,7 @@ impl Cache {
             axes: Vec::new(),
             keys: Vec::new(),
             mask: Array2::ones((1, tokens)),
+            places: None,
         }
     }
 
@@ -308,6 +315,7 @@ impl Decoder {
             axes,
             keys: self.keys.clone(),
             mask: Array2::zeros((batch, 0)),
+            places: None,
         })
     }
 
@@ -369,6 +377,7 @@ impl Decoder {
             Some((prompt, ends)) if first => (prompt, &*ends),
             _ => (&mut self.session, &self.ends),
         };
+        let mut places = None;
         let mut feed: Vec<(String, Value)> = vec![(ends.embeds.clone(), input.embeds.clone())];
         for port in session.inputs() {
             let value = match port.name.as_str() {
@@ -385,7 +394,18 @@ impl Decoder {
                 MASK => integers(port, mask.clone())?,
                 POSITIONS => match &input.positions {
                     Some(positions) => Value::new(positions.clone())?,
-                    None => grid::counted(port, positions(&mask, new))?,
+                    None => {
+                        if let Some(visual) = &input.visual {
+                            check(VISUAL, visual.dim())?;
+                        }
+                        let counted = || positions(&mask, new);
+                        let before = cache.places.as_ref();
+                        let start = cache.tokens() == 0;
+                        let (value, after) =
+                            grid::positions(port, input, before, &step_mask, counted, start)?;
+                        places = after;
+                        value
+                    }
                 },
                 VISUAL | SALIENT => {
                     let given = if port.name == VISUAL {
@@ -440,6 +460,7 @@ impl Decoder {
                 axes: cache.axes.clone(),
                 keys: cache.keys.clone(),
                 mask,
+                places,
             },
             elapsed,
         })

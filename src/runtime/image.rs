@@ -9,11 +9,13 @@ use serde_json::Value as Json;
 use super::error::{Result, RuntimeError};
 
 mod anyres;
+mod patches;
 mod pixels;
 #[cfg(test)]
 mod tests;
 
 pub use anyres::{Packing, concatenate};
+pub use patches::Patches;
 pub use pixels::{Pixels, Resample};
 
 /// Target of the resize step.
@@ -21,13 +23,15 @@ pub use pixels::{Pixels, Resample};
 enum Size {
     ShortestEdge(usize),
     Exact { height: usize, width: usize },
+    Bounded(patches::Bounds),
 }
 
 impl Size {
     /// Height and width for an image of this height and width.
-    fn of(self, height: usize, width: usize) -> (usize, usize) {
-        match self {
+    fn of(self, height: usize, width: usize) -> Result<(usize, usize)> {
+        Ok(match self {
             Self::Exact { height, width } => (height, width),
+            Self::Bounded(bounds) => bounds.of(height, width)?,
             Self::ShortestEdge(edge) => {
                 let (short, long) = (height.min(width), height.max(width));
                 // Transformers: int(edge · long / short).
@@ -38,7 +42,7 @@ impl Size {
                     (edge, long)
                 }
             }
-        }
+        })
     }
 }
 
@@ -52,6 +56,8 @@ pub struct ImageProcessor {
     normalize: Option<([f32; 3], [f32; 3])>,
     /// For images of any resolution: how they are cut into crops.
     grids: Option<anyres::Grids>,
+    /// For models that take rows of patches: how these are cut.
+    patches: Option<patches::Cut>,
 }
 
 impl ImageProcessor {
@@ -121,6 +127,12 @@ impl ImageProcessor {
                 [0.481_454_66, 0.457_827_5, 0.408_210_73],
                 [0.268_629_54, 0.261_302_6, 0.275_777_1],
             ),
+            "Qwen2VLImageProcessor" | "Qwen2VLVideoProcessor" => (
+                Size::ShortestEdge(224),
+                false,
+                [0.481_454_66, 0.457_827_5, 0.408_210_73],
+                [0.268_629_54, 0.261_302_6, 0.275_777_1],
+            ),
             "SiglipImageProcessor" => (
                 Size::Exact {
                     height: 224,
@@ -135,17 +147,26 @@ impl ImageProcessor {
                     path,
                     format!(
                         "the image processor `{kind}` is not supported; CLIPImageProcessor, \
-                         SiglipImageProcessor, LlavaNextImageProcessor and LlavaOnevisionImageProcessor are. Prepare the pixel values elsewhere for it"
+                         SiglipImageProcessor, LlavaNextImageProcessor, LlavaOnevisionImageProcessor and \
+                         Qwen2VLImageProcessor are. Prepare the pixel values elsewhere for it"
                     ),
                 ));
             }
+        };
+        let patches = match plain.starts_with("Qwen2VL") {
+            true => Some(patches::Cut::read(&fields)?),
+            false => None,
         };
         let resize = if fields.flag("do_resize", true)? {
             let resample = fields.integer("resample", 3)?;
             let resample = Resample::from_number(resample).ok_or_else(|| {
                 RuntimeError::config(path, format!("`resample` is {resample}, expected 0 to 5"))
             })?;
-            Some((fields.size("size", size, false)?, resample))
+            let size = match &patches {
+                Some(cut) => Size::Bounded(patches::Bounds::read(&fields, plain, cut)?),
+                None => fields.size("size", size, false)?,
+            };
+            Some((size, resample))
         } else {
             None
         };
@@ -155,8 +176,8 @@ impl ImageProcessor {
                 width: 224,
             };
             match fields.size("crop_size", default, true)? {
-                Size::Exact { height, width } => Some((height, width)),
                 Size::ShortestEdge(edge) => Some((edge, edge)),
+                other => Some(other.of(1, 1)?),
             }
         } else {
             None
@@ -180,7 +201,7 @@ impl ImageProcessor {
             })?;
             let base = match fields.size("size", size, false)? {
                 Size::ShortestEdge(edge) => (edge, edge),
-                Size::Exact { height, width } => (height, width),
+                other => other.of(1, 1)?,
             };
             let resample = match resize {
                 Some((_, resample)) => resample,
@@ -201,6 +222,7 @@ impl ImageProcessor {
             rescale,
             normalize,
             grids,
+            patches,
         })
     }
 
@@ -241,7 +263,7 @@ impl ImageProcessor {
     pub fn fit(&self, image: &Pixels) -> Result<Pixels> {
         let resized = match self.resize {
             Some((size, resample)) => {
-                let (height, width) = size.of(image.height, image.width);
+                let (height, width) = size.of(image.height, image.width)?;
                 image.resize(width, height, resample)?
             }
             None => image.clone(),
@@ -309,6 +331,14 @@ impl Fields<'_> {
 
     fn integer(&self, key: &str, default: i64) -> Result<i64> {
         self.get(key, default, "an integer", Json::as_i64)
+    }
+
+    /// A number of pixels or patches.
+    fn above_zero(&self, key: &str, default: usize) -> Result<usize> {
+        self.get(key, default, "a whole number above 0", |value| {
+            let number = value.as_u64().filter(|n| *n > 0 && *n <= 1 << 40)?;
+            usize::try_from(number).ok()
+        })
     }
 
     fn number(&self, key: &str, default: f64) -> Result<f64> {

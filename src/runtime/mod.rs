@@ -49,8 +49,8 @@ pub use error::RuntimeError;
 pub use generate::{
     GenerateOptions, Generation, Prepared, Stop, Timing, Token, VlmFiles, VlmPipeline,
 };
-pub use grid::{Grid, GridPositions};
-pub use image::{ImageProcessor, Packing, Pixels, concatenate};
+pub use grid::{Block, Grid, GridPositions};
+pub use image::{ImageProcessor, Packing, Patches, Pixels, concatenate};
 pub use library::{Library, Runtime, ensure};
 pub use sampling::{Sampler, Sampling};
 pub use session::{Dim, Optimization, Outputs, Port, Session, SessionOptions};
@@ -58,6 +58,9 @@ pub use template::{ChatTemplate, Content, Message, Part};
 pub use tensor::{DType, Tensor, TensorData};
 pub use text::TextProcessor;
 pub use value::Value;
-pub use video::{ClipEncoder, ClipProcessor};
-pub use vision::{Embedder, VisionEncoder, lay_out_pixels, pixel_mask, scatter};
+pub use video::{Clip, ClipEncoder, ClipProcessor, PatchClips};
+pub use vision::{
+    Embedder, PatchEncoder, PatchFeatures, Vision, VisionEncoder, lay_out_pixels, pixel_mask,
+    scatter,
+};
 pub use whole::{WholeInput, WholeModel, WholeOutput, WholePipeline, WholePrompt};

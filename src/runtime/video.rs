@@ -22,11 +22,37 @@ use super::session::{Session, SessionOptions};
 use super::tensor::Tensor;
 use super::vision::{VisionEncoder, is_clips};
 
+mod patches;
+
+pub use patches::PatchClips;
+
 /// Image files that a folder of frames may hold.
 const FRAMES: [&str; 6] = ["png", "jpg", "jpeg", "gif", "bmp", "webp"];
 
 /// The child process that reads video files, looked for on `PATH`.
 const FFMPEG: &str = "ffmpeg";
+
+/// A clip as a model is to see it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Clip {
+    /// The frames that were taken.
+    pub frames: Vec<Pixels>,
+    /// How long the whole clip lasts, if the file says so.
+    pub seconds: Option<f64>,
+}
+
+impl From<Vec<Pixels>> for Clip {
+    fn from(frames: Vec<Pixels>) -> Self {
+        Self {
+            frames,
+            seconds: None,
+        }
+    }
+}
+
+/// Which frames to take: told how many there are and, if the file says so, how many seconds they last; the
+/// indices are ascending.
+pub type Choose<'a> = &'a dyn Fn(usize, Option<f64>) -> Vec<usize>;
 
 /// Indices of `count` frames at even steps among `total`, the first and the last included: NumPy's
 /// `linspace(0, total - 1, count, dtype=int)`. Empty if there is no frame.
@@ -44,24 +70,31 @@ pub fn even_steps(total: usize, count: usize) -> Vec<usize> {
         .collect()
 }
 
-/// `count` frames of a clip at even steps: of a folder, its image files sorted by name (numbers in names by
-/// their value); of a GIF, its frames;
-/// of any other file what `ffmpeg` decodes.
+/// `count` frames of a clip at even steps, see [`take`].
+///
+/// # Errors
+/// As [`take`].
+pub fn sample(path: impl AsRef<Path>, count: usize) -> Result<Vec<Pixels>> {
+    Ok(take(path, &|total, _| even_steps(total, count))?.frames)
+}
+
+/// Frames of a clip: of a folder, its image files sorted by name (numbers in names by their value); of a GIF, its
+/// frames; of any other file what `ffmpeg` decodes.
 ///
 /// # Errors
 /// There is no such file or no frame in it, a frame cannot be decoded, or the file needs `ffmpeg` and there
 /// is none.
-pub fn sample(path: impl AsRef<Path>, count: usize) -> Result<Vec<Pixels>> {
+pub fn take(path: impl AsRef<Path>, choose: Choose<'_>) -> Result<Clip> {
     let path = path.as_ref();
     let meta = std::fs::metadata(path).map_err(RuntimeError::io(path))?;
     if meta.is_dir() {
-        return folder(path, count);
+        return folder(path, choose);
     }
     let mut start = [0; 6];
     let mut file = File::open(path).map_err(RuntimeError::io(path))?;
     match file.read_exact(&mut start) {
-        Ok(()) if start.starts_with(b"GIF8") => gif(path, count),
-        Ok(()) => video(OsStr::new(FFMPEG), path, count),
+        Ok(()) if start.starts_with(b"GIF8") => gif(path, choose),
+        Ok(()) => video(OsStr::new(FFMPEG), path, choose),
         Err(e) if e.kind() == ErrorKind::UnexpectedEof => Err(failed(
             path,
             format!(
@@ -94,7 +127,7 @@ fn pick(wanted: &[usize], mut get: impl FnMut(usize) -> Result<Pixels>) -> Resul
         .collect())
 }
 
-fn folder(path: &Path, count: usize) -> Result<Vec<Pixels>> {
+fn folder(path: &Path, choose: Choose<'_>) -> Result<Clip> {
     let mut files: Vec<PathBuf> = Vec::new();
     for entry in std::fs::read_dir(path).map_err(RuntimeError::io(path))? {
         let file = entry.map_err(RuntimeError::io(path))?.path();
@@ -115,8 +148,8 @@ fn folder(path: &Path, count: usize) -> Result<Vec<Pixels>> {
     files.sort_by_cached_key(|file| {
         in_order(&file.file_name().unwrap_or_default().to_string_lossy())
     });
-    let wanted = even_steps(files.len(), count);
-    pick(&wanted, |index| Pixels::open(&files[index]))
+    let wanted = choose(files.len(), None);
+    Ok(pick(&wanted, |index| Pixels::open(&files[index]))?.into())
 }
 
 /// What names are sorted by: runs of digits by the number they are, so that `10.png`
@@ -137,7 +170,7 @@ fn in_order(name: &str) -> (Vec<(String, usize, String)>, String) {
     (pieces, name.to_owned())
 }
 
-fn gif(path: &Path, count: usize) -> Result<Vec<Pixels>> {
+fn gif(path: &Path, choose: Choose<'_>) -> Result<Clip> {
     let wrong =
         |e: image::ImageError| failed(path, format!("{e}; the file is damaged or not complete"));
     let frames = || {
@@ -145,16 +178,18 @@ fn gif(path: &Path, count: usize) -> Result<Vec<Pixels>> {
         let decoder = GifDecoder::new(BufReader::new(file)).map_err(wrong)?;
         Ok::<_, RuntimeError>(decoder.into_frames())
     };
-    // How many there are is known at the end only.
-    let mut total = 0;
+    // How many there are, and how long they last, is known at the end only.
+    let (mut total, mut seconds) = (0, 0.0);
     for frame in frames()? {
-        frame.map_err(wrong)?;
+        let (thousandths, divisor) = frame.map_err(wrong)?.delay().numer_denom_ms();
+        seconds += f64::from(thousandths) / f64::from(divisor.max(1)) / 1e3;
         total += 1;
     }
+    let seconds = Some(seconds).filter(|s| *s > 0.0);
     if total == 0 {
         return Err(failed(path, "the GIF holds no frame".into()));
     }
-    let wanted = even_steps(total, count);
+    let wanted = choose(total, seconds);
     let mut known = BTreeMap::new();
     for (index, frame) in frames()?.enumerate() {
         if wanted.contains(&index) {
@@ -162,19 +197,20 @@ fn gif(path: &Path, count: usize) -> Result<Vec<Pixels>> {
             known.insert(index, Pixels::from_image(DynamicImage::ImageRgba8(frame)));
         }
     }
-    pick(&wanted, |index| {
+    let frames = pick(&wanted, |index| {
         known.remove(&index).ok_or_else(|| {
             failed(
                 path,
                 format!("frame {index} of {total} was there once and then not"),
             )
         })
-    })
+    })?;
+    Ok(Clip { frames, seconds })
 }
 
 /// Frames of a video file. The decoder is run twice: to count the frames, since what a file says of its length is
 /// often wrong, and to write those that are wanted.
-fn video(ffmpeg: &OsStr, path: &Path, count: usize) -> Result<Vec<Pixels>> {
+fn video(ffmpeg: &OsStr, path: &Path, choose: Choose<'_>) -> Result<Clip> {
     let input = std::path::absolute(path).map_err(RuntimeError::io(path))?;
     let attempt = |mode: [&str; 2], last: &[&OsStr]| -> Result<std::process::Output> {
         let plain = ["-nostdin", "-v", "error", "-progress", "pipe:1", "-i"];
@@ -218,16 +254,17 @@ fn video(ffmpeg: &OsStr, path: &Path, count: usize) -> Result<Vec<Pixels>> {
     let passthrough = ["-f", "null", "-"].map(OsStr::new);
     let report = run(&passthrough)?;
     let report = String::from_utf8_lossy(&report);
-    let mut counts = report
-        .lines()
-        .filter_map(|l| l.trim().strip_prefix("frame="));
-    let total = counts
-        .next_back()
-        .and_then(|n| n.trim().parse::<usize>().ok());
+    let last_of = |key: &str| {
+        let mut values = report.lines().filter_map(|l| l.trim().strip_prefix(key));
+        values.next_back().map(str::trim)
+    };
+    let total = last_of("frame=").and_then(|n| n.parse::<usize>().ok());
+    let micros = last_of("out_time_us=").and_then(|n| n.parse::<f64>().ok());
+    let seconds = micros.map(|n| n / 1e6).filter(|s| *s > 0.0);
     let Some(total) = total.filter(|n| *n > 0) else {
         return Err(failed(path, "ffmpeg finds no frame in it".into()));
     };
-    let wanted = even_steps(total, count);
+    let wanted = choose(total, seconds);
     let mut once = wanted.clone();
     once.dedup();
     let place = tempfile::tempdir().map_err(RuntimeError::io(&std::env::temp_dir()))?;
@@ -247,10 +284,11 @@ fn video(ffmpeg: &OsStr, path: &Path, count: usize) -> Result<Vec<Pixels>> {
         );
         return Err(failed(path, why));
     }
-    pick(&wanted, |index| {
+    let frames = pick(&wanted, |index| {
         let number = once.iter().position(|n| *n == index).unwrap_or(0) + 1;
         Pixels::open(place.path().join(format!("{number:06}.png")))
-    })
+    })?;
+    Ok(Clip { frames, seconds })
 }
 
 /// How a model's clips are prepared.
@@ -260,6 +298,8 @@ pub struct ClipProcessor {
     pub images: ImageProcessor,
     /// Frames of a clip that the configuration asks for.
     pub frames: Option<usize>,
+    /// Frames to take of a second, that the configuration asks for.
+    pub rate: Option<f64>,
 }
 
 impl ClipProcessor {
@@ -281,6 +321,7 @@ impl ClipProcessor {
                 return Ok(Self {
                     images,
                     frames: None,
+                    rate: None,
                 });
             }
         };
@@ -296,9 +337,20 @@ impl ClipProcessor {
                 Some(count)
             }
         };
+        let rate = match config.get("fps") {
+            None | Some(serde_json::Value::Null) => None,
+            Some(value) => {
+                let rate = value.as_f64().filter(|n| *n > 0.0);
+                Some(rate.ok_or_else(|| {
+                    let reason = format!("`fps` is {value}, expected a number above 0");
+                    RuntimeError::config(&path, reason)
+                })?)
+            }
+        };
         Ok(Self {
             images: ImageProcessor::from_json(&config, &path)?,
             frames,
+            rate,
         })
     }
 }
@@ -356,9 +408,9 @@ impl ClipEncoder {
     ///
     /// # Errors
     /// A clip has no frames, or not as many as the model takes; a frame cannot be resized; the run fails.
-    pub fn encode(&mut self, clips: &[Vec<Pixels>]) -> Result<Vec<Tensor>> {
+    pub fn encode(&mut self, clips: &[Clip]) -> Result<Vec<Tensor>> {
         let mut features = Vec::with_capacity(clips.len());
-        for clip in clips {
+        for Clip { frames: clip, .. } in clips {
             if clip.is_empty() || self.fixed.is_some_and(|n| n != clip.len()) {
                 return Err(RuntimeError::Prompt(format!(
                     "a clip has {} frames; expected {}",

@@ -1,11 +1,53 @@
 //! The two models before the decoder: pixels to features, ids to embeddings, and features into embeddings.
 
+mod patches;
+
 use ndarray::{Array2, Array3, Axis};
 
 use super::error::{Result, RuntimeError};
 use super::session::{Outputs, Port, Session};
 use super::tensor::{DType, Element, Tensor, TensorData};
 use super::value::Value;
+
+pub use patches::{PatchEncoder, PatchFeatures};
+
+/// An open vision encoder of either kind.
+#[derive(Debug)]
+pub enum Vision {
+    /// Takes images of one size.
+    Images(VisionEncoder),
+    /// Takes rows of patches and the grid that they were.
+    Patches(PatchEncoder),
+}
+
+impl Vision {
+    /// Takes a session over after looking at its interface.
+    ///
+    /// # Errors
+    /// The model has the interface of neither kind.
+    pub fn new(session: Session) -> Result<Self> {
+        Ok(match PatchEncoder::fits(&session) {
+            true => Self::Patches(PatchEncoder::new(session)?),
+            false => Self::Images(VisionEncoder::new(session)?),
+        })
+    }
+
+    /// The session.
+    pub fn session(&self) -> &Session {
+        match self {
+            Self::Images(encoder) => encoder.session(),
+            Self::Patches(encoder) => encoder.session(),
+        }
+    }
+
+    /// The session, to end its profiling.
+    pub fn session_mut(&mut self) -> &mut Session {
+        match self {
+            Self::Images(encoder) => encoder.session_mut(),
+            Self::Patches(encoder) => encoder.session_mut(),
+        }
+    }
+}
 
 /// An open vision encoder (tower and projector).
 #[derive(Debug)]
@@ -89,7 +131,8 @@ impl VisionEncoder {
                 model: session.model().to_string(),
                 expected:
                     "a vision encoder with one input, pixel_values [images, 3, height, width], and at most \
-                     a pixel_attention_mask [images, height, width]"
+                     a pixel_attention_mask [images, height, width]; or with rows of patches [patches, values] \
+                     and their image_grid_thw [images, 3] as the only inputs"
                         .into(),
                 found: describe(inputs),
             }),

@@ -99,6 +99,14 @@ pub fn check(
                 } => Vec::new(),
                 _ => standard(vocabulary, options.seed),
             };
+            if pair.attended {
+                report.add(
+                    format!("{}discarded features", pair.label),
+                    true,
+                    "the decoder's attention takes the length of each row and no mask of columns: its first \
+                     layer attends to them, here and in the reference",
+                );
+            }
             for mut scenario in scenarios {
                 // What cannot go on from a cache is asked once.
                 if !goes_on {
@@ -158,6 +166,8 @@ struct Pair {
     single_steps: Option<String>,
     /// Rows of its position ids, if these have rank 3.
     position_rows: Option<usize>,
+    /// Whether the decoder attends to features that a merge discarded and left in their places.
+    attended: bool,
     /// Names of the kept indices of its drop points.
     kept: Vec<String>,
     span: Option<crate::passes::StaticSpan>,
@@ -203,6 +213,7 @@ impl Pair {
             padding: true,
             single_steps: None,
             position_rows: None,
+            attended: false,
             kept: decoders::kept_names(prune, placed),
             span: recipe.context.span,
         };
@@ -253,6 +264,7 @@ impl Pair {
                 }
                 Role::Decoder(decoder) => {
                     pair.padding &= decoder.takes_padding();
+                    pair.attended |= placed && !decoder.hides_columns();
                     pair.takes_rows(decoder, &name)?;
                     pair.width = decoder.width.map_or(pair.width, |w| w as usize);
                     pair.vocabulary = decoder.vocabulary.unwrap_or(32);
@@ -523,6 +535,7 @@ impl Pair {
                 Some(_) => input.positions.clone().into(),
                 None => input.positions.index_axis(Axis(0), 0).to_owned().into(),
             }),
+            blocks: None,
             visual: Some(input.visual.clone()),
             salient: Some(input.salient.clone()),
         };

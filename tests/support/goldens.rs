@@ -339,6 +339,7 @@ impl Goldens {
                 ids: None,
                 mask: Some(new),
                 positions: Some(positions.into()),
+                blocks: None,
                 visual: Some(visual),
                 salient: salient.map(|t| integers(t).mapv(|v| v != 0)),
             };

@@ -164,7 +164,7 @@ impl<'a, 'm> Build<'a, 'm> {
         let masks = &self.tower.site.masks;
         for mask in masks {
             let mut of_rows = mask.value();
-            if !all {
+            if !all && !matches!(mask, Mask::Segments(_)) {
                 // The axis of the queries, which may be broadcast.
                 let (from, to) = (Size::Known(0), Size::Known(1));
                 of_rows = self.patch.slice(of_rows, from, to, -2);
@@ -182,6 +182,12 @@ impl<'a, 'm> Build<'a, 'm> {
                     let (yes, no) = if when { (scores, fill) } else { (fill, scores) };
                     self.patch.op("Where", &[of_rows, yes, no])
                 }
+                Mask::Segments(bounds) => {
+                    let tokens = self.patch.size_of(scores, 3);
+                    let together = self.in_one_segment(bounds, tokens);
+                    let fill = self.patch.f32(f32::NEG_INFINITY);
+                    self.patch.op("Where", &[together, scores, fill])
+                }
             };
         }
         let probabilities = self.patch.softmax(scores);
@@ -192,6 +198,19 @@ impl<'a, 'm> Build<'a, 'm> {
         let undefined = self.patch.op("IsNaN", &[probabilities]);
         let zero = self.patch.f32(0.0);
         self.patch.op("Where", &[undefined, zero, probabilities])
+    }
+
+    /// Whether two of `tokens` tokens lie in the same segment, `[T, T]`: `bounds` of the segments
+    /// that have begun number it.
+    fn in_one_segment(&mut self, bounds: ValueId, tokens: Size) -> ValueId {
+        let bounds = self.patch.cast(bounds, DataType::Int64);
+        let places = self.patch.iota(tokens);
+        let places = self.patch.unsqueeze(places, &[1]);
+        let begun = self.patch.op("LessOrEqual", &[bounds, places]);
+        let begun = self.patch.cast(begun, DataType::Float);
+        let number = self.patch.reduce_sum(begun, &[1], true);
+        let across = self.patch.transpose(number, &[1, 0]);
+        self.patch.op("Equal", &[number, across])
     }
 
     /// Indices among the patches: dominant `[n, k₁]` ascending, and the residual

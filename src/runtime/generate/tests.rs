@@ -5,9 +5,12 @@ use ndarray::{Array2, ArrayD, IxDyn};
 use serde_json::Value as Json;
 
 use super::*;
-use crate::runtime::image::read_json;
+use crate::runtime::image::Pixels;
 use crate::runtime::library::ensure;
+use crate::runtime::sampling::Sampler;
+use crate::runtime::template::Message;
 use crate::runtime::test_models::models_dir;
+use crate::runtime::vision::scatter;
 
 const FIXTURES: [&str; 8] = [
     "ts-eager-mha",
@@ -103,7 +106,10 @@ fn replay(vlm: &mut VlmPipeline, set: &str, case: &str, turns: &[&[&str]]) {
             .iter()
             .map(|name| pixels.floats[*name].clone().into_dimensionality().unwrap())
             .collect();
-        let features = vlm.vision.encode(&images).unwrap();
+        let Vision::Images(encoder) = &mut vlm.vision else {
+            panic!("an encoder of images");
+        };
+        let features = encoder.encode(&images).unwrap();
         if !images.is_empty() {
             let rows: Vec<ArrayD<f32>> = features.iter().map(|f| f.to_array().unwrap()).collect();
             let views: Vec<_> = rows.iter().map(|row| row.view()).collect();

@@ -1,9 +1,10 @@
 //! RGB images: decoding, Pillow's conversions and Pillow's resizing.
 //!
-//! Resizing follows Pillow: the width first, rounded to 8 bits, then the height. [`fast_image_resize`] in one
-//! call goes the other way round and differs by up to 22 of 255. In two calls fewer than 1 % of the values
-//! differ from Pillow 13, by 1, and where edges are hard by 2 (bicubic, bilinear, Lanczos, Hamming); nearest
-//! neighbour is the same. PNG, GIF, BMP and WebP decode to the same bytes; JPEG decoders are free to round
+//! Resizing follows Pillow: one side, rounded to 8 bits, then the other; the width first, except where the height
+//! shrinks by more than twice what the width does (so Pillow 13.0, found by comparing both orders with its result
+//! for 400 sizes). [`fast_image_resize`] in one call differs by up to 22 of 255. In two calls fewer than 1 % of the
+//! values differ, by 1, and where edges are hard by 2 (bicubic, bilinear, Lanczos, Hamming); nearest neighbour is
+//! the same. PNG, GIF, BMP and WebP decode to the same bytes; JPEG decoders are free to round
 //! differently, which is 1 to 3 of 255 on photographs and up to 11 on subsampled noise.
 
 use std::path::Path;
@@ -145,6 +146,11 @@ impl Pixels {
                 rgb: target.into_vec(),
             })
         };
+        let shrinks = |old: usize, new: usize| old as i128 - new as i128;
+        let down = shrinks(self.height, height);
+        if down > 0 && down > 2 * shrinks(self.width, width) {
+            return pass(&pass(self, self.width, height)?, width, height);
+        }
         pass(&pass(self, width, self.height)?, width, height)
     }
 

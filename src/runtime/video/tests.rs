@@ -18,6 +18,11 @@ fn steps_are_those_of_numpy() {
     assert_eq!(even_steps(9, 1), [0]);
 }
 
+/// Eight frames at even steps.
+fn eight(total: usize, _: Option<f64>) -> Vec<usize> {
+    even_steps(total, 8)
+}
+
 fn ball() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("models/video_llava/images/ball.gif")
 }
@@ -54,6 +59,9 @@ fn unfold(to: &Path, name: impl Fn(usize) -> String) {
 #[test]
 fn frames_of_a_gif_are_pillows() {
     assert_eq!(sums(&sample(ball(), 8).unwrap()), recorded());
+    // What Pillow says of the frames' durations, 20 times 100 ms.
+    let seconds = take(ball(), &eight).unwrap().seconds.unwrap();
+    assert!((seconds - 2.0).abs() < 1e-9, "{seconds}");
 }
 
 #[test]
@@ -115,7 +123,7 @@ fn what_is_no_clip_is_refused() {
     assert!(refused(&file).contains("damaged or not complete"));
     assert!(refused(&place.path().join("none.mp4")).contains("none.mp4"));
     std::fs::write(&file, "neither a GIF nor a folder").unwrap();
-    let said = video(OsStr::new("no-such-ffmpeg"), &file, 8).unwrap_err();
+    let said = video(OsStr::new("no-such-ffmpeg"), &file, &eight).unwrap_err();
     assert!(said.to_string().contains("install ffmpeg"), "{said}");
 }
 
@@ -126,7 +134,7 @@ fn stand_in(place: &Path, mode: &str) -> PathBuf {
     let script = format!(
         r#"#!/bin/sh
 case "$*" in *"{mode} passthrough"*) ;; *) echo "Unrecognized option 'fps_mode'." >&2; exit 1;; esac
-case "$*" in *"-f null -"*) echo frame=7; echo frame=20; echo progress=end; exit 0;; esac
+case "$*" in *"-f null -"*) echo frame=7; echo frame=20; echo out_time_us=2000000; echo progress=end; exit 0;; esac
 for last; do :; done
 count=0
 for n in $(echo "$*" | grep -o 'n\\,[0-9]*' | cut -d, -f2); do
@@ -156,12 +164,13 @@ fn other_files_go_through_ffmpeg() {
     std::fs::write(&clip, "what only the program can read").unwrap();
     for mode in ["-fps_mode", "-vsync"] {
         let program = stand_in(place.path(), mode);
-        let frames = video(program.as_os_str(), &clip, 8).unwrap();
-        assert_eq!(sums(&frames), recorded(), "{mode}");
+        let found = video(program.as_os_str(), &clip, &eight).unwrap();
+        assert_eq!(sums(&found.frames), recorded(), "{mode}");
+        assert_eq!(found.seconds, Some(2.0), "{mode}");
     }
     std::fs::remove_file(place.path().join("13.png")).unwrap();
     let program = stand_in(place.path(), "-fps_mode");
-    let said = video(program.as_os_str(), &clip, 8)
+    let said = video(program.as_os_str(), &clip, &eight)
         .unwrap_err()
         .to_string();
     assert!(said.contains("wrote 7 frames, expected 8"), "{said}");

@@ -129,9 +129,20 @@ impl Probes {
                 let wide = wide.to_owned().into_dimensionality();
                 wide.map_err(|e| ValidateError::Model(e.to_string()))
             };
+            if let Mask::Segments(_) = masked.mask {
+                let bounds = outputs.get(&masked.value)?.to_tensor()?.to_array()?;
+                let segment = |at: usize| bounds.iter().filter(|b| **b <= at as f32).count();
+                let numbers: Vec<usize> = (0..tokens).map(segment).collect();
+                for ((_, _, query, key), s) in sum.indexed_iter_mut() {
+                    if numbers[query] != numbers[key] {
+                        *s = f32::NEG_INFINITY;
+                    }
+                }
+                continue;
+            }
             let value = whole(&masked.value)?;
             match masked.mask {
-                Mask::Added(_) => sum += &value,
+                Mask::Added(_) | Mask::Segments(_) => sum += &value,
                 Mask::Chosen { when, .. } => {
                     let fill = match &masked.fill {
                         Some(name) => whole(name)?,
