@@ -160,7 +160,10 @@ fn a_budget_is_planned_for_images_of_any_size() {
     let open = plan(&["--budget", "440"]);
     let table = &open["visual_tokens"];
     assert_eq!(table["of"], "an image of 640 tokens or more");
-    assert_eq!(table["average"], 440.0);
+    assert_eq!(
+        (&table["average"], &table["first_layer_sees_all"]),
+        (&Json::from(440.0), &Json::from(true))
+    );
     let recipe = open["recipe"].as_str().expect("a recipe");
     assert!(
         recipe.contains("dominant: 540\n      contextual: 100\n"),
@@ -177,7 +180,11 @@ fn a_budget_is_planned_for_images_of_any_size() {
         numbers(&sized["visual_tokens"]["before_by_layer"]),
         [1196; 28]
     );
-    assert_eq!(sized["visual_tokens"]["average"], 440.0);
+    // All of them go through the first layer.
+    assert_eq!(
+        numbers(&sized["visual_tokens"]["by_layer"])[..2],
+        [1196, 609]
+    );
     assert_eq!(
         plan(&["--budget", "440", "--tokens", "1196"])["recipe"],
         sized["recipe"]

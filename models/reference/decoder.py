@@ -167,7 +167,7 @@ class Decoder:
             visual[row, seen[ranked:]] = False
             if self.prune.text == "all":
                 asks[row, seen[ranked:]] = True
-            lose.append(ranked - int(len(seen) * keep))
+            lose.append(ranked - int(len(seen) * keep) + int(tokens.gone[row].sum()))
         return replace(tokens, visual=visual, asks=asks), min(lose)
 
     def _behind(self, index: int, kept: torch.Tensor, tokens: Tokens, earlier: int) -> tuple[Tokens, Drop]:

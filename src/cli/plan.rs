@@ -9,7 +9,7 @@ use serde_json::json;
 use super::counts::{self, LayerTable, Seen};
 use super::{Global, ModelArgument, Outcome, family, load, print_json, style};
 use crate::arch::{VisionTower, Vlm};
-use crate::passes::{BudgetShape, Style, plan, plan_share};
+use crate::passes::{BudgetShape, Placement, Style, placement_in, plan, plan_share};
 use crate::runtime::ImageProcessor;
 
 /// Arguments of `duet plan`.
@@ -113,7 +113,8 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
                 of,
                 before: all.map(|all| vec![all; shape.layers.max(1)]),
                 after: Seen::Tokens(planned.tokens),
-                all_at_first: false,
+                // How many that is was counted where it is known.
+                all_at_first: all.is_none() && shape.placed,
             };
             (planned.recipe, table)
         }
@@ -185,7 +186,8 @@ fn target(root: &Path, vlm: &Vlm, arguments: &Arguments) -> anyhow::Result<Targe
                 ),
             }
         }
-        return open(root, tower, layers, arguments);
+        let placed = placement_in(None, vlm) == Placement::Decoder;
+        return open(root, tower, (layers, placed), arguments);
     };
     if arguments.tokens.is_some() {
         bail!("--tokens: the file fixes the number of tokens, {patches} patches for each image");
@@ -223,6 +225,7 @@ fn target(root: &Path, vlm: &Vlm, arguments: &Arguments) -> anyhow::Result<Targe
             merges: tower.grid.is_none(),
             layers,
             style,
+            placed: placement_in(None, vlm) == Placement::Decoder,
         },
         of,
     })
@@ -232,7 +235,7 @@ fn target(root: &Path, vlm: &Vlm, arguments: &Arguments) -> anyhow::Result<Targe
 fn open(
     root: &Path,
     tower: Option<&VisionTower>,
-    layers: usize,
+    (layers, placed): (usize, bool),
     arguments: &Arguments,
 ) -> anyhow::Result<Target> {
     if arguments.crops.is_some() {
@@ -252,56 +255,25 @@ fn open(
             merges: tower.is_some_and(|t| t.grid.is_none()),
             layers,
             style: Style::Grid,
+            // What `placement` means where it is left out: clients count on a grid's tokens.
+            placed: placed && tower.is_some(),
         },
         of: tokens.map_or("an image".into(), |n| format!("an image of {n} tokens")),
     })
 }
 
-/// Tokens of an image of (width, height) as Qwen2-VL's processor makes them: sides rounded
-/// to whole groups of patches, scaled so that the pixels stay within bounds.
-///
-/// Source: Transformers 5.22, `smart_resize` and `Qwen2VLImageProcessor`, whose values
-/// stand where the configuration is silent.
+/// Tokens of an image of (width, height) as the model's processor cuts it; without a
+/// configuration, as Qwen2-VL's does where its configuration is silent.
 fn grid_tokens(root: &Path, (width, height): (usize, usize)) -> anyhow::Result<i64> {
     let path = root.join("preprocessor_config.json");
-    let config: serde_json::Value = match std::fs::read_to_string(&path) {
-        Ok(text) => {
-            serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))?
+    let processor = match path.exists() {
+        true => ImageProcessor::from_dir(root)?,
+        false => {
+            let usual = json!({ "image_processor_type": "Qwen2VLImageProcessor" });
+            ImageProcessor::from_json(&usual, &path)?
         }
-        Err(_) => serde_json::Value::Null,
     };
-    let number = |places: &[&str], default: f64| {
-        let stated = places.iter().find_map(|p| config.pointer(p)?.as_f64());
-        stated.filter(|n| *n >= 1.0).unwrap_or(default)
-    };
-    let group = number(&["/patch_size"], 14.0) * number(&["/merge_size"], 2.0);
-    let least = number(
-        &["/min_pixels", "/size/shortest_edge", "/size/min_pixels"],
-        3136.0,
-    );
-    let most = number(
-        &["/max_pixels", "/size/longest_edge", "/size/max_pixels"],
-        1_003_520.0,
-    );
-    let (w, h) = (width as f64, height as f64);
-    if w.max(h) / w.min(h) > 200.0 {
-        bail!(
-            "an image of {width} × {height} is more than 200 times as long as it is wide, which the processor refuses"
-        );
-    }
-    // Halves to even, as Python rounds.
-    let mut sides = [h, w].map(|side| (side / group).round_ties_even());
-    let pixels = sides[0] * sides[1] * group * group;
-    if pixels > most {
-        let shrink = (h * w / most).sqrt();
-        sides = [h, w].map(|side| (side / shrink / group).floor().max(1.0));
-    } else if pixels < least {
-        let grow = (least / (h * w)).sqrt();
-        sides = [h, w].map(|side| (side * grow / group).ceil());
-    }
-    #[allow(clippy::cast_possible_truncation, reason = "token counts fit")]
-    let tokens = (sides[0] * sides[1]) as i64;
-    Ok(tokens.max(1))
+    Ok(i64::try_from(processor.token_count(height, width)?)?)
 }
 
 #[cfg(test)]
@@ -321,7 +293,14 @@ mod tests {
         ] {
             assert_eq!(grid_tokens(dir.path(), size).unwrap(), tokens, "{size:?}");
         }
-        let bounds = r#"{"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 4096}}"#;
+        let bounds = json!({
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "patch_size": 4,
+            "merge_size": 2,
+            // In pixels, in spite of their names.
+            "size": { "shortest_edge": 64, "longest_edge": 4096 },
+        });
+        let bounds = bounds.to_string();
         std::fs::write(dir.path().join("preprocessor_config.json"), bounds).unwrap();
         assert_eq!(grid_tokens(dir.path(), (400, 300)).unwrap(), 9 * 6);
         assert!(grid_tokens(dir.path(), (4000, 10)).is_err());

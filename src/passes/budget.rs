@@ -84,6 +84,21 @@ pub struct BudgetShape {
     pub layers: usize,
     /// What the recipe is modelled on.
     pub style: Style,
+    /// Whether discarded tokens go through the first layer (`placement: decoder`), so that it sees all of them.
+    pub placed: bool,
+}
+
+impl BudgetShape {
+    /// Tokens by layer when `entering` are left of a merge: the first layer's are all of them where they are placed
+    /// and known.
+    fn merged(&self, entering: i64, drops: &[(usize, f64)]) -> Vec<i64> {
+        let mut seen = by_layer(entering, drops, self.layers);
+        if let (true, Some(features), Some(first)) = (self.placed, self.features, seen.first_mut())
+        {
+            *first = features * self.images.max(1);
+        }
+        seen
+    }
 }
 
 /// A recipe made for a budget.
@@ -214,7 +229,7 @@ fn merging(shape: BudgetShape, budget: f64, said: Said) -> Result<Planned, Strin
         Some(patches) => patches + i64::from(shape.cls),
         None => (8.0 * budget.min(1e12)) as i64 + 8,
     };
-    let fits = |entering: i64| mean(&by_layer(images * entering, &drops, layers)) <= budget;
+    let fits = |entering: i64| mean(&shape.merged(images * entering, &drops)) <= budget;
     // The mean rises with what enters: the largest that fits.
     let (mut entering, mut beyond) = (0, most + 1);
     while beyond - entering > 1 {
@@ -227,7 +242,11 @@ fn merging(shape: BudgetShape, budget: f64, said: Said) -> Result<Planned, Strin
     }
     if entering == 0 {
         return Err(format!(
-            "no token is left at a budget of {budget:.2} per layer"
+            "no token is left at a budget of {budget:.2} per layer{}",
+            match shape.placed {
+                true => ", of which the first layer sees all tokens",
+                false => "",
+            }
         ));
     }
     if let Some(features) = shape.features.filter(|f| entering >= *f && layers > 1) {
@@ -249,7 +268,8 @@ fn merging(shape: BudgetShape, budget: f64, said: Said) -> Result<Planned, Strin
         "\n      contextual: {}\n      cluster_width: 4\n      selector: attention\n",
         count(contextual)
     );
-    Ok(finish(recipe, images * entering, &drops, layers))
+    let tokens = shape.merged(images * entering, &drops);
+    Ok(finish(recipe, tokens, &drops))
 }
 
 fn pruning(shape: BudgetShape, features: i64, budget: f64) -> Result<Planned, String> {
@@ -287,10 +307,11 @@ fn pruning(shape: BudgetShape, features: i64, budget: f64) -> Result<Planned, St
         ));
     };
     let drops = schedule(f64::from(step) / 1000.0);
-    Ok(finish("version: 1\npasses:\n".into(), all, &drops, layers))
+    let tokens = by_layer(all, &drops, layers);
+    Ok(finish("version: 1\npasses:\n".into(), tokens, &drops))
 }
 
-fn finish(mut recipe: String, entering: i64, drops: &[(usize, f64)], layers: usize) -> Planned {
+fn finish(mut recipe: String, tokens: Vec<i64>, drops: &[(usize, f64)]) -> Planned {
     if !drops.is_empty() {
         recipe += "  - visual_prune:\n      drops:\n";
         for (after, keep) in drops {
@@ -301,7 +322,6 @@ fn finish(mut recipe: String, entering: i64, drops: &[(usize, f64)], layers: usi
         }
         recipe += "      text: all\n";
     }
-    let tokens = by_layer(entering, drops, layers);
     let average = mean(&tokens);
     Planned {
         recipe,
@@ -323,6 +343,7 @@ mod tests {
         merges: true,
         layers: 32,
         style: Style::Image,
+        placed: false,
     };
 
     #[test]
@@ -422,6 +443,33 @@ mod tests {
             ..grid
         };
         assert!(plan(alone, 440.0).unwrap_err().contains("--tokens"));
+    }
+
+    #[test]
+    fn what_the_first_layer_sees_counts() {
+        let placed = BudgetShape {
+            patches: Some(1196),
+            features: Some(1196),
+            cls: false,
+            layers: 28,
+            style: Style::Grid,
+            placed: true,
+            ..LLAVA
+        };
+        let planned = plan(placed, 440.0).unwrap();
+        assert_eq!(planned.tokens[0], 1196);
+        // (1196 + 13·e + 7·e/2 + 7·e/4) / 28 with 609 left of the merge.
+        assert_eq!(planned.tokens[1], 609);
+        assert!(
+            planned.average <= 440.0 && planned.average > 439.0,
+            "{planned:?}"
+        );
+        // A mean over 28 layers, of which one sees 1196: 42.7 at least.
+        assert!(
+            plan(placed, 40.0)
+                .unwrap_err()
+                .contains("first layer sees all")
+        );
     }
 
     #[test]

@@ -305,9 +305,10 @@ fn decoder_check(
         if placed {
             inputs.push(port("duet/visual_prune/entry/gone_mask", 2, DataType::Bool));
         }
-        if drop > 1 || placed {
+        // Which tokens there are is the outcome of all drop points before.
+        for earlier in usize::from(!placed)..drop {
             inputs.push(port(
-                format!("duet/visual_prune/drop{}/kept_indices", drop - 1),
+                format!("duet/visual_prune/drop{earlier}/kept_indices"),
                 2,
                 DataType::Int64,
             ));

@@ -214,18 +214,36 @@ impl ImageProcessor {
         Some(self.patches?.moments)
     }
 
-    /// Rows of patches of an image, or of the frames of a clip.
+    /// Tokens that an image of this height and width has.
     ///
     /// # Errors
-    /// The processor cuts none; an image is too slim or cannot be resized; frames differ in size.
-    pub fn patches(&self, frames: &[Pixels]) -> Result<Patches> {
-        let cut = self.patches.ok_or_else(|| {
+    /// The processor cuts no patches, or the image is too slim.
+    pub fn token_count(&self, height: usize, width: usize) -> Result<usize> {
+        let cut = self.cut()?;
+        let (height, width) = match self.resize {
+            Some((size, _)) => size.of(height, width)?,
+            None => (height, width),
+        };
+        let token = cut.edge * cut.merge;
+        Ok((height / token) * (width / token))
+    }
+
+    fn cut(&self) -> Result<Cut> {
+        self.patches.ok_or_else(|| {
             RuntimeError::Tensor(
                 "rows of patches were asked of an image processor that makes none; expected a \
                  Qwen2VLImageProcessor in preprocessor_config.json"
                     .into(),
             )
-        })?;
+        })
+    }
+
+    /// Rows of patches of an image, or of the frames of a clip.
+    ///
+    /// # Errors
+    /// The processor cuts none; an image is too slim or cannot be resized; frames differ in size.
+    pub fn patches(&self, frames: &[Pixels]) -> Result<Patches> {
+        let cut = self.cut()?;
         let frames: Vec<Array3<f32>> = frames
             .iter()
             .map(|frame| self.process(frame))
