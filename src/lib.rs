@@ -17,4 +17,5 @@ pub mod onnx;
 pub mod passes;
 pub mod proto;
 pub mod runtime;
+mod suggest;
 pub mod validate;

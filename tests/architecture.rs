@@ -15,17 +15,19 @@ const RULE: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "validate", "diff", "passes", "arch", "runtime", "onnx", "ir", "proto",
+            "validate", "diff", "passes", "arch", "runtime", "onnx", "ir", "proto", "suggest",
         ],
     ),
     ("validate", &["runtime", "passes", "arch", "onnx", "ir"]),
-    ("diff", &["onnx", "ir"]),
-    ("passes", &["arch", "ir"]),
+    ("diff", &["onnx", "ir", "suggest"]),
+    ("passes", &["arch", "ir", "suggest"]),
     ("arch", &["ir"]),
     ("runtime", &["onnx", "ir"]),
     ("onnx", &["proto", "ir"]),
     ("ir", &[]),
     ("proto", &[]),
+    // Words for messages; knows nothing of models.
+    ("suggest", &[]),
 ];
 
 /// Crates that only some modules may name.
@@ -35,7 +37,8 @@ const CRATES: &[(&str, &[&str])] = &[
     ("prost", &["proto", "onnx"]),
     ("clap", &["cli", "main"]),
     ("anyhow", &["cli", "main"]),
-    ("serde_yaml", &["passes", "arch"]),
+    // Recipes, profiles, policies.
+    ("serde_yaml", &["passes", "arch", "diff"]),
 ];
 
 const MAX_LINES: usize = 700;

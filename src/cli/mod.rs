@@ -13,6 +13,7 @@ mod rewrite;
 mod run;
 mod runtime;
 mod style;
+mod textconv;
 mod validate;
 
 use std::path::PathBuf;
@@ -71,6 +72,8 @@ enum Command {
     Validate(validate::Arguments),
     /// Say what changed between two models or model directories
     Diff(diff::Arguments),
+    /// Print a model as lines of text, for git diff
+    Textconv(textconv::Arguments),
     /// The main job on the model that ships with the project
     Demo(demo::Arguments),
     /// Find or install ONNX Runtime's shared library
@@ -125,6 +128,7 @@ pub fn main() -> ExitCode {
         Command::Run(arguments) => run::run(arguments, global),
         Command::Validate(arguments) => validate::run(arguments, global),
         Command::Diff(arguments) => diff::run(arguments, global),
+        Command::Textconv(arguments) => textconv::run(arguments, global),
         Command::Demo(arguments) => demo::run(arguments, global),
         Command::Runtime(arguments) => runtime::run(arguments, global),
     };

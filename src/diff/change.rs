@@ -119,7 +119,7 @@ pub(super) fn group(found: Vec<Change>) -> Vec<Change> {
 }
 
 /// Two weight changes as one: counts add up, distances are the larger ones.
-fn worst(one: WeightChange, other: WeightChange) -> WeightChange {
+pub(super) fn worst(one: WeightChange, other: WeightChange) -> WeightChange {
     let larger = |a: Option<f64>, b: Option<f64>| match (a, b) {
         (Some(a), Some(b)) => Some(a.max(b)),
         (a, b) => a.or(b),

@@ -25,6 +25,8 @@ pub enum DiffError {
         path: PathBuf,
         source: serde_json::Error,
     },
+    #[error("{0}")]
+    Policy(String),
 }
 
 impl DiffError {

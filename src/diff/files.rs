@@ -21,6 +21,16 @@ pub(super) fn compare(a: &Path, b: &Path, options: &Options) -> Result<Vec<FileR
     let meta_b = b.metadata().map_err(DiffError::io(b))?;
     match (meta_a.is_dir(), meta_b.is_dir()) {
         (true, true) => directories(a, b, options),
+        // What git names where a file is on one side only.
+        (false, false) if is_nothing(a) != is_nothing(b) => {
+            let (path, presence) = if is_nothing(a) {
+                (b, Presence::OnlyB)
+            } else {
+                (a, Presence::OnlyA)
+            };
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            Ok(vec![alone(&name, path, presence)?])
+        }
         (false, false) => {
             let name = |p: &Path| {
                 p.file_name()
@@ -47,6 +57,10 @@ pub(super) fn compare(a: &Path, b: &Path, options: &Options) -> Result<Vec<FileR
             file: a.to_owned(),
         }),
     }
+}
+
+fn is_nothing(path: &Path) -> bool {
+    path == Path::new("/dev/null")
 }
 
 fn kind(path: &Path) -> FileKind {

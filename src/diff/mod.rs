@@ -26,11 +26,14 @@ mod json;
 mod layers;
 mod matching;
 mod model;
+pub mod policy;
 mod regions;
+pub mod render;
 mod report;
 mod side;
 mod storage;
 mod sweep;
+mod textconv;
 mod weights;
 
 use std::path::Path;
@@ -43,6 +46,7 @@ pub use report::{
     Change, Class, Context, ContextNode, FileKind, FileReport, Kind, ModelFacts, NodeState, Place,
     Presence, Renames, Report, SCHEMA_VERSION, Spot, StorageNote, Verdict, WeightChange,
 };
+pub use textconv::{of_model, textconv};
 
 /// How to compare.
 #[derive(Clone, Debug, PartialEq)]
@@ -83,6 +87,7 @@ pub fn compare(a: &Path, b: &Path, options: &Options) -> Result<Report, DiffErro
         verdict: Verdict::Identical,
         counts: Default::default(),
         ignored: 0,
+        policy: None,
         files: files::compare(a, b, options)?,
     };
     report.settle();

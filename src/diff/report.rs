@@ -15,6 +15,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::policy::PolicyResult;
+
 /// Version of the JSON document.
 pub const SCHEMA_VERSION: u32 = 1;
 
@@ -188,6 +190,58 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// All kinds, in the order of their declaration.
+    pub const ALL: [Self; 48] = [
+        Self::InputAdded,
+        Self::InputRemoved,
+        Self::InputRenamed,
+        Self::InputType,
+        Self::InputOrder,
+        Self::OutputAdded,
+        Self::OutputRemoved,
+        Self::OutputRenamed,
+        Self::OutputType,
+        Self::OutputOrder,
+        Self::IrVersion,
+        Self::Opset,
+        Self::NodesAdded,
+        Self::NodesRemoved,
+        Self::NodesReplaced,
+        Self::Rewrite,
+        Self::Attribute,
+        Self::Rewired,
+        Self::OutputRewired,
+        Self::OutputsAsked,
+        Self::FunctionAdded,
+        Self::FunctionRemoved,
+        Self::FunctionSignature,
+        Self::Quantization,
+        Self::Opaque,
+        Self::ModelAdded,
+        Self::ModelRemoved,
+        Self::WeightValues,
+        Self::WeightType,
+        Self::WeightShape,
+        Self::WeightSource,
+        Self::ConfigAdded,
+        Self::ConfigRemoved,
+        Self::ConfigChanged,
+        Self::FileAdded,
+        Self::FileRemoved,
+        Self::FileChanged,
+        Self::ValueType,
+        Self::Producer,
+        Self::Metadata,
+        Self::ElementMetadata,
+        Self::DocString,
+        Self::GraphName,
+        Self::OperandOrder,
+        Self::DefaultAttribute,
+        Self::TypeStated,
+        Self::UnusedInitializer,
+        Self::UnusedOpset,
+    ];
+
     /// The word that JSON, SARIF and policies use.
     pub fn word(self) -> String {
         // The serialised form is a string by construction of the enum.
@@ -227,6 +281,8 @@ pub struct Report {
     pub counts: BTreeMap<Class, usize>,
     /// Number of changes that were ignored.
     pub ignored: usize,
+    /// What a policy came to, if there was one.
+    pub policy: Option<PolicyResult>,
     /// One entry for each file of either side, by path. Files of no interest
     /// (identical ones) are listed too.
     pub files: Vec<FileReport>,
@@ -260,9 +316,10 @@ impl Report {
         }
     }
 
-    /// Whether a change counts: exit code 1.
+    /// Whether a change counts, or a policy is broken: exit code 1.
     pub fn differs(&self) -> bool {
-        self.verdict == Verdict::Different
+        let broken = self.policy.as_ref().is_some_and(|p| !p.passed());
+        self.verdict == Verdict::Different || broken
     }
 }
 

@@ -21,5 +21,5 @@ pub use external::DataDirectory;
 pub use genai::patch_genai;
 pub use output::{DataMode, Outputs, suffixed, write_beside, write_out};
 pub use processor::{mark_newline, patch_processor};
-pub use read::{read, read_bytes};
+pub use read::{read, read_bytes, read_graph};
 pub use write::{Serialized, serialize};

@@ -43,6 +43,15 @@ pub fn read(path: &Path) -> Result<Model, OnnxError> {
     Ok(model)
 }
 
+/// Reads a model file without looking at its external data, which may be missing.
+///
+/// # Errors
+/// A file that cannot be opened or is not a well-formed ONNX model.
+pub fn read_graph(path: &Path) -> Result<Model, OnnxError> {
+    let bytes = map_file(path).map_err(OnnxError::io(path))?;
+    parse(path, bytes, Arc::new(NoExternal))
+}
+
 /// Reads a model from memory; it must not refer to external data files.
 ///
 /// # Errors

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 
 use super::{Context, Marker, Pass, PassError, REGISTRY};
+use crate::suggest::unknown;
 
 /// A token budget: a count, or a ratio of the tokens there are.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -219,19 +220,6 @@ pub(super) fn check_keys(value: &Value, known: &[&str], place: &str) -> Result<(
         }
     }
     Ok(())
-}
-
-fn unknown(what: &str, name: &str, known: &[&str], place: &str) -> String {
-    let nearest = known
-        .iter()
-        .map(|k| (strsim::damerau_levenshtein(k, name), *k))
-        .min()
-        .filter(|(distance, k)| *distance <= k.len().max(name.len()) / 2);
-    let hint = match nearest {
-        Some((_, k)) => format!("did you mean '{k}'?"),
-        None => format!("known: {}", known.join(", ")),
-    };
-    format!("unknown {what} '{name}' in {place}; {hint}")
 }
 
 #[cfg(test)]
