@@ -187,7 +187,7 @@ fn disguised(model: &ModelProto, seed: u64) -> ModelProto {
     // where the renaming leaves them alone: it does.
     edit::rename(&mut other, "q");
     edit::shuffle(&mut other, seed);
-    if seed % 3 == 0 {
+    if seed.is_multiple_of(3) {
         edit::typed(other.graph.as_mut().unwrap());
     } else if seed % 3 == 1 {
         edit::as_nodes(other.graph.as_mut().unwrap());
