@@ -17,12 +17,13 @@ use duet_onnx::runtime::{
 
 use support::goldens::{Client, Goldens};
 use support::models::{Pool, fixture_at, rewritten, root, runtime};
+use support::packed::unpacked;
 
 /// Largest allowed difference from PyTorch, in standard deviations of the reference's values (fp32).
 const LIMIT: f64 = 1e-4;
 
 fn folder(name: &str) -> PathBuf {
-    root().join("models/llava_next/fixtures").join(name)
+    unpacked(&root().join("models/llava_next/fixtures").join(name))
 }
 
 fn goldens(name: &str) -> Goldens {

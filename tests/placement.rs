@@ -23,6 +23,7 @@ use support::models::{
     Pool, Runner, fixture, fixture_at, kept, options, parts_at, recipe, recipe_text, rewritten,
     root, runtime, set_of, sizes, whole_fixture,
 };
+use support::packed::unpacked;
 
 /// Largest allowed difference from PyTorch, in standard deviations of the reference's values (fp32).
 const LIMIT: f64 = 1e-4;
@@ -365,7 +366,7 @@ fn crops_and_clips_are_valid() {
         ("llava-onevision", "llava_next/fixtures/llava-onevision"),
         ("video-llava", "video_llava/fixtures/ts-sdpa"),
     ] {
-        let base = parts_at(&root().join("models").join(folder));
+        let base = parts_at(&unpacked(&root().join("models").join(folder)));
         let merge = "{dominant: 12, contextual: 3, placement: decoder}";
         let text = recipe_text(&[("token_merge", merge), ("visual_prune", AT_ONCE)], "");
         valid(name, &base, &[text]);

@@ -3,7 +3,6 @@
 
 mod support;
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use duet_onnx::arch::{Mask, Role, VisionTower, Vlm};
@@ -15,6 +14,7 @@ use serde::Deserialize;
 
 use support::goldens::tensors;
 use support::models::{difference, numbers, open, parts_at, recipe, rewritten, root};
+use support::packed::contents;
 
 /// Largest allowed difference of a feature from PyTorch, in standard deviations.
 const LIMIT: f64 = 1e-4;
@@ -51,11 +51,7 @@ fn altered(name: &str, change: fn(Vec<u8>) -> Vec<u8>) -> Vlm {
     let packed = root().join(format!(
         "models/qwen_vl/fixtures/{name}/onnx/vision_encoder.onnx.gz"
     ));
-    let bytes = std::fs::read(&packed).unwrap_or_else(|e| panic!("{}: {e}", packed.display()));
-    let mut plain = Vec::new();
-    flate2::read::GzDecoder::new(bytes.as_slice())
-        .read_to_end(&mut plain)
-        .unwrap_or_else(|e| panic!("{}: {e}", packed.display()));
+    let plain = contents(&packed);
     // Each test has a place of its own, since tests run at once.
     let test = std::thread::current()
         .name()

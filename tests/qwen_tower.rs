@@ -20,6 +20,7 @@ use support::goldens::tensors;
 use support::models::{
     difference, index_rows, numbers, open, parts_at, probed, recipe, rewritten, root,
 };
+use support::packed::unpacked;
 
 /// Largest allowed difference of a feature from PyTorch, in standard deviations.
 const LIMIT: f64 = 1e-4;
@@ -57,7 +58,9 @@ fn goldens(name: &str) -> Goldens {
 }
 
 fn fixture(name: &str) -> Vlm {
-    parts_at(&root().join("models/qwen_vl/fixtures").join(name))
+    parts_at(&unpacked(
+        &root().join("models/qwen_vl/fixtures").join(name),
+    ))
 }
 
 fn tower(vlm: &Vlm) -> (&Model, &VisionTower) {

@@ -11,7 +11,6 @@ mod commands;
 mod support;
 
 use std::collections::HashMap;
-use std::io::Read;
 use std::path::PathBuf;
 
 use duet_onnx::arch::{Kind, Role, Vlm};
@@ -29,6 +28,7 @@ use support::models::{
     ANCHORS, DOMINANT, difference, index_rows, kept, numbers, open, open_decoder, parts_at, probed,
     recipe_text, rewritten, root,
 };
+use support::packed::contents;
 
 /// Largest allowed difference from PyTorch, in standard deviations of the reference's values.
 const LIMIT: f64 = 1e-4;
@@ -50,13 +50,7 @@ fn joined() -> Vlm {
 
 /// A packed file of the fixtures.
 fn unpacked(name: &str) -> Vec<u8> {
-    let path = root().join("models/video_llava/fixtures").join(name);
-    let packed = std::fs::read(&path).expect("the packed encoder");
-    let mut bytes = Vec::new();
-    flate2::read::GzDecoder::new(packed.as_slice())
-        .read_to_end(&mut bytes)
-        .expect("gzip");
-    bytes
+    contents(&root().join("models/video_llava/fixtures").join(name))
 }
 
 /// The fixture with another encoder of clips.

@@ -3,7 +3,7 @@
     python models/llava/goldens.py [--out models/llava/goldens] [SET ...]
 
 Writes OUT/SET/CASE.safetensors and OUT/SET/cases.json (see models/README.md for their fields),
-OUT/pixels.safetensors, OUT/preprocess.safetensors and OUT/tokenizer.json. A case is refused if double
+OUT/pixels.safetensors.gz, OUT/preprocess.safetensors.gz and OUT/tokenizer.json. A case is refused if double
 precision would choose other tokens, or if a choice was so close that another right implementation
 could choose otherwise.
 """
@@ -196,7 +196,7 @@ def record(
         "layers": size.layers,
         "patches": size.patches,
         "image_token_id": tokens.IMAGE,
-        "pixels": pixels or f"{'../pixels' if size.image == 126 else '../preprocess'}.safetensors",
+        "pixels": pixels or f"{'../pixels' if size.image == 126 else '../preprocess'}.safetensors.gz",
         "cases": index,
     }
     (folder / "cases.json").write_text(compact(head) + "\n", encoding="utf-8")

@@ -1,10 +1,12 @@
 """What goes in: pictures prepared as Transformers does, and texts as its tokenizer and template do."""
 
+import gzip
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.numpy import save as to_bytes
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -78,6 +80,10 @@ def texts() -> dict:
 
 
 def save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes tensors; packed where the name ends in .gz."""
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(to_bytes(tensors), 9, mtime=0))
+        return
     save_file(tensors, path)
     # safetensors creates its files for their owner alone.
     path.chmod(0o644)
@@ -85,7 +91,7 @@ def save(tensors: dict[str, np.ndarray], path: Path) -> None:
 
 def record(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    save(pictures(126), out / "pixels.safetensors")
+    save(pictures(126), out / "pixels.safetensors.gz")
     tensors = {f"{name}.{side}": processed(name, side)[1] for side in (126, 336) for name in NAMES}
-    save(tensors, out / "preprocess.safetensors")
+    save(tensors, out / "preprocess.safetensors.gz")
     tokens.dump(texts(), out / "tokenizer.json")

@@ -2,7 +2,7 @@
 
     python models/llava_next/goldens.py [--out models/llava_next/goldens] [SET ...]
 
-As models/llava/goldens.py, with images of several crops. OUT/SET/pixels.safetensors holds, for each picture, the
+As models/llava/goldens.py, with images of several crops. OUT/SET/pixels.safetensors.gz holds, for each picture, the
 8-bit crops [crops, 3, H, W] that Transformers' image processor makes (before rescaling and normalising) and, under
 NAME.size, height and width of the picture that they were made of. The pictures `street` and `shapes` are the files of
 models/llava/images; `small` and `wide` are the upper left 84 x 70 and 400 x 110 (width x height) of `street`.
@@ -99,11 +99,11 @@ def main() -> int:
             anyres.model,
             anyres.SIZES[name],
             pictures=pictures,
-            pixels="pixels.safetensors",
+            pixels="pixels.safetensors.gz",
             kind=AnyRes,
             images=images,
         )
-        inputs.save(stored, args.out / name / "pixels.safetensors")
+        inputs.save(stored, args.out / name / "pixels.safetensors.gz")
     return 0
 
 

@@ -1,6 +1,21 @@
 //! Tiny ONNX models for tests, written byte by byte: no dependency on the crate's own writer, which is tested
 //! against the engines itself.
 
+use std::io::Read;
+use std::path::Path;
+
+/// Contents of a file that is packed by gzip where its name ends in `.gz`.
+pub(crate) fn stored(path: &Path) -> Vec<u8> {
+    let mut bytes = std::fs::read(path).unwrap();
+    if path.extension().is_some_and(|e| e == "gz") {
+        let mut plain = Vec::new();
+        let mut packed = flate2::read::GzDecoder::new(bytes.as_slice());
+        packed.read_to_end(&mut plain).unwrap();
+        bytes = plain;
+    }
+    bytes
+}
+
 /// Element type of a graph input or output, by its number in `onnx.proto`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Type {

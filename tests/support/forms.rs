@@ -2,13 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use serde::Deserialize;
 
 use super::models::root;
+use super::packed::contents;
 
 /// What `models/forms/pack.py` says about a form.
 #[derive(Deserialize)]
@@ -78,15 +78,7 @@ impl Form {
         let target = folder.join(&self.name);
         for (file, source) in &self.files {
             let source = root().join("models").join(source);
-            let mut bytes =
-                fs::read(&source).unwrap_or_else(|e| panic!("{}: {e}", source.display()));
-            if source.extension().is_some_and(|e| e == "gz") {
-                let mut plain = Vec::new();
-                flate2::read::GzDecoder::new(bytes.as_slice())
-                    .read_to_end(&mut plain)
-                    .unwrap_or_else(|e| panic!("{}: {e}", source.display()));
-                bytes = plain;
-            }
+            let bytes = contents(&source);
             let file = target.join(file);
             fs::create_dir_all(file.parent().expect("a folder")).expect("a folder");
             fs::write(&file, bytes).unwrap_or_else(|e| panic!("{}: {e}", file.display()));

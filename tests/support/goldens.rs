@@ -14,6 +14,7 @@ use duet_onnx::runtime::{
 };
 
 use super::models::{ANCHORS, DOMINANT, Runner, difference, index_rows, kept, kept_name, root};
+use super::packed::contents;
 
 /// Cases of one set of weights.
 #[derive(Deserialize)]
@@ -129,9 +130,9 @@ impl Outcome {
     }
 }
 
-/// The tensors of a safetensors file.
+/// The tensors of a safetensors file, packed or not.
 pub(crate) fn tensors(path: &Path) -> HashMap<String, Tensor> {
-    let bytes = fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let bytes = contents(path);
     let file = SafeTensors::deserialize(&bytes).unwrap_or_else(|e| panic!("{e}"));
     let read = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
         let shape = view.shape().to_vec();

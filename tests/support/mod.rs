@@ -10,6 +10,7 @@ pub(crate) mod conversation;
 pub(crate) mod forms;
 pub(crate) mod goldens;
 pub(crate) mod models;
+pub(crate) mod packed;
 pub(crate) mod parts;
 
 /// Makes a test for every fixture out of `fn check(fixture: &str)`, in a module of the same name, so

@@ -9,7 +9,7 @@ use crate::runtime::image::Pixels;
 use crate::runtime::library::ensure;
 use crate::runtime::sampling::Sampler;
 use crate::runtime::template::Message;
-use crate::runtime::test_models::models_dir;
+use crate::runtime::test_models::{models_dir, stored};
 use crate::runtime::vision::scatter;
 
 const FIXTURES: [&str; 8] = [
@@ -55,7 +55,7 @@ struct Goldens {
 
 impl Goldens {
     fn read(path: PathBuf) -> Self {
-        let bytes = std::fs::read(path).unwrap();
+        let bytes = stored(&path);
         let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         let mut found = Self {
             floats: BTreeMap::new(),
@@ -99,7 +99,7 @@ fn distance(found: &ArrayD<f32>, expected: &ArrayD<f32>) -> f32 {
 /// Runs a recorded case at the level of tensors: rows padded on the left, several turns on one cache.
 fn replay(vlm: &mut VlmPipeline, set: &str, case: &str, turns: &[&[&str]]) {
     let goldens = Goldens::case(set, case);
-    let pixels = Goldens::read(models_dir().join("goldens/pixels.safetensors"));
+    let pixels = Goldens::read(models_dir().join("goldens/pixels.safetensors.gz"));
     let mut cache: Option<Cache> = None;
     for (turn, images) in turns.iter().enumerate() {
         let images: Vec<_> = images

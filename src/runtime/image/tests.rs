@@ -248,7 +248,8 @@ fn configurations_are_found_in_both_places() {
 #[test]
 fn recorded_pictures_come_out_within_two() {
     let models = crate::runtime::test_models::models_dir();
-    let bytes = std::fs::read(models.join("goldens/preprocess.safetensors")).unwrap();
+    let bytes =
+        crate::runtime::test_models::stored(&models.join("goldens/preprocess.safetensors.gz"));
     let goldens = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     for (fixture, size) in [("ts-eager-mha", 126), ("demo", 336)] {
         let processor = ImageProcessor::from_dir(models.join("fixtures").join(fixture)).unwrap();
