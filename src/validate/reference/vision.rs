@@ -223,7 +223,7 @@ fn none_gone(features: &[Array2<f32>]) -> Vec<Vec<bool>> {
     features.iter().map(|f| vec![false; f.nrows()]).collect()
 }
 
-/// Features of each image, and which of its places are empty.
+/// Features of each image or clip, and which of them were discarded.
 type Placed = (Vec<Array2<f32>>, Vec<Vec<bool>>);
 
 /// Merged features of each image in their places among `slots`, and which places are
