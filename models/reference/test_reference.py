@@ -25,7 +25,10 @@ import variants  # noqa: E402
 
 def qwen_vl(name: str):
     """A module of models/qwen_vl, whose files are called as llava's are."""
-    spec = importlib.util.spec_from_file_location(f"qwen_vl_{name}", Path(__file__).parents[1] / f"qwen_vl/{name}.py")
+    folder = Path(__file__).parents[1] / "qwen_vl"
+    # What it imports by a name that llava has not lies beside it.
+    sys.path.append(str(folder))
+    spec = importlib.util.spec_from_file_location(f"qwen_vl_{name}", folder / f"{name}.py")
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
