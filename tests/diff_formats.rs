@@ -116,7 +116,7 @@ fn equal_and_identical_models_are_told_apart() {
         f.changes = vec![change];
     });
     assert!(
-        ignored.contains("but for what is ignored. 1 change is not counted."),
+        ignored.contains("Nothing that counts changed. 1 change is not counted."),
         "{ignored}"
     );
 }

@@ -43,6 +43,11 @@ struct Image {
 
 /// A packed form, recognised.
 fn form(name: &str) -> Vlm {
+    altered(name, |bytes| bytes)
+}
+
+/// The same with its bytes changed first.
+fn altered(name: &str, change: fn(Vec<u8>) -> Vec<u8>) -> Vlm {
     let packed = root().join(format!(
         "models/qwen_vl/fixtures/{name}/onnx/vision_encoder.onnx.gz"
     ));
@@ -61,7 +66,7 @@ fn form(name: &str) -> Vlm {
         .join(test)
         .join(name);
     std::fs::create_dir_all(folder.join("onnx")).expect("a folder");
-    std::fs::write(folder.join("onnx/vision_encoder.onnx"), plain).expect("a file");
+    std::fs::write(folder.join("onnx/vision_encoder.onnx"), change(plain)).expect("a file");
     parts_at(&folder)
 }
 
@@ -159,6 +164,49 @@ fn attention_in_loops_over_windows_as_genai_has_it() {
         (4, 2, 2, 16, 4)
     );
     as_pytorch_has_it("vision-genai", "merge", |image| image.grid != FIXED);
+}
+
+/// A loop that does not go over all segments is no such attention, and neither is another mask.
+#[test]
+fn loops_that_are_something_else_are_refused() {
+    let vlm = altered("vision-genai", |bytes| {
+        // The operator of one node in front: field 4, four bytes. As long, and not the number of bounds.
+        let (from, to) = (*b"\x22\x04Size", *b"\x22\x04Sign");
+        let mut bytes = bytes;
+        let places = bytes.len() - from.len();
+        for at in 0..places {
+            if bytes[at..at + from.len()] == from {
+                bytes[at..at + from.len()].copy_from_slice(&to);
+            }
+        }
+        bytes
+    });
+    let Role::Unknown(why) = &vlm.parts[0].role else {
+        panic!("recognised");
+    };
+    let said = format!("{why:?}");
+    assert!(said.contains("as many rounds as"), "{said}");
+}
+
+#[test]
+fn without_the_segments_another_model_comes_out() {
+    let base = form("vision-genai");
+    let text =
+        "version: 1\npasses: [token_merge: {dominant: 5, contextual: 3, placement: encoder}]";
+    let mut other = base.clone();
+    let Role::Vision(tower) = &mut other.parts[0].role else {
+        panic!("a tower");
+    };
+    tower.site.masks.clear();
+    support::models::runtime();
+    let options = Options {
+        session: support::models::options(),
+        seed: 5,
+    };
+    let made = rewritten(&other, text);
+    let report = check(&base, &made, &recipe(text), &options, &mut |_| ()).expect("a report");
+    let mut images = report.findings.iter().filter(|f| f.check.contains("image"));
+    assert!(images.any(|f| !f.passed), "{report:?}");
 }
 
 /// GenAI's form takes several images of one grid; they are one set of tokens.

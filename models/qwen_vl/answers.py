@@ -7,7 +7,8 @@ Writes OUT/answers.json and OUT/patches.safetensors:
 - `answers`: the greedy answers of Transformers' own `generate` to chats, prepared by its own processor; `halved`
   are those to the first picture's chat if of every picture only the tokens at even places are there, with the
   positions that they have in the whole grid; `pruned` and `both` those of the reference with the recipes of that
-  name, which prune, and merge and prune;
+  name, which prune, and merge and prune, unless a choice was so close that another right implementation could
+  choose otherwise;
 - `clips`: the same for a clip, `video_llava/images/ball.gif`, of which two frames of each second are taken;
 - `pictures`: rows of patches and grids that its image processor (the one with Pillow) makes of pictures of several
   shapes; the tensors hold them before rescaling and normalising, as bytes;
@@ -201,9 +202,12 @@ def answers(name: str) -> list[dict]:
             if fact["halved"] in (fact["tokens"], halved(net, inputs, places=False)):
                 raise RuntimeError(f"{key}: half the tokens, or their places, change nothing")
             for kind, recipe in RECIPES.items():
-                fact[kind], fact[f"{kind}_lengths"], margin = rewritten(build.model(name), inputs, recipe)
+                answer, lengths, margin = rewritten(build.model(name), inputs, recipe)
+                # Drawn pictures have areas whose tokens are nearly the same.
                 if margin < shared.MARGIN:
-                    raise RuntimeError(f"{key}, {kind}: a choice was made by {margin:.1e}")
+                    print(f"{name:10} {key:8} {kind}: not recorded, a choice was made by {margin:.1e}")
+                else:
+                    fact |= {kind: answer, f"{kind}_lengths": lengths}
         if further is not None:
             if tokens.EOS in fact["tokens"]:
                 raise RuntimeError(f"{key}: the first answer ends; expected one that goes on")
@@ -225,8 +229,9 @@ def answers(name: str) -> list[dict]:
         print(f"{name:10} {key:8} {fact['prompt_tokens']:4} tokens: {fact['tokens']}")
         result.append(fact)
     for kind in RECIPES:
-        if all(fact.get(kind, fact["tokens"]) == fact["tokens"] for fact in result):
-            raise RuntimeError(f"{kind}: no answer changes")
+        changed = [fact["name"] for fact in result if fact.get(kind, fact["tokens"]) != fact["tokens"]]
+        if len(changed) < 2:
+            raise RuntimeError(f"{kind}: expected two answers that change at least; found {changed}")
     return result
 
 

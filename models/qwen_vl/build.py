@@ -19,7 +19,7 @@ from transformers import (
 )
 
 LLAVA = Path(__file__).parents[1] / "llava"
-sys.path.append(str(LLAVA))
+sys.path += [str(LLAVA), str(Path(__file__).parent)]
 import tokens  # noqa: E402
 import words  # noqa: E402
 

@@ -121,6 +121,9 @@ def loop(node: onnx.NodeProto, name: str) -> tuple[list[onnx.NodeProto], list[on
     def at(what: str) -> str:
         return f"{name}/{what}"
 
+    def like(what: str, number: str, other: str) -> onnx.NodeProto:
+        return helper.make_node("CastLike", [number, other], [at(f"{what}_like")], name=at(f"{what}_like"))
+
     nodes, flat = [], {}
     for what, tensor in (("query", query), ("key", key), ("value", value)):
         rows, packed = at(f"{what}_rows"), at(f"{what}_packed")
@@ -130,18 +133,22 @@ def loop(node: onnx.NodeProto, name: str) -> tuple[list[onnx.NodeProto], list[on
     nodes += [
         helper.make_node("Shape", [at("query_rows")], [at("shape")], name=at("shape")),
         helper.make_node("Size", [bounds], [at("count")], name=at("count")),
-        helper.make_node("Sub", [at("count"), constant("one", 1)], [at("trips")], name=at("trips")),
+        # Olive's script leaves casts in front of its numbers, which ONNX Runtime does not fold.
+        like("one", constant("one", 1), at("count")),
+        helper.make_node("Sub", [at("count"), at("one_like")], [at("trips")], name=at("trips")),
         # Nothing yet: no row of the values.
+        like("zero", constant("zero", [0]), constant("rows_axis", [1])),
         helper.make_node(
             "Slice",
-            [flat["value"], constant("zero", [0]), constant("zero", [0]), constant("rows_axis", [1])],
+            [flat["value"], at("zero_like"), at("zero_like"), constant("rows_axis", [1])],
             [at("nothing")],
             name=at("nothing"),
         ),
     ]
     body = [
         helper.make_node("Reshape", [at("i"), constant("list", [1])], [at("this")], name=at("this")),
-        helper.make_node("Add", [at("this"), constant("one", 1)], [at("next")], name=at("next")),
+        like("step", constant("one", 1), at("this")),
+        helper.make_node("Add", [at("this"), at("step_like")], [at("next")], name=at("next")),
         helper.make_node("Gather", [bounds, at("this")], [at("start")], name=at("start"), axis=0),
         helper.make_node("Gather", [bounds, at("next")], [at("end")], name=at("end"), axis=0),
     ]

@@ -6,7 +6,7 @@
 //! operator that computes something (a rotary embedding, a projection), so what is read is
 //! what the attention itself multiplies, without the copies in front of the product.
 
-use super::attention::{Site, quantised_from, split_heads};
+use super::attention::{Site, quantised_from};
 use super::scalar;
 use super::tower::projection_width;
 use crate::ir::{Model, ValueId, consts};
@@ -155,8 +155,13 @@ fn back(model: &Model, value: ValueId, axes: String, width: i64) -> Option<HeadR
 }
 
 /// (heads, head width) of an operand: from the reshape, behind rotary embeddings and copies,
-/// that splits a projection into heads of all its columns.
-pub(super) fn heads_behind(model: &Model, value: ValueId) -> Option<(i64, i64)> {
+/// that splits a projection into heads of all its columns; into `stated` heads, where their
+/// number is known.
+pub(super) fn heads_behind(
+    model: &Model,
+    value: ValueId,
+    stated: Option<i64>,
+) -> Option<(i64, i64)> {
     let (mut stack, mut seen) = (vec![value], std::collections::HashSet::new());
     let (mut splits, mut projected) = (Vec::new(), None);
     while let Some(at) = stack.pop() {
@@ -199,29 +204,26 @@ pub(super) fn heads_behind(model: &Model, value: ValueId) -> Option<(i64, i64)> 
         });
         fitting.next()
     };
-    splits.into_iter().find_map(complete)
+    let mut found = splits.into_iter().filter_map(complete);
+    found.find(|(heads, _)| stated.is_none_or(|stated| stated == *heads))
 }
 
 /// The last two dimensions of a reshape target of rank 3 or more, where they are stated. A width
 /// that the reshape infers is minus the number of parts in front of the heads.
 fn last_two(model: &Model, shape: ValueId) -> Option<(i64, i64)> {
-    let stated = consts::ints(model, shape);
-    let pair = match stated.as_deref() {
+    let dims = consts::ints(model, shape).or_else(|| {
+        let node = model.producer_node(shape).filter(|n| n.is("Concat"))?;
+        let parts = node.inputs.iter().flatten();
+        // 0 where the graph computes it.
+        let each = parts.map(|part| consts::ints(model, *part).unwrap_or_else(|| vec![0]));
+        Some(each.collect::<Vec<_>>().concat())
+    })?;
+    let pair = match dims.as_slice() {
         // [P, heads, −1] and [P, 3, heads, −1]
-        Some([_, heads, -1]) => (*heads, -1),
-        Some([_, parts @ (1..=3), heads, -1]) => (*heads, -parts),
-        Some([.., _, heads, width]) => (*heads, *width),
-        Some(_) => return None,
-        None => split_heads(model, shape).or_else(|| {
-            let node = model.producer_node(shape).filter(|n| n.is("Concat"))?;
-            let [_, heads, width] = node.inputs.as_slice() else {
-                return None;
-            };
-            Some((
-                consts::int(model, (*heads)?)?,
-                consts::int(model, (*width)?)?,
-            ))
-        })?,
+        [_, heads, -1] => (*heads, -1),
+        [_, parts @ (1..=3), heads, -1] => (*heads, -parts),
+        [.., _, heads, width] => (*heads, (*width).max(0)),
+        _ => return None,
     };
     (pair.0 > 0 && pair.1 != 0).then_some(pair)
 }

@@ -4,12 +4,15 @@ use super::pixels::{pixels_of, second_pixels};
 use crate::ir::cone::descendants;
 use crate::ir::{Model, ValueId};
 
+/// The name of a tower's pixels, and the outputs that depend on them.
+pub(super) type Lane = (String, Vec<ValueId>);
+
 /// Outputs of each tower under the name of its pixels, where a graph takes pixels twice
 /// (and no token ids: it is no whole model); the tower for images comes first.
 ///
 /// # Errors
 /// Towers that the graph's outputs do not keep apart, in words for people.
-pub(super) fn towers_of(model: &Model) -> Option<Result<Vec<(String, Vec<ValueId>)>, String>> {
+pub(super) fn towers_of(model: &Model) -> Option<Result<Vec<Lane>, String>> {
     if model.input("input_ids").is_some() || model.output("logits").is_some() {
         return None;
     }
@@ -25,7 +28,7 @@ pub(super) fn towers_of(model: &Model) -> Option<Result<Vec<(String, Vec<ValueId
     };
     pixels.sort_by_key(rank);
     let reached = pixels.map(|p| descendants(model, &[p], false));
-    let mut groups: Vec<(String, Vec<ValueId>)> = pixels
+    let mut groups: Vec<Lane> = pixels
         .iter()
         .map(|p| (model.name(*p).to_owned(), Vec::new()))
         .collect();

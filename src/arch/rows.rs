@@ -233,8 +233,9 @@ impl VisionTower {
         }
         let stated = site.query.heads.or(site.key.heads);
         let stated = stated.filter(|(h, w)| *h > 0 && *w > 0);
-        let heads = stated.or_else(|| heads_behind(model, site.query.value));
-        let Some((heads, head_dim)) = heads.or_else(|| heads_behind(model, site.key.value)) else {
+        let behind = |value| heads_behind(model, value, None);
+        let heads = stated.or_else(|| behind(site.query.value));
+        let Some((heads, head_dim)) = heads.or_else(|| behind(site.key.value)) else {
             return fail(format!(
                 "number and width of the attention heads of {described} cannot be read off its reshapes"
             ));

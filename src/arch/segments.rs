@@ -116,8 +116,8 @@ impl<'m> Body<'m> {
             ));
         }
         let (query, key) = (parts[0].0, parts[1].0);
-        let split = heads_behind(model, query).or_else(|| heads_behind(model, key));
-        let Some((_, width)) = split.filter(|(h, _)| *h == heads) else {
+        let behind = |value| heads_behind(model, value, Some(heads));
+        let Some((_, width)) = behind(query).or_else(|| behind(key)) else {
             return Err(format!(
                 "the width of its {heads} heads cannot be read off the reshapes in front"
             ));
@@ -134,7 +134,7 @@ impl<'m> Body<'m> {
     fn stretch(&self, part: ValueId) -> Option<(ValueId, ValueId)> {
         let model = self.model;
         let slice = model.producer_node(part).filter(|n| n.is("Slice"))?;
-        let listed = |slot: usize| consts::ints(model, slice.input(slot)?);
+        let listed = |slot: usize| numbers(model, slice.input(slot)?);
         let along = matches!(listed(3)?.as_slice(), [1 | -2]);
         let whole = slice.input(4).is_none() || listed(4)? == [1];
         let (from, first) = self.bound(slice.input(1)?)?;
@@ -177,7 +177,7 @@ impl<'m> Body<'m> {
                 && n.inputs == [Some(self.given), made]
         });
         let nothing = model.producer_node(self.start).is_some_and(|n| {
-            let listed = |slot: usize| n.input(slot).and_then(|v| consts::ints(model, v));
+            let listed = |slot: usize| n.input(slot).and_then(|v| numbers(model, v));
             n.is("Slice") && listed(1).is_some() && listed(1) == listed(2)
         });
         joined && nothing
@@ -204,6 +204,11 @@ impl<'m> Body<'m> {
         let shape = shape.and_then(of);
         shape.is_some_and(|n| n.is("Shape") && n.input(0) == Some(bounds))
     }
+}
+
+/// Integers that are constant, behind casts that an optimiser left.
+fn numbers(model: &Model, value: ValueId) -> Option<Vec<i64>> {
+    consts::ints(model, same(model, value))
 }
 
 /// A value behind casts and changes of shape that keep its numbers.

@@ -9,6 +9,7 @@ mod html;
 mod json;
 mod junit;
 mod markdown;
+mod places;
 mod sarif;
 mod text;
 mod words;

@@ -479,7 +479,19 @@ impl Pass for TokenMerge {
                 None => tower.features,
             };
             let shape = part.model.value(output).ty.as_ref().and_then(|t| t.shape());
-            let want = match placement_in(self.placement, vlm) {
+            let placement = placement_in(self.placement, vlm);
+            let mut outputs = part.model.graph().outputs.iter();
+            let told = outputs.any(|v| part.model.name(*v) == KEPT_OUTPUT);
+            if tower.rows.is_some() && told != (placement == Placement::Encoder) {
+                return Err(PassError::Ensures {
+                    pass: ENTRY.name,
+                    file: part.label(),
+                    problem: format!(
+                        "expected an output '{KEPT_OUTPUT}' where fewer features come out, and only there"
+                    ),
+                });
+            }
+            let want = match placement {
                 Placement::Encoder => self.tokens_left(tower, Placement::Encoder),
                 Placement::Decoder => tower.features_per_image(),
             };

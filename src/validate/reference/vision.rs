@@ -223,6 +223,9 @@ fn none_gone(features: &[Array2<f32>]) -> Vec<Vec<bool>> {
     features.iter().map(|f| vec![false; f.nrows()]).collect()
 }
 
+/// Features of each image, and which of its places are empty.
+type Placed = (Vec<Array2<f32>>, Vec<Vec<bool>>);
+
 /// Merged features of each image in their places among `slots`, and which places are
 /// empty; `frames` images together are one clip.
 fn place(
@@ -231,7 +234,7 @@ fn place(
     merged: &[Merged],
     slots: usize,
     frames: usize,
-) -> Result<(Vec<Array2<f32>>, Vec<Vec<bool>>), ValidateError> {
+) -> Result<Placed, ValidateError> {
     let first = usize::from(tower.gives_cls());
     let mut placed = Vec::new();
     for (rows, merged) in features.iter().zip(merged) {
