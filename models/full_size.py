@@ -6,8 +6,9 @@ The classes of Transformers with the dimensions of the published models, fp16, a
 them at opset 18, cut into files by the export scripts of the family's own folder. Weights are never written: their
 data files are sparse, 13 GiB by name and a few MiB on disk (where the file system keeps holes), and the memory that
 the script needs is that of the graphs. Everything that reads graphs works on it; running it gives nothing, because
-all weights are zero. `--pack` writes the graphs alone once more, packed by gzip and without what the exporter notes of
-each node, with the sizes of their data files: small enough for a fixture. Configs and tokenizer are those of the small models, with the true sizes.
+all weights are zero. Configs and tokenizer are those of the small models, with the true sizes. `--pack` writes the
+graphs alone once more, packed by gzip and without what the exporter notes of each node, with the sizes of their data
+files: small enough for a fixture.
 
 | family | tower | decoder |
 |---|---|---|
@@ -15,8 +16,9 @@ each node, with the sizes of their data files: small enough for a fixture. Confi
 | `video-llava` | two CLIP ViT-L/14-224, one for images, one for frames | the same |
 | `llava-next` | CLIP ViT-L/14-336 for each crop | the same (llava-v1.6-vicuna-7b) |
 | `llava-next-mistral` | the same | Mistral-7B: 32 layers, 8 key heads (llava-v1.6-mistral-7b) |
-| `llava-onevision` | SigLIP so400m/14-384, 26 blocks, 729 patches of each crop | Qwen2-7B: 28 layers, 3584 wide, 4 key heads |
-| `qwen2.5-vl` | 32 blocks, full attention in 7, 15, 23 and 31, windows of 112 px, groups of 2 x 2 | the same, M-RoPE |
+| `llava-onevision` | SigLIP so400m/14-384 for each crop, 729 patches | Qwen2-7B: 28 layers, 3584 wide, 4 key heads |
+| `qwen2.5-vl` | 32 blocks, full attention in 7, 15, 23, 31, windows of 112 px, groups of 2 x 2 | the same, M-RoPE |
+| `qwen2-vl` | 32 blocks, full attention in all, groups of 2 x 2 | the same, M-RoPE |
 """
 
 import argparse
@@ -65,6 +67,13 @@ def load(path: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def update(folder: Path, files: dict[str, dict]) -> None:
+    """Other values of keys in JSON files."""
+    for file, changes in files.items():
+        values = json.loads((folder / file).read_text()) | changes
+        (folder / file).write_text(json.dumps(values, indent=2) + "\n")
 
 
 # Each: (decoder layers or None for the model's own, folder for configs) -> llava's export module, whose `nest` and
@@ -126,22 +135,19 @@ def crops(name: str, layers: int | None, out: Path, mistral: bool = False) -> tu
     crop = load("llava_next/export.py")
     crop.configs(name, net, out)
     if name == "llava-onevision":
-        for file, changes in {
-            "config.json": {"image_grid_pinpoints": ONEVISION_GRIDS, "vision_aspect_ratio": "anyres_max_9"},
-            "preprocessor_config.json": {"image_grid_pinpoints": ONEVISION_GRIDS},
-            "processor_config.json": {"vision_aspect_ratio": "anyres_max_9"},
-        }.items():
-            values = json.loads((out / file).read_text()) | changes
-            (out / file).write_text(json.dumps(values, indent=2) + "\n")
+        grids = {"image_grid_pinpoints": ONEVISION_GRIDS}
+        aspect = {"vision_aspect_ratio": "anyres_max_9"}
+        files = {"config.json": grids | aspect, "preprocessor_config.json": grids, "processor_config.json": aspect}
+        update(out, files)
     return crop.llava, crop.parts(name, net)
 
 
-def qwen(layers: int | None, out: Path) -> tuple[ModuleType, list]:
+def qwen(name: str, layers: int | None, out: Path) -> tuple[ModuleType, list]:
     folders("qwen_vl")
     import build
     import export
+    import transformers
     import vision
-    from transformers import Qwen2_5_VLForConditionalGeneration
 
     size = build.Size(
         width=3584,
@@ -151,18 +157,22 @@ def qwen(layers: int | None, out: Path) -> tuple[ModuleType, list]:
         layers=layers or 28,
         section=(16, 24, 24),
         vision_width=1280,
-        vision_intermediate=3420,
+        vision_intermediate=3420 if name == "qwen2.5-vl" else 5120,
         vision_heads=16,
         vision_layers=32,
         full=(7, 15, 23, 31),
         patch=14,
         window=112,
     )
-    config = build.config(size)
+    build.SIZES[name] = size
+    config = build.config(name)
     config.text_config.vocab_size = 152064
-    net = bare(Qwen2_5_VLForConditionalGeneration, config)
-    export.configs(net, out)
-    return export.shared, [vision.part(net, vision.FORMS["vision-dynamo18"], size), *export.parts(net, size)]
+    net = bare(getattr(transformers, config.architectures[0]), config)
+    export.configs(net, name, out)
+    # Pixels of an image, as the published models have them.
+    update(out, {"preprocessor_config.json": {"size": {"shortest_edge": 3136, "longest_edge": 12845056}}})
+    form = vision.FORMS["vision-dynamo18"]
+    return export.shared, [vision.part(net, form, size), *export.parts(net, size)]
 
 
 FAMILIES: dict[str, Callable[[int | None, Path], tuple[ModuleType, list]]] = {
@@ -171,7 +181,8 @@ FAMILIES: dict[str, Callable[[int | None, Path], tuple[ModuleType, list]]] = {
     "llava-next": lambda layers, out: crops("llava-next", layers, out),
     "llava-next-mistral": lambda layers, out: crops("llava-next", layers, out, mistral=True),
     "llava-onevision": lambda layers, out: crops("llava-onevision", layers, out),
-    "qwen2.5-vl": qwen,
+    "qwen2.5-vl": lambda layers, out: qwen("qwen2.5-vl", layers, out),
+    "qwen2-vl": lambda layers, out: qwen("qwen2-vl", layers, out),
 }
 
 
