@@ -16,6 +16,8 @@ mod edit;
 mod parse;
 #[path = "diff/random.rs"]
 mod random;
+#[path = "diff/real.rs"]
+mod real;
 
 use std::fmt::Write;
 use std::fs;

@@ -8,30 +8,38 @@ use crate::onnx::OnnxError;
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum DiffError {
-    #[error(transparent)]
-    Model(#[from] OnnxError),
-    #[error("{}: {source}", path.display())]
+    #[error("{0}")]
+    Model(OnnxError),
+    #[error("{}: {reason}", path.display())]
     Io {
         path: PathBuf,
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     #[error(
         "{} is a directory and {} is a file; compare two files or two directories",
         directory.display(), file.display()
     )]
     Mixed { directory: PathBuf, file: PathBuf },
-    #[error("{}: not valid JSON: {source}", path.display())]
+    #[error("{}: not valid JSON: {reason}", path.display())]
     Json {
         path: PathBuf,
-        source: serde_json::Error,
+        reason: serde_json::Error,
     },
     #[error("{0}")]
     Policy(String),
 }
 
+// The messages hold what caused them, so that it is no source as well: a chain of
+// errors would say it twice.
+impl From<OnnxError> for DiffError {
+    fn from(error: OnnxError) -> Self {
+        Self::Model(error)
+    }
+}
+
 impl DiffError {
     pub(super) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io { path, source }
+        move |reason| Self::Io { path, reason }
     }
 }

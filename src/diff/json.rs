@@ -14,9 +14,9 @@ const SPELLED_OUT: usize = 24;
 pub(super) fn files(a: &Path, b: &Path) -> Result<Vec<Change>, DiffError> {
     let read = |path: &Path| -> Result<Value, DiffError> {
         let text = std::fs::read(path).map_err(DiffError::io(path))?;
-        serde_json::from_slice(&text).map_err(|source| DiffError::Json {
+        serde_json::from_slice(&text).map_err(|reason| DiffError::Json {
             path: path.to_owned(),
-            source,
+            reason,
         })
     };
     Ok(compare(&read(a)?, &read(b)?))

@@ -25,7 +25,10 @@ const SHOWN: u64 = 16;
 pub fn textconv(path: &Path) -> Result<String, DiffError> {
     match read_graph(path) {
         Ok(model) => Ok(of_model(&model)),
-        Err(OnnxError::Io { path, source }) => Err(DiffError::Io { path, source }),
+        Err(OnnxError::Io { path, source }) => Err(DiffError::Io {
+            path,
+            reason: source,
+        }),
         Err(error) => {
             let bytes = std::fs::read(path).map_err(DiffError::io(path))?;
             // What `git lfs` leaves in place of a file is text already.
