@@ -198,5 +198,6 @@ fn git_difftool_compares_models() {
         "--",
         "model.onnx",
     ];
-    assert_eq!(repository.try_git(&trusting).status.code(), Some(1));
+    // git's own code for a tool that ended with 1 is another one.
+    assert!(!repository.try_git(&trusting).status.success());
 }
