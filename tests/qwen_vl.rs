@@ -11,7 +11,7 @@ mod support;
 use std::fs;
 use std::path::PathBuf;
 
-use duet_onnx::arch::{Role, Vlm};
+use duet_onnx::arch::{Kind, Vlm};
 use duet_onnx::passes::rewrite;
 use duet_onnx::runtime::{
     Cache, Decoder, Embedder, Grid, GridPositions, StepInput, StepOutput, Tensor, Value, scatter,
@@ -316,8 +316,7 @@ fn renumbering_is_refused() {
 #[test]
 fn a_decoder_alone_is_told_its_visual_tokens() {
     let mut vlm = fixture("ts-sdpa");
-    vlm.parts
-        .retain(|part| !matches!(part.role, Role::Vision(_)));
+    vlm.parts.retain(|part| part.kind() != Kind::Vision);
     let prune = "visual_prune: {drops: [{after_layer: 2, keep: 0.5}]}";
     let error = rewrite(
         vlm.clone(),
