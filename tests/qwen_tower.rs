@@ -311,7 +311,8 @@ fn the_whole_model_validates() {
 fn what_is_recognised_wrongly_fails() {
     let base = fixture("vision-ts-sdpa");
     let text = merge_only("{dominant: 5, contextual: 3}");
-    let broken: [(&str, fn(&mut VisionTower)); 4] = [
+    type Break = fn(&mut VisionTower);
+    let broken: [(&str, Break); 4] = [
         ("order", |t| t.rows.as_mut().expect("rows").moves.clear()),
         ("mask", |t| t.site.masks.clear()),
         ("scale", |t| t.site.post_scale *= -1.0),
