@@ -18,7 +18,6 @@ files: small enough for a fixture.
 | `llava-next-mistral` | the same | Mistral-7B: 32 layers, 8 key heads (llava-v1.6-mistral-7b) |
 | `llava-onevision` | SigLIP so400m/14-384 for each crop, 729 patches | Qwen2-7B: 28 layers, 3584 wide, 4 key heads |
 | `qwen2.5-vl` | 32 blocks, full attention in 7, 15, 23, 31, windows of 112 px, groups of 2 x 2 | the same, M-RoPE |
-| `qwen2-vl` | 32 blocks, full attention in all, groups of 2 x 2 | the same, M-RoPE |
 """
 
 import argparse
@@ -142,13 +141,14 @@ def crops(name: str, layers: int | None, out: Path, mistral: bool = False) -> tu
     return crop.llava, crop.parts(name, net)
 
 
-def qwen(name: str, layers: int | None, out: Path) -> tuple[ModuleType, list]:
+def qwen(layers: int | None, out: Path) -> tuple[ModuleType, list]:
     folders("qwen_vl")
     import build
     import export
     import transformers
     import vision
 
+    name = "qwen2.5-vl"
     size = build.Size(
         width=3584,
         intermediate=18944,
@@ -157,7 +157,7 @@ def qwen(name: str, layers: int | None, out: Path) -> tuple[ModuleType, list]:
         layers=layers or 28,
         section=(16, 24, 24),
         vision_width=1280,
-        vision_intermediate=3420 if name == "qwen2.5-vl" else 5120,
+        vision_intermediate=3420,
         vision_heads=16,
         vision_layers=32,
         full=(7, 15, 23, 31),
@@ -181,8 +181,7 @@ FAMILIES: dict[str, Callable[[int | None, Path], tuple[ModuleType, list]]] = {
     "llava-next": lambda layers, out: crops("llava-next", layers, out),
     "llava-next-mistral": lambda layers, out: crops("llava-next", layers, out, mistral=True),
     "llava-onevision": lambda layers, out: crops("llava-onevision", layers, out),
-    "qwen2.5-vl": lambda layers, out: qwen("qwen2.5-vl", layers, out),
-    "qwen2-vl": lambda layers, out: qwen("qwen2-vl", layers, out),
+    "qwen2.5-vl": qwen,
 }
 
 
