@@ -392,7 +392,6 @@ impl<'s, 'm> Matcher<'s, 'm> {
     /// Pairs nodes that have the same hash: by what they are connected to, then by
     /// name, then in order.
     fn ties(&self, a: Vec<NodeId>, b: Vec<NodeId>, down: bool, pairs: &mut Pairs) {
-        // By what a node is connected to: the nodes of A and of B.
         type Sides = (Vec<NodeId>, Vec<NodeId>);
         let mut groups: HashMap<Vec<Option<ValueId>>, Sides> = HashMap::new();
         let mut order = Vec::new();
