@@ -102,7 +102,7 @@ fn structure(path: &Path) -> Result<String, String> {
                 of("heads"),
                 of("patches")
             ));
-        } else if part["layers"].is_i64() {
+        } else if part["layers"].is_i64() && part["heads"].is_i64() {
             found.push(format!(
                 "decoder {} × {}/{} heads of {}",
                 of("layers"),

@@ -133,21 +133,23 @@ impl Sweep<'_, '_> {
             tokens.sort_unstable();
         }
         tokens.into_iter().for_each(|t| mix.add(t));
+        // Attributes are in no order: each body counts with its attribute's name.
+        let mut bodies = 0u64;
         for attribute in &node.attributes {
-            match &attribute.value {
-                AttrValue::Graph(g) => {
-                    let body = self.body(*g, scratch);
-                    mix.add(body);
-                }
-                AttrValue::Graphs(list) => {
-                    for g in list {
-                        let body = self.body(*g, scratch);
-                        mix.add(body);
-                    }
-                }
-                _ => {}
+            let graphs = match &attribute.value {
+                AttrValue::Graph(g) => std::slice::from_ref(g),
+                AttrValue::Graphs(list) => list.as_slice(),
+                _ => continue,
+            };
+            let mut of = Mix::new(30);
+            of.bytes(attribute.name.as_bytes());
+            for g in graphs {
+                let body = self.body(*g, scratch);
+                of.add(body);
             }
+            bodies = bodies.wrapping_add(of.end());
         }
+        mix.add(bodies);
         mix.end()
     }
 

@@ -291,12 +291,45 @@ impl Loader {
         self.model.functions.push(function);
     }
 
+    /// Resolves what a body reads that a graph around it defines further on in the
+    /// file, which was not there yet when the body was read.
+    fn capture_later(&mut self) {
+        for index in 0..self.model.values.len() {
+            let value = &self.model.values[index];
+            let GraphKind::Body { parent } = self.model.graphs[value.graph.index()].kind else {
+                continue;
+            };
+            if value.def != Def::Missing {
+                continue;
+            }
+            let Some(outer) = self.resolve(parent, &value.name) else {
+                continue;
+            };
+            let inner = ValueId::new(index);
+            let uses = std::mem::take(&mut self.model.values[index].uses);
+            for at in &uses {
+                if let Some(node) = &mut self.model.nodes[at.node.index()] {
+                    node.inputs[at.slot] = Some(outer);
+                }
+            }
+            self.model.values[outer.index()].uses.extend(uses);
+            for graph in &mut self.model.graphs {
+                for output in &mut graph.outputs {
+                    if *output == inner {
+                        *output = outer;
+                    }
+                }
+            }
+        }
+    }
+
     /// The finished model.
     ///
     /// Converters leave files whose nodes are not in a topological order, and
     /// runtimes take them; here they are put in order. (A cycle stays as it is,
     /// for the verifier to report.)
-    pub(crate) fn finish(self) -> Model {
+    pub(crate) fn finish(mut self) -> Model {
+        self.capture_later();
         let mut model = self.model;
         for index in 0..model.graphs.len() {
             let _ = model.sort(GraphId::new(index));
