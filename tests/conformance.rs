@@ -527,7 +527,7 @@ fn parameters_that_do_not_fit_are_refused() {
             ),
             (
                 merge("{dominant: 4, contextual: 4, cluster_width: 0}"),
-                &["cluster_width is 0", "1 or more"],
+                &["cluster_width is 0", "expected 1 to"],
             ),
             (
                 merge("{dominant: 1.5, contextual: 4}"),

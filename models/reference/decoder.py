@@ -170,10 +170,12 @@ class Decoder:
             lose.append(ranked - int(len(seen) * keep) + int(tokens.gone[row].sum()))
         return replace(tokens, visual=visual, asks=asks), min(lose)
 
-    def _behind(self, index: int, kept: torch.Tensor, tokens: Tokens, earlier: int) -> tuple[Tokens, Drop]:
+    def _behind(
+        self, index: int, kept: torch.Tensor, tokens: Tokens, earlier: int, placed: bool
+    ) -> tuple[Tokens, Drop]:
         """The tokens behind a drop point; `earlier` left there in earlier calls."""
         tokens = tokens.take(kept)
-        positions = (self.prune or Prune(())).positions_of(tokens.positions.dim() == 3)
+        positions = (self.prune or Prune(())).positions_of(tokens.positions.dim() == 3, placed)
         if positions == "renumber":
             # Less by the tokens that left before it, in this call and in earlier ones.
             tokens.positions = tokens.positions - (kept - torch.arange(kept.shape[1])) - earlier
@@ -192,7 +194,7 @@ class Decoder:
                 behind = tokens.gone.flip(1).cumsum(1).flip(1)
                 stays = ~(tokens.gone & (behind <= lost))
                 kept = torch.arange(length).expand(stays.shape)[stays].reshape(-1, length - lost)
-                tokens, drop = self._behind(index, kept, tokens, earlier)
+                tokens, drop = self._behind(index, kept, tokens, earlier, placed)
                 drops.append(drop)
                 earlier = 0
             if index in schedule:
@@ -203,7 +205,7 @@ class Decoder:
                     target = min(n - int(n * schedule[index]) + g for n, g in zip(entered, discarded))
                     lose, lost = target - lost, target
                 kept, ratio = self._drop(index, lose, tokens, margins), schedule[index]
-                tokens, drop = self._behind(index, kept, tokens, earlier)
+                tokens, drop = self._behind(index, kept, tokens, earlier, placed)
                 drops.append(drop)
             tokens.hidden, layer_cache = self._layer(layer, tokens, past[index] if past else None)
             cache.append(layer_cache)

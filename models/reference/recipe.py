@@ -85,11 +85,12 @@ class Prune:
         if any(not 0 <= keep <= 1 or layer < 1 for layer, keep in self.drops):
             raise ValueError(f"visual_prune.drops: expected layers from 1 and ratios in 0..1; found {self.drops}")
 
-    def positions_of(self, mrope: bool) -> str:
-        """What happens to positions; left out, they are kept with M-RoPE and contiguous otherwise."""
+    def positions_of(self, mrope: bool, placed: bool = False) -> str:
+        """What happens to positions; left out, they are kept with M-RoPE and where discarded features come in
+        (`placed`), and contiguous otherwise."""
         if mrope and self.positions == "renumber":
             raise ValueError("visual_prune.positions: expected keep with M-RoPE's three rows; found renumber")
-        return self.positions or ("keep" if mrope else "renumber")
+        return self.positions or ("keep" if mrope or placed else "renumber")
 
 
 def parse(recipe: dict) -> tuple[Merge | None, Prune | None]:

@@ -1,5 +1,6 @@
 //! Quantisation annotations: which tensors are scale and zero point of a value.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::compare::Comparer;
@@ -12,9 +13,23 @@ type Said = BTreeSet<(String, String)>;
 
 /// Compares the annotations of all graphs.
 pub(super) fn compare(c: &mut Comparer<'_, '_>) {
-    // Values that are in both are told by A's ids, constants by their contents.
-    let on_a = |v: ValueId| c.pairs.value_b[v.index()].map(|_| v);
-    let on_b = |v: ValueId| c.pairs.value_a[v.index()];
+    // Values that are in both are told by A's ids, constants too where a node reads
+    // both; else these are told by their contents.
+    let (mut of_a, mut of_b) = (HashMap::new(), HashMap::new());
+    for (v, w) in &c.constants {
+        if let (Entry::Vacant(a), Entry::Vacant(b)) = (of_a.entry(*v), of_b.entry(*w)) {
+            a.insert(*v);
+            b.insert(*v);
+        }
+    }
+    let on_a = |v: ValueId| {
+        let constant = of_a.get(&v).copied();
+        constant.or(c.pairs.value_b[v.index()].map(|_| v))
+    };
+    let on_b = |v: ValueId| {
+        let constant = of_b.get(&v).copied();
+        constant.or(c.pairs.value_a[v.index()])
+    };
     let (of_a, of_b) = (said(c.a, &on_a), said(c.b, &on_b));
     let mut found = Vec::new();
     for what in of_a.keys().chain(of_b.keys()).collect::<BTreeSet<_>>() {
@@ -53,12 +68,12 @@ fn said(
         let names = names(side, id);
         let identity = |name: &str| match names.get(name) {
             Some(v) => match (side.constant(*v), paired(*v)) {
-                (Some(constant), _) => {
+                (_, Some(pair)) => format!("value {pair}"),
+                (Some(constant), None) => {
                     let hex: String = constant.digest.iter().map(|b| format!("{b:02x}")).collect();
                     format!("constant {hex}")
                 }
-                (None, Some(pair)) => format!("value {pair}"),
-                _ => format!("name {name}"),
+                (None, None) => format!("name {name}"),
             },
             None => format!("name {name}"),
         };

@@ -26,6 +26,7 @@ pub(super) fn compare(c: &mut Comparer<'_, '_>, x: NodeId, y: NodeId) -> Result<
     let default = |of: &'static [(&'static str, Stated)], name: &str| {
         of.iter().find(|(n, _)| *n == name).map(|(_, d)| d)
     };
+    repeated(c, x, y);
     for name in all {
         let at = |node: &crate::ir::Node| node.attributes.iter().position(|a| a.name == name);
         let (i, j) = (at(node_a), at(node_b));
@@ -79,6 +80,26 @@ pub(super) fn compare(c: &mut Comparer<'_, '_>, x: NodeId, y: NodeId) -> Result<
         c.push(change.values(old, new), Some(x), Some(y));
     }
     Ok(())
+}
+
+/// Attributes that a node has twice: which of them counts is not said anywhere, so
+/// anything but the same list is a change.
+fn repeated(c: &mut Comparer<'_, '_>, x: NodeId, y: NodeId) {
+    let list = |side: &Side<'_>, node: NodeId| {
+        let all = &side.model.node(node).attributes;
+        let names: BTreeSet<&str> = all.iter().map(|a| a.name.as_str()).collect();
+        let each = (0..all.len()).map(|i| format!("{} = {}", all[i].name, text(side, node, i)));
+        (names.len() < all.len(), each.collect::<Vec<_>>().join(", "))
+    };
+    let ((twice_a, old), (twice_b, new)) = (list(c.a, x), list(c.b, y));
+    if (twice_a || twice_b) && old != new {
+        let title = format!(
+            "attributes of {}, one of them there twice, changed",
+            op(c.a, x)
+        );
+        let change = Change::new(Class::Structure, Kind::Attribute, title);
+        c.push(change.values(old, new), Some(x), Some(y));
+    }
 }
 
 fn spelled_out(c: &mut Comparer<'_, '_>, x: NodeId, y: NodeId, name: &str, now: bool) {
@@ -177,5 +198,35 @@ fn text(side: &Side<'_>, node: NodeId, index: usize) -> String {
                 .collect();
             format!("{} bytes {hex}", essence.len())
         }
+    }
+}
+
+/// A value of an attribute in words that are the same for the same bits only, wherever
+/// they lie.
+pub(super) fn exact(side: &Side<'_>, value: &AttrValue) -> String {
+    match value {
+        AttrValue::Float(v) => format!("{v:?} ({:#010x})", v.to_bits()),
+        AttrValue::Floats(list) => {
+            let bits: Vec<String> = list
+                .iter()
+                .map(|v| format!("{:#010x}", v.to_bits()))
+                .collect();
+            format!("{list:?} ({})", bits.join(", "))
+        }
+        AttrValue::Tensor(t) => {
+            let contents = match &t.data {
+                crate::ir::TensorData::Strings(list) => format!("{list:?}"),
+                // What cannot be loaded is told by where it should be.
+                data => match t.bytes(side.model.external()) {
+                    Ok(bytes) => blake3::hash(&bytes).to_string(),
+                    Err(_) => format!("{data:?}"),
+                },
+            };
+            format!("{}{:?} {contents}", t.dtype, t.dims)
+        }
+        AttrValue::Other(bytes) => {
+            format!("{}", blake3::hash(&side.essence(bytes)))
+        }
+        other => format!("{other:?}"),
     }
 }

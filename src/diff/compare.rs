@@ -11,7 +11,7 @@ use super::matching::{Functions, Pairs};
 use super::report::{Change, Class, Kind, Place, Spot, WeightChange};
 use super::side::{ConstId, Side};
 use super::{DiffError, Options, weights};
-use crate::ir::{DataType, Def, NodeId, ValueId};
+use crate::ir::{DataType, Def, Node, NodeId, ValueId};
 use crate::onnx::details::{self, Remarks};
 
 /// Who reads a value.
@@ -95,17 +95,23 @@ impl<'s, 'm> Comparer<'s, 'm> {
         }
         attributes::compare(self, x, y)?;
         self.inputs(x, y)?;
-        let asked = |list: &[Option<ValueId>]| {
-            let count = list
-                .iter()
-                .rposition(Option::is_some)
-                .map_or(0, |at| at + 1);
+        let asked = |node: &Node| {
+            let list = &node.outputs;
+            // How many are left out at the end makes no difference where an operator
+            // has a fixed number of them.
+            let plain = node.domain.is_empty() && !self.a.model.is_function(node);
+            let fixed = plain && !matches!(node.op_type.as_str(), "Split" | "If" | "Loop" | "Scan");
+            let last = list.iter().rposition(Option::is_some);
+            let count = match fixed {
+                true => last.map_or(0, |at| at + 1),
+                false => list.len(),
+            };
             list[..count]
                 .iter()
                 .map(Option::is_some)
                 .collect::<Vec<_>>()
         };
-        let (asked_a, asked_b) = (asked(&node_a.outputs), asked(&node_b.outputs));
+        let (asked_a, asked_b) = (asked(node_a), asked(node_b));
         if asked_a != asked_b {
             let words = |list: &[bool]| {
                 let named = list.iter().enumerate().filter(|(_, a)| **a);
@@ -157,7 +163,7 @@ impl<'s, 'm> Comparer<'s, 'm> {
             return self.lists(x, y);
         }
         let mut order: Vec<usize> = (0..arity(node_a)).collect();
-        if commutes(node_a) && commutes(node_b) {
+        if commutes(self.a.model, node_a) && commutes(self.b.model, node_b) {
             let mut agree = |slots: [usize; 2]| -> Result<usize, DiffError> {
                 let mut score = 0;
                 for (slot, other) in slots.into_iter().enumerate() {
@@ -277,7 +283,11 @@ impl<'s, 'm> Comparer<'s, 'm> {
         w: ValueId,
     ) -> Result<(), DiffError> {
         match self.agree(Some(v), Some(w))? {
-            Agreement::Same => {}
+            Agreement::Same => {
+                if self.a.constant_of[v.index()].is_some() {
+                    self.constants.insert((v, w));
+                }
+            }
             Agreement::Contents(c, d) => {
                 let place = Place {
                     a: Some(Spot::value(self.a.model.name(v))),

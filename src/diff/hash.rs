@@ -4,7 +4,7 @@
 //! element by element, so a collision can make a report longer, never shorter.
 
 use super::side::{ConstId, Side};
-use crate::ir::{AttrValue, Attribute, Node, NodeId};
+use crate::ir::{AttrValue, Attribute, Model, Node, NodeId};
 
 /// Combines numbers, in order.
 #[derive(Clone, Copy, Debug)]
@@ -55,18 +55,18 @@ impl Level {
     pub(super) const ALL: [Self; 3] = [Self::Exact, Self::Shape, Self::Operator];
 }
 
-/// Whether the operands of a node may be exchanged: the result is the same bit
-/// for bit (of more than two operands a sum depends on their order).
-pub(super) fn commutes(node: &Node) -> bool {
-    const OPERATORS: [&str; 13] = [
+/// Whether the operands of a node may be exchanged: the result is the same (of more
+/// than two operands a sum depends on their order). Not so of `Max` and `Min`, whose
+/// operands may be 0 and −0; of operators of old sets that say how the second is
+/// broadcast; of a model-local function that bears an operator's name.
+pub(super) fn commutes(model: &Model, node: &Node) -> bool {
+    const OPERATORS: [&str; 11] = [
         "Add",
         "Mul",
         "And",
         "Or",
         "Xor",
         "Equal",
-        "Max",
-        "Min",
         "Sum",
         "Mean",
         "BitwiseAnd",
@@ -77,6 +77,8 @@ pub(super) fn commutes(node: &Node) -> bool {
         && node.inputs.len() == 2
         && node.inputs.iter().all(Option::is_some)
         && OPERATORS.contains(&node.op_type.as_str())
+        && node.attributes.is_empty()
+        && !model.is_function(node)
 }
 
 /// Number of inputs without the omitted ones at the end.
@@ -137,7 +139,11 @@ impl Side<'_> {
         mix.add(sum);
         let mut slots: Vec<u64> = Vec::new();
         for (slot, input) in node.inputs.iter().enumerate().take(arity(node)) {
-            let place = if commutes(node) { 0 } else { slot as u64 + 1 };
+            let place = if commutes(self.model, node) {
+                0
+            } else {
+                slot as u64 + 1
+            };
             let what = match input {
                 None => 3,
                 Some(v) => match self.constant_of[v.index()] {
@@ -147,7 +153,7 @@ impl Side<'_> {
             };
             slots.push(Mix::new(place).with(what).end());
         }
-        if commutes(node) {
+        if commutes(self.model, node) {
             slots.sort_unstable();
         }
         slots.into_iter().for_each(|s| mix.add(s));

@@ -586,7 +586,7 @@ impl<'s, 'm> Matcher<'s, 'm> {
         let l = level as usize;
         let mut groups: HashMap<(usize, u64), (Vec<NodeId>, Vec<NodeId>)> = HashMap::new();
         let slot = |side: &Side<'_>, node: NodeId, slot| {
-            if commutes(side.model.node(node)) {
+            if commutes(side.model, side.model.node(node)) {
                 0
             } else {
                 slot

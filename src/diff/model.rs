@@ -10,10 +10,11 @@ use super::report::{Change, Class, FileReport, Kind, ModelFacts, Place, Renames,
 use super::side::Side;
 use super::sweep::own;
 use super::{
-    DiffError, Options, annotations, content, context, files, header, layers, regions, storage,
+    DiffError, Options, annotations, attributes, content, context, files, header, layers, regions,
+    storage,
 };
 use crate::ir::{AttrValue, GraphId, Model, NodeId};
-use crate::onnx::read;
+use crate::onnx::{details, read};
 
 /// What was found about a pair of models.
 #[derive(Clone, Debug, PartialEq)]
@@ -268,18 +269,23 @@ fn function_changes(
             found,
         );
         let (da, db) = (&a.details.functions[i], &b.details.functions[j]);
-        let parameters = |d: &crate::onnx::details::FunctionDetails, f: &crate::ir::Function| {
+        let parameters = |side: &Side<'_>,
+                          d: &crate::onnx::details::FunctionDetails,
+                          f: &crate::ir::Function| {
             let mut all: BTreeMap<String, String> = d
                 .attributes
                 .iter()
                 .map(|n| (n.clone(), String::new()))
                 .collect();
             for default in &f.defaults {
-                all.insert(default.name.clone(), format!(" = {:?}", default.value));
+                all.insert(
+                    default.name.clone(),
+                    format!(" = {}", attributes::exact(side, &default.value)),
+                );
             }
             all
         };
-        let (old, new) = (parameters(da, f), parameters(db, g));
+        let (old, new) = (parameters(a, da, f), parameters(b, db, g));
         if old != new {
             let text = format!("attributes of function {name} changed");
             let shown = |all: &BTreeMap<String, String>| {
@@ -370,6 +376,16 @@ fn values(c: &mut Comparer<'_, '_>) {
             ..Place::default()
         };
         c.remarks("tensors", &x, &y, &place);
+        // Of constants that are values of the graph, or what `Constant` nodes give.
+        let values = (c.a.model.value(v), c.b.model.value(w));
+        let (x, y) = (details::of_value(values.0), details::of_value(values.1));
+        c.remarks("values", &x, &y, &place);
+        let node = |side: &Side<'_>, v| {
+            let node = side.model.producer_node(v);
+            node.map(details::of_node).unwrap_or_default()
+        };
+        let (x, y) = (node(c.a, v), node(c.b, w));
+        c.remarks("nodes", &x, &y, &place);
     }
 }
 

@@ -129,7 +129,7 @@ impl Sweep<'_, '_> {
         let mut tokens: Vec<u64> = inputs
             .map(|v| v.map_or(25, |v| self.value(v, scratch)))
             .collect();
-        if commutes(node) {
+        if commutes(self.side.model, node) {
             tokens.sort_unstable();
         }
         tokens.into_iter().for_each(|t| mix.add(t));
@@ -182,7 +182,7 @@ impl Sweep<'_, '_> {
                 };
                 let place = if reader != u.node {
                     CAPTURED
-                } else if commutes(self.side.model.node(reader)) {
+                } else if commutes(self.side.model, self.side.model.node(reader)) {
                     0
                 } else {
                     u.slot as u64 + 1

@@ -23,7 +23,9 @@ pub use recipe::{Count, KvLayout, Positions, Recipe, StaticSpan};
 pub use token_merge::{
     Cls, KEPT_OUTPUT, MergeBudget, Placement, Selector, TokenMerge, merge_budget, placement_in,
 };
-pub use visual_prune::{Drop, RankMask, RatioBase, SALIENT_MASK_INPUT, TextQueries, VisualPrune};
+pub use visual_prune::{
+    Drop, RankMask, RatioBase, SALIENT_MASK_INPUT, TextQueries, VisualPrune, default_positions,
+};
 
 use crate::arch::Vlm;
 use crate::ir::PatchPlan;

@@ -17,6 +17,9 @@ pub enum Count {
     Ratio(f64),
 }
 
+/// The largest count of tokens that a recipe may state.
+pub(super) const MAX_COUNT: i64 = i32::MAX as i64;
+
 impl<'de> Deserialize<'de> for Count {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         use serde::de::Error;
@@ -27,10 +30,11 @@ impl<'de> Deserialize<'de> for Count {
                     "{n} is no ratio; expected 0.0 to 1.0"
                 ))),
             },
+            // Graphs multiply counts, which has to stay within 64 bits.
             Value::Number(n) => match n.as_i64() {
-                Some(count) if count >= 0 => Ok(Self::Tokens(count)),
+                Some(count) if (0..=MAX_COUNT).contains(&count) => Ok(Self::Tokens(count)),
                 _ => Err(D::Error::custom(format!(
-                    "{n} is no token count; expected 0 or more"
+                    "{n} is no token count; expected 0 to {MAX_COUNT}"
                 ))),
             },
             _ => Err(D::Error::custom(

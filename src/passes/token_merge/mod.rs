@@ -71,7 +71,7 @@ use serde::Deserialize;
 use self::build::Build;
 use self::resize::{fixed_length, resize};
 use self::sizes::Sizes;
-use super::recipe::Count;
+use super::recipe::{Count, MAX_COUNT};
 use super::{Context, Entry, Pass, PassError, marker, recount, visual_prune};
 use crate::arch::{NoMatch, VisionTower, Vlm};
 use crate::ir::{Model, Patch, PatchPlan};
@@ -354,9 +354,9 @@ impl Pass for TokenMerge {
                 problem,
             })
         };
-        if self.cluster_width < 1 {
+        if !(1..=MAX_COUNT).contains(&self.cluster_width) {
             return fail(format!(
-                "cluster_width is {}; expected 1 or more",
+                "cluster_width is {}; expected 1 to {MAX_COUNT}",
                 self.cluster_width
             ));
         }

@@ -137,13 +137,10 @@ impl VisualPrune {
     }
 
     /// What happens to the positions of tokens that stay in `decoder`: what the
-    /// recipe says, or what the method does there. With M-RoPE they stay as they are
-    /// (they are places in a grid), else they are contiguous again.
-    pub fn positions_of(&self, decoder: &Decoder) -> Positions {
-        self.positions.unwrap_or(match decoder.position_rows {
-            Some(_) => Positions::Keep,
-            None => Positions::Renumber,
-        })
+    /// recipe says, or [what the method does there](default_positions).
+    pub fn positions_of(&self, decoder: &Decoder, placed: bool) -> Positions {
+        self.positions
+            .unwrap_or_else(|| default_positions(decoder, placed))
     }
 
     fn check(&self) -> Result<(), String> {
@@ -180,7 +177,7 @@ impl VisualPrune {
         Ok(())
     }
 
-    fn check_decoder(&self, decoder: &Decoder) -> Result<(), String> {
+    fn check_decoder(&self, decoder: &Decoder, placed: bool) -> Result<(), String> {
         let depth = decoder.depth();
         if let Some(drop) = self.drops.iter().find(|d| d.after_layer >= depth) {
             return Err(format!(
@@ -192,7 +189,7 @@ impl VisualPrune {
         }
         // An attention that counts positions itself can be given kept ones.
         let counts = decoder.layers.iter().all(|l| l.rotary.is_some());
-        let positions = self.positions_of(decoder);
+        let positions = self.positions_of(decoder, placed);
         if let (Positions::Renumber, Some(rows)) = (positions, decoder.position_rows) {
             return Err(format!(
                 "positions: renumber needs one position for each token, and this decoder takes {rows} \
@@ -208,6 +205,19 @@ impl VisualPrune {
             );
         }
         Ok(())
+    }
+}
+
+/// What the method does with the positions of tokens that stay. With M-RoPE they stay as
+/// they are (they are places in a grid), else they are contiguous again. So they stay too
+/// where discarded features come into the decoder in their places (`placed`): the
+/// survivors then compute what they would without the others, whatever else a batch
+/// holds. An attention that rotates by itself counts positions without gaps.
+pub fn default_positions(decoder: &Decoder, placed: bool) -> Positions {
+    let given = decoder.position_ids.is_some() && decoder.layers.iter().all(|l| l.rotary.is_none());
+    match decoder.position_rows.is_some() || placed && given {
+        true => Positions::Keep,
+        false => Positions::Renumber,
     }
 }
 
@@ -268,8 +278,9 @@ impl Pass for VisualPrune {
             return fail(vlm.missing("decoder", decoder).to_string());
         }
         requires_rewritable(ENTRY.name, vlm)?;
+        let placed = context.placed(vlm);
         for (index, decoder) in vlm.decoders() {
-            if let Err(problem) = self.check_decoder(decoder) {
+            if let Err(problem) = self.check_decoder(decoder, placed) {
                 return fail(format!("{}: {problem}", vlm.parts[index].label()));
             }
         }

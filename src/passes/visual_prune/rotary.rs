@@ -161,7 +161,7 @@ impl Plan<'_, '_> {
     /// With `positions: keep`: the positions that attention operators count for
     /// themselves, as they are before any drop.
     pub(super) fn keep_places(&mut self, stage: &mut Stage) -> Result<(), String> {
-        if self.pass.positions_of(self.decoder) != Positions::Keep {
+        if self.positions != Positions::Keep {
             return Ok(());
         }
         let behind = self.decoder.layers.iter().skip(self.points[0]);
@@ -176,7 +176,7 @@ impl Plan<'_, '_> {
     /// operators of a stage.
     pub(super) fn unfuse(&mut self, number: usize, stage: &mut Stage) -> Result<(), String> {
         let layers: Vec<DecoderLayer> = self.decoder.layers[self.span(number)].to_vec();
-        if self.pass.positions_of(self.decoder) == Positions::Keep {
+        if self.positions == Positions::Keep {
             self.lengths_from_mask(&layers)?;
         }
         let Some(positions) = stage

@@ -85,6 +85,7 @@ pub(super) fn plan(
         patch: &mut patch,
         points,
         hides: job.placed && decoder.hides_columns(),
+        positions: job.prune.positions_of(decoder, job.placed),
         mask_before: None,
         cuts: &cuts,
     };
@@ -182,6 +183,8 @@ pub(super) struct Plan<'a, 'm> {
     pub(super) points: Vec<usize>,
     /// Whether columns of discarded features are masked.
     pub(super) hides: bool,
+    /// What happens to the positions of tokens that stay.
+    pub(super) positions: Positions,
     /// What the client's mask says of the cache, `[b, S − L]`; none without a cache.
     pub(super) mask_before: Option<ValueId>,
     pub(super) cuts: &'a Cuts,
@@ -467,7 +470,7 @@ impl Plan<'_, '_> {
                     p.transpose(tokens, &[2, 0, 1])
                 }
             };
-            match self.pass.positions_of(self.decoder) {
+            match self.positions {
                 Positions::Keep => gathered,
                 Positions::Renumber => {
                     // kept[i] − i tokens were dropped before token i, and the

@@ -9,7 +9,7 @@ use super::step::{State, StepIn, StepOut};
 use super::ties::{Choice, exchanged};
 use crate::arch::Decoder;
 use crate::ir::{Dim, Model, Patch, ValueType};
-use crate::passes::{Positions, RankMask, TextQueries, VisualPrune};
+use crate::passes::{Positions, RankMask, TextQueries, VisualPrune, default_positions};
 use crate::runtime::{DType, Session, SessionOptions, Tensor, Value};
 
 struct Stage {
@@ -89,10 +89,9 @@ impl ReferenceDecoder {
         let ranked = prune.into_iter().flat_map(|p| &p.drops);
         let ranked = ranked.map(|d| d.after_layer);
         let drops: Vec<usize> = placed.then_some(1).into_iter().chain(ranked).collect();
-        let positions = match (prune, decoder.position_rows) {
-            (Some(prune), _) => prune.positions_of(decoder),
-            (None, Some(_)) => Positions::Keep,
-            (None, None) => Positions::Renumber,
+        let positions = match prune {
+            Some(prune) => prune.positions_of(decoder, placed),
+            None => default_positions(decoder, placed),
         };
         let name = |v| model.name(v).to_owned();
         let (mut stages, mut extra, mut probes) = (Vec::new(), Vec::new(), Vec::new());
