@@ -165,12 +165,17 @@ fn bad_input_is_one_clear_message() {
         (&noise, &good, "noise.onnx: not a valid ONNX file"),
         (&good, &missing, "missing.onnx"),
         (&good, &folder, "is a directory"),
-        (&good_json, &bad_json, "bad.json: not valid JSON"),
-        (&good_json, &deep, "deep.json: not valid JSON"),
         (&good, &lost, "weights.bin"),
         (&good, &outside, "'..' is not allowed"),
         (&good, "/dev/zero", "/dev/zero"),
     ];
+    // A config that is no JSON is another file, with the reason.
+    for bad in [&bad_json, &deep] {
+        let output = duet(&["diff", &good_json, bad]);
+        code(&output, 1);
+        let text = stdout(&output);
+        assert!(text.contains("the new one is no JSON: "), "{text}");
+    }
     for (a, b, expected) in cases {
         let output = duet(&["diff", a, b]);
         code(&output, 2);

@@ -20,11 +20,10 @@ pub enum DiffError {
         directory.display(), file.display()
     )]
     Mixed { directory: PathBuf, file: PathBuf },
-    #[error("{}: not valid JSON: {reason}", path.display())]
-    Json {
-        path: PathBuf,
-        reason: serde_json::Error,
-    },
+    #[error("{}: expected a file, found {what}", path.display())]
+    Special { path: PathBuf, what: &'static str },
+    #[error("{}: {reason}", path.display())]
+    Listing { path: PathBuf, reason: String },
     #[error("{0}")]
     Policy(String),
 }

@@ -10,7 +10,7 @@ use super::report::{
     Change, Class, FileKind, FileReport, Kind, Place, Presence, Renames, Spot, Verdict,
 };
 use super::{DiffError, Options, json, model};
-use crate::ir::{AttrValue, Model, TensorData};
+use crate::ir::{AttrValue, Model, Tensor, TensorData};
 use crate::onnx::read;
 
 /// Texts up to this size are carried in the report as they are.
@@ -19,6 +19,11 @@ const SHOWN: u64 = 4096;
 pub(super) fn compare(a: &Path, b: &Path, options: &Options) -> Result<Vec<FileReport>, DiffError> {
     let meta_a = a.metadata().map_err(DiffError::io(a))?;
     let meta_b = b.metadata().map_err(DiffError::io(b))?;
+    for (path, meta) in [(a, &meta_a), (b, &meta_b)] {
+        if !meta.is_dir() && !is_nothing(path) {
+            regular(path)?;
+        }
+    }
     match (meta_a.is_dir(), meta_b.is_dir()) {
         (true, true) => directories(a, b, options),
         // What git names where a file is on one side only.
@@ -63,6 +68,25 @@ fn is_nothing(path: &Path) -> bool {
     path == Path::new("/dev/null")
 }
 
+/// Refuses what is no file before it is opened: a pipe waits for a writer, and a
+/// device need not end.
+pub(super) fn regular(path: &Path) -> Result<(), DiffError> {
+    use std::os::unix::fs::FileTypeExt;
+    let ty = path.metadata().map_err(DiffError::io(path))?.file_type();
+    let what = match ty {
+        t if t.is_file() => return Ok(()),
+        t if t.is_dir() => "a directory",
+        t if t.is_fifo() => "a named pipe",
+        t if t.is_socket() => "a socket",
+        t if t.is_char_device() || t.is_block_device() => "a device",
+        _ => "something else",
+    };
+    Err(DiffError::Special {
+        path: path.to_owned(),
+        what,
+    })
+}
+
 fn kind(path: &Path) -> FileKind {
     match path.extension().and_then(|e| e.to_str()) {
         Some("onnx") => FileKind::Model,
@@ -93,43 +117,65 @@ fn both(file: &mut FileReport, a: &Path, b: &Path, options: &Options) -> Result<
         FileKind::Json => {
             file.same_bytes = same_bytes(a, b)?;
             if !file.same_bytes {
-                file.changes = group(json::files(a, b)?);
+                file.changes = match json::files(a, b)? {
+                    Ok(found) => group(found),
+                    // Told byte for byte: what cannot be read by key could be anything.
+                    Err(reason) => vec![other(a, b, &reason)?],
+                };
             }
             Ok(())
         }
         FileKind::Other => {
             file.same_bytes = same_bytes(a, b)?;
             if !file.same_bytes {
-                file.changes = vec![other(a, b)?];
+                file.changes = vec![other(a, b, "")?];
             }
             Ok(())
         }
     }
 }
 
-/// A change of a file that nothing more is known about.
-fn other(a: &Path, b: &Path) -> Result<Change, DiffError> {
+/// A change of a file that nothing more is known about, and why.
+fn other(a: &Path, b: &Path, reason: &str) -> Result<Change, DiffError> {
     let size = |p: &Path| p.metadata().map(|m| m.len()).map_err(DiffError::io(p));
     let (old, new) = (size(a)?, size(b)?);
     let text = |p: &Path, size: u64| -> String {
         let read = (size <= SHOWN).then(|| std::fs::read_to_string(p).ok());
         read.flatten().unwrap_or_default()
     };
-    let title = if old == new {
+    let mut title = if old == new {
         format!("contents changed ({old} bytes)")
     } else {
         format!("contents changed ({old} → {new} bytes)")
     };
+    if !reason.is_empty() {
+        title.push_str(&format!(", not compared by key: {reason}"));
+    }
     let change = Change::new(Class::Config, Kind::FileChanged, title);
     Ok(change.values(text(a, old), text(b, new)))
 }
 
+/// So many folders are no model's; links can make more of few.
+const FOLDERS: usize = 10_000;
+
 /// Files below a directory by relative path; hidden ones (`.git`, `.cache`) are
-/// not a model's.
+/// not a model's. Links are what they lead to.
 fn list(root: &Path) -> Result<BTreeMap<String, PathBuf>, DiffError> {
+    let refuse = |path: &Path, reason: String| DiffError::Listing {
+        path: path.to_owned(),
+        reason,
+    };
+    let real = |path: &Path| path.canonicalize().map_err(DiffError::io(path));
     let mut found = BTreeMap::new();
-    let mut todo = vec![(root.to_owned(), String::new())];
-    while let Some((at, prefix)) = todo.pop() {
+    // A folder, its relative path, and where it and those that it lies in really are.
+    let mut todo = vec![(root.to_owned(), String::new(), vec![real(root)?])];
+    let mut folders = 0;
+    while let Some((at, prefix, above)) = todo.pop() {
+        folders += 1;
+        if folders > FOLDERS {
+            let reason = format!("more than {FOLDERS} folders; compare a model's directory");
+            return Err(refuse(root, reason));
+        }
         for item in std::fs::read_dir(&at).map_err(DiffError::io(&at))? {
             let item = item.map_err(DiffError::io(&at))?;
             let name = item.file_name().to_string_lossy().into_owned();
@@ -138,12 +184,21 @@ fn list(root: &Path) -> Result<BTreeMap<String, PathBuf>, DiffError> {
             }
             let path = item.path();
             let relative = format!("{prefix}{name}");
-            // A link to a folder could lead in a circle; one to a file is the file.
-            let kind = item.file_type().map_err(DiffError::io(&path))?;
-            if kind.is_dir() {
-                todo.push((path, format!("{relative}/")));
-            } else if path.is_file() {
-                found.insert(relative, path);
+            if path.metadata().map_err(DiffError::io(&path))?.is_dir() {
+                let target = real(&path)?;
+                if above.contains(&target) {
+                    let reason = "a link to a folder that it lies in itself, without end; \
+                                  remove it, or compare the folders inside";
+                    return Err(refuse(&path, reason.into()));
+                }
+                let inside = above.iter().cloned().chain([target]).collect();
+                todo.push((path, format!("{relative}/"), inside));
+                continue;
+            }
+            regular(&path)?;
+            if let Some(other) = found.insert(relative, path.clone()) {
+                let reason = format!("no UTF-8, and the same name otherwise as {other:?}");
+                return Err(refuse(&path, reason));
             }
         }
     }
@@ -153,7 +208,8 @@ fn list(root: &Path) -> Result<BTreeMap<String, PathBuf>, DiffError> {
 fn directories(a: &Path, b: &Path, options: &Options) -> Result<Vec<FileReport>, DiffError> {
     let (files_a, files_b) = (list(a)?, list(b)?);
     let mut reports: Vec<FileReport> = Vec::new();
-    let mut data: BTreeSet<String> = BTreeSet::new();
+    // Data files of the models of each side.
+    let (mut data_a, mut data_b) = (BTreeSet::new(), BTreeSet::new());
     let is_model = |name: &&String| kind(Path::new(name)) == FileKind::Model;
     let only = |one: &BTreeMap<String, PathBuf>, other: &BTreeMap<String, PathBuf>| {
         let models = one
@@ -177,29 +233,35 @@ fn directories(a: &Path, b: &Path, options: &Options) -> Result<Vec<FileReport>,
         };
         let Some(path_b) = partner.and_then(|n| files_b.get(n)) else {
             reports.push(alone(name, path_a, Presence::OnlyA)?);
-            data.extend(locations(name, &read(path_a)?));
+            data_a.extend(locations(name, &read(path_a)?));
             continue;
         };
         let mut file = entry(name.clone(), FileKind::Model, Presence::Both);
         file.path_b = partner.filter(|n| *n != name).cloned();
         both(&mut file, path_a, path_b, options)?;
-        data.extend(locations(name, &read(path_a)?));
-        data.extend(locations(partner.unwrap_or(name), &read(path_b)?));
+        if let Some(new) = &file.path_b {
+            file.changes.push(renaming(name, new));
+            file.changes.sort_by_key(|c| c.class);
+        }
+        data_a.extend(locations(name, &read(path_a)?));
+        data_b.extend(locations(partner.unwrap_or(name), &read(path_b)?));
         reports.push(file);
     }
     for (name, path_b) in files_b.iter().filter(|(n, _)| is_model(n)) {
         let is_renamed = renamed.as_ref().is_some_and(|(_, y)| y == name);
         if !files_a.contains_key(name) && !is_renamed {
             reports.push(alone(name, path_b, Presence::OnlyB)?);
-            data.extend(locations(name, &read(path_b)?));
+            data_b.extend(locations(name, &read(path_b)?));
         }
     }
-    // A model's data was compared with the model, tensor by tensor.
+    // A model's data was compared with the model, tensor by tensor. What is data on
+    // one side only is a file as any other.
     let rest: BTreeSet<&String> = files_a.keys().chain(files_b.keys()).collect();
-    for name in rest
-        .into_iter()
-        .filter(|n| !is_model(n) && !data.contains(*n))
-    {
+    let is_data = |name: &String| {
+        (data_a.contains(name) || !files_a.contains_key(name))
+            && (data_b.contains(name) || !files_b.contains_key(name))
+    };
+    for name in rest.into_iter().filter(|n| !is_model(n) && !is_data(n)) {
         match (files_a.get(name), files_b.get(name)) {
             (Some(path_a), Some(path_b)) => {
                 let mut file = entry(name.clone(), kind(path_a), Presence::Both);
@@ -254,25 +316,52 @@ fn alone(name: &str, path: &Path, presence: Presence) -> Result<FileReport, Diff
     Ok(file)
 }
 
-/// Data files that a model names, relative to the directory that is compared.
+/// A model that is found by another name, whatever it computes.
+fn renaming(old: &str, new: &str) -> Change {
+    let title = format!("model file renamed: {old} → {new}");
+    let place = Place {
+        a: Some(Spot::value(old)),
+        b: Some(Spot::value(new)),
+        ..Place::default()
+    };
+    Change::new(Class::Structure, Kind::ModelRenamed, title)
+        .subject(old)
+        .values(old, new)
+        .at(place)
+}
+
+/// Endings of files that others than the runtime read: they are compared even if
+/// a model says that its weights lie in them.
+const NO_DATA: [&str; 14] = [
+    "json", "jsonl", "txt", "yaml", "yml", "toml", "xml", "ini", "cfg", "md", "py", "jinja",
+    "jinja2", "model",
+];
+
+/// Data files that a model has weights in, relative to the directory that is compared.
 fn locations(name: &str, model: &Model) -> BTreeSet<String> {
     let folder = name.rfind('/').map_or("", |at| &name[..=at]);
     let mut found = BTreeSet::new();
-    let mut add = |data: &TensorData| {
-        if let TensorData::External(reference) = data {
+    let mut add = |tensor: &Tensor| {
+        if let TensorData::External(reference) = &tensor.data {
             let location = reference.location.trim_start_matches("./");
-            found.insert(format!("{folder}{location}"));
+            let ending = location.rsplit_once('.').map(|(_, e)| e.to_lowercase());
+            let text = ending.is_some_and(|e| NO_DATA.contains(&e.as_str()));
+            // Nothing of the file was compared for what is empty.
+            let empty = reference.length == Some(0) || tensor.element_count() == Some(0);
+            if !text && !empty {
+                found.insert(format!("{folder}{location}"));
+            }
         }
     };
     for (_, graph) in model.graphs() {
         for value in &graph.initializers {
             if let Some(tensor) = &model.value(*value).initializer {
-                add(&tensor.data);
+                add(tensor);
             }
         }
         for attribute in graph.nodes.iter().flat_map(|n| &model.node(*n).attributes) {
             if let AttrValue::Tensor(tensor) = &attribute.value {
-                add(&tensor.data);
+                add(tensor);
             }
         }
     }

@@ -21,6 +21,7 @@
 //! is allowed is marked as not counted, with the rule as the reason.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -28,6 +29,7 @@ use serde_yaml::Value;
 
 use super::DiffError;
 use super::change::worst;
+use super::files::regular;
 use super::report::{Change, Class, Kind, Place, Report, Spot, WeightChange};
 use crate::suggest::unknown;
 
@@ -212,11 +214,15 @@ impl Policy {
     /// the nearest known one.
     pub fn read(path: &Path) -> Result<Self, DiffError> {
         let at = |message: String| bad(format!("{}: {message}", path.display()));
-        let size = path.metadata().map_err(DiffError::io(path))?.len();
+        regular(path)?;
+        let mut text = String::new();
+        let file = std::fs::File::open(path).map_err(DiffError::io(path))?;
+        // What the file system says of the size need not be how much there is.
+        let size = file.take(MAX_SIZE + 1).read_to_string(&mut text);
+        let size = size.map_err(DiffError::io(path))? as u64;
         if size > MAX_SIZE {
-            return Err(at(format!("{size} bytes are too many for a policy")));
+            return Err(at(format!("more than {MAX_SIZE} bytes are no policy")));
         }
-        let text = std::fs::read_to_string(path).map_err(DiffError::io(path))?;
         let mut policy = Self::parse(&text).map_err(|e| at(e.to_string()))?;
         policy.path = path.display().to_string();
         Ok(policy)
@@ -524,10 +530,32 @@ impl Rule {
             (Some(_), None) => false,
         };
         self.what.holds(change)
-            && is(&self.subject, &change.subject)
+            && self.is_about(change, place)
             && is(&self.pass, &change.pass)
             && self.scope.as_deref().is_none_or(|s| self.covers(s, place))
             && self.within(change, place)
+    }
+
+    /// Whether the part that changed fits. Many entries of one config are one
+    /// change, whose subject is no key of any of them; each place has its own.
+    fn is_about(&self, change: &Change, place: &Place) -> bool {
+        let Some(pattern) = &self.subject else {
+            return true;
+        };
+        let files = matches!(
+            change.kind,
+            Kind::ModelAdded | Kind::ModelRemoved | Kind::ModelRenamed
+        );
+        let spots = [&place.a, &place.b].into_iter().flatten();
+        let mut names = spots
+            .filter(|_| files || change.class == Class::Config)
+            .filter_map(|spot| spot.value.as_deref())
+            .peekable();
+        match (names.peek(), &change.subject) {
+            (Some(_), _) => names.any(|name| glob(pattern, name)),
+            (None, Some(subject)) => glob(pattern, subject),
+            (None, None) => false,
+        }
     }
 
     /// Whether a place lies in a scope: for an allowance all that changed there,

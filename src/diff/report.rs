@@ -140,6 +140,8 @@ pub enum Kind {
     ModelAdded,
     /// A model file that only A has.
     ModelRemoved,
+    /// A model file of another name: runtimes find models by it.
+    ModelRenamed,
     // weights
     /// Elements of a constant.
     WeightValues,
@@ -160,7 +162,7 @@ pub enum Kind {
     FileAdded,
     /// A file, no model, that only A has.
     FileRemoved,
-    /// Another contents of a file that is neither a model nor JSON.
+    /// Another contents of a file that is neither a model nor read as JSON.
     FileChanged,
     // shapes
     /// Type or dimensions of an intermediate value.
@@ -191,7 +193,7 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds, in the order of their declaration.
-    pub const ALL: [Self; 48] = [
+    pub const ALL: [Self; 49] = [
         Self::InputAdded,
         Self::InputRemoved,
         Self::InputRenamed,
@@ -219,6 +221,7 @@ impl Kind {
         Self::Opaque,
         Self::ModelAdded,
         Self::ModelRemoved,
+        Self::ModelRenamed,
         Self::WeightValues,
         Self::WeightType,
         Self::WeightShape,

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use super::DiffError;
 use super::render::clean;
-use crate::ir::{AttrValue, Graph, GraphId, Model, Node, Tensor, TensorData, ValueId};
+use crate::ir::{AttrValue, Graph, GraphId, Model, Node, Tensor, TensorData, ValueId, ValueType};
 use crate::onnx::details::{self, Remarks, Sparse, Unusual};
 use crate::onnx::{OnnxError, read_graph};
 
@@ -23,6 +23,7 @@ const SHOWN: u64 = 16;
 /// # Errors
 /// A file that cannot be read at all.
 pub fn textconv(path: &Path) -> Result<String, DiffError> {
+    super::files::regular(path)?;
     match read_graph(path) {
         Ok(model) => Ok(of_model(&model)),
         Err(OnnxError::Io { path, source }) => Err(DiffError::Io {
@@ -122,14 +123,19 @@ fn domain_name(domain: &str) -> String {
     }
 }
 
-/// A name as it is if it is one word, else in quotes.
+/// A name as it is if it is one word, else in quotes. `_` alone is what is left out.
 fn name(text: &str) -> String {
     let plain = |c: char| c.is_alphanumeric() || "_./:-".contains(c);
-    if !text.is_empty() && text.chars().all(plain) {
+    if !text.is_empty() && text != "_" && text.chars().all(plain) {
         text.to_owned()
     } else {
         format!("\"{}\"", clean(text).replace('"', "\\\""))
     }
+}
+
+fn typed(of: &str, ty: Option<&ValueType>) -> String {
+    let ty = ty.map_or_else(|| "?".into(), super::header::type_text);
+    format!("{} {}", name(of), clean(&ty))
 }
 
 struct Lines<'m> {
@@ -172,15 +178,6 @@ impl Lines<'_> {
         }
     }
 
-    fn typed(&self, value: ValueId) -> String {
-        let of = self.model.value(value);
-        let ty = of
-            .ty
-            .as_ref()
-            .map_or_else(|| "?".into(), super::header::type_text);
-        format!("{} {}", name(&of.name), clean(&ty))
-    }
-
     fn graph(&mut self, depth: usize, what: &str, graph: &Graph) {
         let model = self.model;
         let graph_name = if graph.name.is_empty() {
@@ -190,14 +187,21 @@ impl Lines<'_> {
         };
         self.put(depth, format_args!("{what}{graph_name}"));
         let depth = depth + 1;
+        let more = details::of_graph(graph);
         for (word, list) in [("input", &graph.inputs), ("output", &graph.outputs)] {
-            for &value in list {
-                let typed = self.typed(value);
+            for (i, &value) in list.iter().enumerate() {
+                let of = model.value(value);
+                // What the file declares an output to be: that of an input given out
+                // again need not be the input's type.
+                let declared = more.outputs.as_ref().filter(|_| word == "output");
+                let typed = match declared.and_then(|all| all.get(i)) {
+                    Some(ty) => typed(&of.name, ty.as_ref()),
+                    None => typed(&of.name, of.ty.as_ref()),
+                };
                 self.put(depth, format_args!("{word} {typed}"));
-                self.remarks(depth + 1, &details::of_value(model.value(value)));
+                self.remarks(depth + 1, &details::of_value(of));
             }
         }
-        let more = details::of_graph(graph);
         self.remarks(depth, &more.remarks);
         for &value in &graph.initializers {
             let of = model.value(value);
@@ -229,7 +233,8 @@ impl Lines<'_> {
             .flat_map(|n| model.node(*n).outputs.iter().flatten());
         for &value in inside.filter(|v| model.value(**v).ty.is_some()) {
             if !graph.outputs.contains(&value) {
-                let typed = self.typed(value);
+                let of = model.value(value);
+                let typed = typed(&of.name, of.ty.as_ref());
                 self.put(depth, format_args!("type {typed}"));
                 self.remarks(depth + 1, &details::of_value(model.value(value)));
             }

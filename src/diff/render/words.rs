@@ -124,6 +124,7 @@ pub fn about(kind: Kind) -> &'static str {
         Kind::Opaque => "A part that is compared byte for byte changed.",
         Kind::ModelAdded => "There is a model file that was not there.",
         Kind::ModelRemoved => "A model file is gone.",
+        Kind::ModelRenamed => "A model file has another name.",
         Kind::WeightValues => "Elements of a constant changed.",
         Kind::WeightType => "A constant has another element type.",
         Kind::WeightShape => "A constant has other dimensions.",
