@@ -12,7 +12,6 @@ use duet_onnx::ir::{Patch, Tensor as Weight, verify};
 use duet_onnx::passes::{PassError, rewrite};
 use duet_onnx::runtime::{Cache, StepInput, Tensor};
 use duet_onnx::validate::scenario::{Seeded, standard};
-use duet_onnx::validate::{Options, Report, check};
 use ndarray::Array2;
 
 use commands::{PARTS, Place, part};
@@ -20,10 +19,11 @@ use support::conversation::{apart, hold};
 use support::forms;
 use support::goldens::{Client, Goldens};
 use support::models::{
-    Pool, Runner, fixture, fixture_at, kept, options, parts_at, recipe, recipe_text, rewritten,
-    root, runtime, set_of, sizes, whole_fixture,
+    Pool, Runner, fixture, fixture_at, kept, parts_at, recipe, recipe_text, rewritten, root,
+    set_of, sizes, whole_fixture,
 };
 use support::packed::unpacked;
+use support::reports::{failures, validated};
 
 /// Largest allowed difference from PyTorch, in standard deviations of the reference's values (fp32).
 const LIMIT: f64 = 1e-4;
@@ -53,27 +53,10 @@ fn recipes() -> Vec<String> {
     ]
 }
 
-fn validated(base: &Vlm, changed: &Vlm, text: &str) -> Report {
-    runtime();
-    let options = Options {
-        session: options(),
-        seed: 4,
-    };
-    let report = check(base, changed, &recipe(text), &options, &mut |_| ());
-    report.unwrap_or_else(|e| panic!("{e}\n{text}"))
-}
-
-fn failures(report: &Report) -> Vec<String> {
-    let failed = report.findings.iter().filter(|f| !f.passed);
-    failed
-        .map(|f| format!("{}: {}", f.check, f.detail))
-        .collect()
-}
-
 fn valid(name: &str, base: &Vlm, recipes: &[String]) {
     let mut problems = Vec::new();
     for text in recipes {
-        let report = validated(base, &rewritten(base, text), text);
+        let report = validated(base, &rewritten(base, text), text, 4);
         println!(
             "{name}: {} findings, logits within {:.1e}, features within {:.1e}",
             report.findings.len(),

@@ -10,52 +10,12 @@ use std::path::Path;
 
 use duet_onnx::arch::{Role, VisionTower, Vlm};
 use duet_onnx::ir::Model;
-use duet_onnx::passes::{KEPT_OUTPUT, TokenMerge, merge_budget, rewrite};
-use duet_onnx::runtime::{Session, Tensor, Value};
-use duet_onnx::validate::scenario::Seeded;
-use duet_onnx::validate::{Options, Report, check};
-use serde::Deserialize;
+use duet_onnx::passes::{TokenMerge, merge_budget, rewrite};
 
-use support::goldens::tensors;
-use support::models::{
-    difference, index_rows, numbers, open, parts_at, probed, recipe, rewritten, root,
-};
+use support::models::{open, parts_at, recipe, rewritten, root};
 use support::packed::unpacked;
-
-/// Largest allowed difference of a feature from PyTorch, in standard deviations.
-const LIMIT: f64 = 1e-4;
-
-const DOMINANT: &str = "duet/token_merge/dominant_indices";
-const ANCHORS: &str = "duet/token_merge/anchor_indices";
-
-#[derive(Deserialize)]
-struct Goldens {
-    pixel_width: usize,
-    cases: Vec<Case>,
-}
-
-#[derive(Deserialize)]
-struct Case {
-    name: String,
-    recipe: serde_json::Value,
-    images: Vec<Image>,
-}
-
-#[derive(Deserialize)]
-struct Image {
-    grid: [i64; 3],
-    seed: u64,
-    tokens: usize,
-    dominant: Vec<usize>,
-    anchors: Vec<usize>,
-    kept: Vec<usize>,
-}
-
-fn goldens(name: &str) -> Goldens {
-    let path = root().join(format!("models/qwen_vl/goldens/{name}.json"));
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
-}
+use support::patches::{as_pytorch_has_it, opened, run};
+use support::reports::{failures, validated};
 
 fn fixture(name: &str) -> Vlm {
     parts_at(&unpacked(
@@ -71,100 +31,10 @@ fn tower(vlm: &Vlm) -> (&Model, &VisionTower) {
     }
 }
 
-/// The pixels that the goldens were recorded with: see `pixels` of models/qwen_vl/merge_goldens.py.
-fn pixels(grid: [i64; 3], seed: u64, width: usize) -> Tensor {
-    let rows = usize::try_from(grid.iter().product::<i64>()).expect("a grid");
-    let mut rng = Seeded::new(seed);
-    let data: Vec<f32> = (0..rows * width)
-        .map(|_| (rng.bits() >> 56) as f32 / 64.0 - 2.0)
-        .collect();
-    Tensor::new([rows, width], data).expect("pixels")
-}
-
-/// What an encoder gave for one image.
-struct Found {
-    features: Vec<f32>,
-    rows: usize,
-    kept: Option<Vec<usize>>,
-    dominant: Vec<usize>,
-    anchors: Vec<usize>,
-}
-
-fn run(session: &mut Session, grid: [i64; 3], seed: u64, width: usize) -> Found {
-    let pixels = Value::new(pixels(grid, seed, width)).expect("a value");
-    let thw = Tensor::new([1, 3], grid.to_vec()).expect("a grid");
-    let thw = Value::new(thw).expect("a value");
-    let feed: Vec<(String, &Value)> = session
-        .inputs()
-        .iter()
-        .map(|port| {
-            let float = port.dtype.is_some_and(|d| d.is_float());
-            (port.name.clone(), if float { &pixels } else { &thw })
-        })
-        .collect();
-    let feed: Vec<(&str, &Value)> = feed.iter().map(|(n, v)| (n.as_str(), *v)).collect();
-    let out = session
-        .run(&feed)
-        .unwrap_or_else(|e| panic!("{grid:?}: {e}"));
-    let inside = |name: &str| match out.get(name) {
-        Ok(value) => index_rows(&value.to_tensor().expect("a tensor")).concat(),
-        Err(_) => Vec::new(),
-    };
-    let kept = out.get(KEPT_OUTPUT).ok().map(|value| {
-        let tensor = value.to_tensor().expect("a tensor");
-        let all = tensor.i64s().expect("int64");
-        all.iter()
-            .map(|i| usize::try_from(*i).expect("a place"))
-            .collect()
-    });
-    let features = out.first().expect("features");
-    Found {
-        rows: features.shape()[0],
-        features: numbers(features),
-        kept,
-        dominant: inside(DOMINANT),
-        anchors: inside(ANCHORS),
-    }
-}
-
-/// A merged encoder, opened with a look at what it chooses.
-fn opened(vlm: &Vlm, text: &str) -> Session {
-    let done = rewritten(vlm, text);
-    let (model, _) = (&done.parts[0].model, ());
-    let inside = [DOMINANT.to_owned(), ANCHORS.to_owned()];
-    open(&probed(model, &inside), Path::new("merged"))
-}
-
-/// Every case of a set of goldens through one form.
-fn as_pytorch_has_it(vlm: &Vlm, set: &str) {
-    let goldens = goldens(set);
-    let want = tensors(&root().join(format!("models/qwen_vl/goldens/{set}.safetensors")));
-    for case in &goldens.cases {
-        let mut session = opened(vlm, &case.recipe.to_string());
-        for (i, image) in case.images.iter().enumerate() {
-            let about = format!("{}, {:?}", case.name, image.grid);
-            let found = run(&mut session, image.grid, image.seed, goldens.pixel_width);
-            let kept = found.kept.expect("a list of places");
-            assert_eq!(kept, image.kept, "{about}");
-            let mut dominant = found.dominant;
-            dominant.sort_unstable();
-            assert_eq!(dominant, image.dominant, "{about}");
-            // One is made of what is there where there is none, and left out.
-            let anchors = &found.anchors[..image.anchors.len()];
-            assert_eq!(anchors, image.anchors, "{about}");
-            let want = want[&format!("{}.{i}.features", case.name)]
-                .f32s()
-                .expect("numbers");
-            let apart = difference(&want, &found.features);
-            assert!(apart < LIMIT, "{about}: {apart:.1e}");
-            assert!(found.rows <= image.tokens, "{about}");
-        }
-    }
-}
-
 #[test]
 fn the_merge_is_what_pytorch_has() {
-    as_pytorch_has_it(&fixture("vision-ts-sdpa"), "merge");
+    let name = "vision-ts-sdpa";
+    as_pytorch_has_it(name, &fixture(name), "merge", |_| true);
 }
 
 #[test]
@@ -208,7 +78,7 @@ fn every_number_of_tokens_runs() {
         let mut session = opened(&vlm, &text);
         for tokens in 1..=14 {
             let grid = [1, 2, 2 * tokens];
-            let found = run(&mut session, grid, 3, 96);
+            let found = run(&mut session, &[grid], 3, 96);
             let kept = found.kept.expect("a list of places");
             // The counts of the method, one token where they come to none.
             let counts = merge_budget(pass, tokens, false);
@@ -230,7 +100,7 @@ fn every_number_of_tokens_runs() {
                 "{merge}: {tokens}"
             );
             if kept.len() == tokens as usize {
-                let plain = run(&mut base, grid, 3, 96);
+                let plain = run(&mut base, &[grid], 3, 96);
                 let alone = found.anchors.is_empty() || found.dominant.len() == tokens as usize;
                 if alone {
                     assert_eq!(plain.features, found.features, "{merge}: {tokens}");
@@ -249,17 +119,6 @@ fn whole() -> Vlm {
     vlm
 }
 
-/// `duet validate` of a rewritten model that may be another one than the recipe makes of `base`.
-fn validated(base: &Vlm, made: &Vlm, text: &str) -> Report {
-    support::models::runtime();
-    let options = Options {
-        session: support::models::options(),
-        seed: 5,
-    };
-    check(base, made, &recipe(text), &options, &mut |_| ())
-        .unwrap_or_else(|e| panic!("{e}\n{text}"))
-}
-
 fn merge_only(merge: &str) -> String {
     format!("version: 1\npasses: [token_merge: {merge}]")
 }
@@ -276,9 +135,8 @@ fn the_tower_alone_validates() {
         "{dominant: 40, contextual: 9}",
     ] {
         let text = merge_only(merge);
-        let report = validated(&base, &rewritten(&base, &text), &text);
-        let failed: Vec<_> = report.findings.iter().filter(|f| !f.passed).collect();
-        assert!(failed.is_empty(), "{merge}: {failed:#?}");
+        let report = validated(&base, &rewritten(&base, &text), &text, 5);
+        assert!(report.passed(), "{merge}: {:#?}", failures(&report));
         assert!(
             report.findings.iter().any(|f| f.check.contains("tract")),
             "{merge}"
@@ -302,9 +160,8 @@ fn the_whole_model_validates() {
     ] {
         let text = format!("version: 1\npasses: [token_merge: {merge}, {more}]");
         let text = text.replace(", ]", "]");
-        let report = validated(&base, &rewritten(&base, &text), &text);
-        let failed: Vec<_> = report.findings.iter().filter(|f| !f.passed).collect();
-        assert!(failed.is_empty(), "{text}: {failed:#?}");
+        let report = validated(&base, &rewritten(&base, &text), &text, 5);
+        assert!(report.passed(), "{text}: {:#?}", failures(&report));
         assert!(report.findings.len() > 12, "{text}: {report:?}");
     }
 }
@@ -333,7 +190,7 @@ fn what_is_recognised_wrongly_fails() {
         };
         break_it(tower);
         let made = rewritten(&other, &text);
-        let report = validated(&base, &made, &text);
+        let report = validated(&base, &made, &text, 5);
         // Beside the structure, which compares bytes, what both compute.
         let numbers = report.findings.iter().filter(|f| f.check.contains("image"));
         assert!(numbers.into_iter().any(|f| !f.passed), "{what}: {report:?}");
@@ -350,7 +207,10 @@ fn the_features_stay_in_their_places_for_the_decoder() {
     let alone = fixture("vision-ts-sdpa");
     let mut fewer = opened(&alone, &text);
     for grid in [[1, 8, 8], [1, 2, 6], [2, 6, 10]] {
-        let (all, few) = (run(&mut placed, grid, 9, 96), run(&mut fewer, grid, 9, 96));
+        let (all, few) = (
+            run(&mut placed, &[grid], 9, 96),
+            run(&mut fewer, &[grid], 9, 96),
+        );
         let tokens = usize::try_from(grid.iter().product::<i64>() / 4).expect("a count");
         assert_eq!((all.rows, all.kept), (tokens, None));
         let kept = few.kept.expect("places");

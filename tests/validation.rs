@@ -8,9 +8,10 @@ use bytes::Bytes;
 use duet_onnx::arch::{Role, Vlm};
 use duet_onnx::ir::{DataType, Model, Patch, TensorData, verify};
 use duet_onnx::onnx::{read_bytes, serialize};
-use duet_onnx::validate::{Options, Report, check};
+use duet_onnx::validate::Report;
 
-use support::models::{fixture, kept_name, options, recipe, recipe_text, rewritten, runtime};
+use support::models::{fixture, kept_name, recipe_text, rewritten};
+use support::reports::failures;
 
 const MERGE: &str = "{dominant: 30, contextual: 6}";
 const PRUNE: &str = "{drops: [{after_layer: 2, keep: 0.5}, {after_layer: 5, keep: 0.0}]}";
@@ -30,21 +31,9 @@ fn other() -> String {
     )
 }
 
-fn validated(base: &Vlm, changed: &Vlm, text: &str) -> Report {
-    runtime();
-    let options = Options {
-        session: options(),
-        seed: 4,
-    };
-    let report = check(base, changed, &recipe(text), &options, &mut |_| ());
-    report.unwrap_or_else(|e| panic!("{e}\n{text}"))
-}
-
-fn failures(report: &Report) -> Vec<String> {
-    let failed = report.findings.iter().filter(|f| !f.passed);
-    failed
-        .map(|f| format!("{}: {}", f.check, f.detail))
-        .collect()
+/// What is found with the inputs of these tests.
+fn validated(base: &Vlm, made: &Vlm, text: &str) -> Report {
+    support::reports::validated(base, made, text, 4)
 }
 
 fn rewritten_models_are_valid(name: &str) {

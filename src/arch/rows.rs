@@ -13,14 +13,15 @@
 
 use std::collections::HashSet;
 
-use super::attention::{Mask, Site, refused, sites};
+use super::NoMatch;
+use super::attention::{Mask, Site};
 use super::head_rows::{HeadRows, cut_rows, head_rows, heads_behind};
-use super::residual::articulations;
 use super::shuffle;
-use super::tower::{VisionTower, element_type, projection_width, row_width, tower_end};
-use super::{MIN_OPSET, NoMatch, hidden_network};
-use crate::ir::cone::{ancestors, descendants};
-use crate::ir::{DataType, Dim, Model, NodeId, Patch, ValueId, consts};
+use super::tower::{
+    Blocks, VisionTower, closed, element_type, float_output, projection_width, row_width,
+};
+use crate::ir::cone::descendants;
+use crate::ir::{DataType, Dim, Model, Patch, ValueId, consts};
 
 /// Patches that a re-arrangement is run with where the file states no number: whole groups of
 /// 4, 9 and 16.
@@ -176,55 +177,28 @@ impl VisionTower {
                 found,
             ))
         };
-        if model.opset("").unwrap_or(0) < MIN_OPSET {
-            let found = model.opset("").unwrap_or(0);
-            return fail(format!(
-                "operator set {found}; at least {MIN_OPSET} is needed: export again with a higher opset, or convert \
-                 with onnx.version_converter"
-            ));
-        }
-        if let Some(why) = hidden_network(model) {
+        if let Some(why) = closed(model, "the patches") {
             return fail(why);
         }
-        if model.input("input_ids").is_some() {
-            return fail("it takes input_ids beside the patches, as a whole model does".into());
-        }
         let reached = descendants(model, &[pixels], true);
-        let is_features = |v: &ValueId| {
-            let ty = model.value(*v).ty.as_ref().and_then(|t| t.dtype());
-            ty.is_some_and(DataType::is_float) && reached.contains(v)
-        };
-        let outputs = &model.graph().outputs;
-        let Some(features_index) = outputs.iter().position(is_features) else {
+        let Some(features_index) = float_output(model, &reached) else {
             return fail(format!(
                 "no floating-point output depends on '{}'",
                 model.name(pixels)
             ));
         };
-        let features = outputs[features_index];
-        let line = articulations(model, pixels, features);
-        let needed = ancestors(model, &[features], true);
-        let is_live = |node: NodeId| {
-            let output = model.node(node).output(0);
-            output.is_some_and(|o| needed.contains(&o))
-        };
-        if let Some((_, why)) = refused(model).into_iter().find(|(n, _)| is_live(*n)) {
-            return fail(why);
-        }
-        let all = sites(model).into_iter();
-        let live: Vec<Site> = all.filter(|s| is_live(s.node)).collect();
-        let Some(mut site) = live.last().cloned() else {
-            return fail(format!(
-                "no attention (Softmax of a scaled product, or an Attention operator) that '{}' depends on",
-                model.name(features)
-            ));
+        let features = model.graph().outputs[features_index];
+        let Blocks {
+            line,
+            live,
+            mut site,
+            end,
+            ..
+        } = match Blocks::between(model, pixels, features, &reached) {
+            Ok(blocks) => blocks,
+            Err(found) => return fail(found),
         };
         let described = model.describe(site.node);
-        let Some(end) = tower_end(model, &line, &reached, &site) else {
-            return fail(format!(
-                "no residual addition after the last attention ({described})"
-            ));
-        };
         let hidden = line[end];
         if site.scaled_mask || site.softcap != 0.0 {
             return fail(format!(
@@ -341,7 +315,7 @@ fn row_moves(
         }
         at = rows;
     }
-    // Casts in front of the last move met are no part of the moves; those between are passed.
+    // Casts on the way are passed: they move no row.
     moves.reverse();
     (at, moves)
 }
@@ -405,10 +379,8 @@ fn decides(model: &Model, mask: Mask) -> ValueId {
             node.op_type.as_str(),
             "Expand" | "Reshape" | "Unsqueeze" | "Squeeze" | "Slice"
         );
-        let mut computed = node.inputs.iter().flatten().copied();
-        let mut computed = computed
-            .by_ref()
-            .filter(|v| consts::constant(model, *v).is_none());
+        let inputs = node.inputs.iter().flatten().copied();
+        let mut computed = inputs.filter(|v| consts::constant(model, *v).is_none());
         at = match (sized, computed.next(), computed.next()) {
             (true, Some(_), _) => match node.input(0) {
                 Some(first) => first,

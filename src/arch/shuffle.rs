@@ -64,13 +64,7 @@ pub(super) fn find(
     };
     rest.iter().rev().find_map(|&value| {
         let indices = run.pixels.get(&value).filter(|_| !quantised(value))?;
-        let patches = whole_patches(indices, [IMAGES, tokens, width], skip)?;
-        let per = patches.1;
-        (per > 1).then_some(Shuffle {
-            output: value,
-            patches: patches.0,
-            per: per as i64,
-        })
+        whole_patches(value, indices, [IMAGES, tokens, width], skip)
     })
 }
 
@@ -96,31 +90,31 @@ pub(super) fn find_groups(
             _ => return None,
         };
         let flat = vec![1, tokens, found.data.len().checked_div(tokens)?];
-        let (patches, per) = whole_patches(&found.reshaped(flat)?, [1, rows, width], 0)?;
-        (per > 1).then_some(Shuffle {
-            output: value,
-            patches,
-            per: per as i64,
-        })
+        whole_patches(value, &found.reshaped(flat)?, [1, rows, width], 0)
     })
 }
 
-/// The patches of every row, if each row of each image holds all of `per` patches
-/// of that image and nothing else, and images agree.
+/// The patches of every row of `output`, if each row of each image holds all of several
+/// patches of that image and nothing else, and images agree. `indices` were run with so
+/// many images of so many tokens of a width.
 fn whole_patches(
+    output: ValueId,
     indices: &Indices,
-    [all, tokens, width]: [usize; 3],
+    [count, tokens, width]: [usize; 3],
     skip: usize,
-) -> Option<(Vec<i64>, usize)> {
+) -> Option<Shuffle> {
     let [images, rows, wide] = indices.dims.as_slice() else {
         return None;
     };
-    if *images != all || width == 0 || *wide % width != 0 {
+    if *images != count || width == 0 || *wide % width != 0 {
         return None;
     }
     let per = wide / width;
+    if per < 2 {
+        return None;
+    }
     let mut of_images: Vec<Vec<i64>> = Vec::new();
-    for image in 0..all {
+    for image in 0..count {
         let mut all = Vec::with_capacity(rows * per);
         for row in 0..*rows {
             let from = (image * rows + row) * wide;
@@ -148,7 +142,11 @@ fn whole_patches(
     once.sort_unstable();
     once.dedup();
     let agree = of_images.windows(2).all(|pair| pair[0] == pair[1]);
-    (agree && once.len() == of_images[0].len()).then(|| (of_images.swap_remove(0), per))
+    (agree && once.len() == of_images[0].len()).then(|| Shuffle {
+        output,
+        patches: of_images.swap_remove(0),
+        per: per as i64,
+    })
 }
 
 /// A tensor that holds where its elements came from.

@@ -125,35 +125,20 @@ impl VisionTower {
     pub fn recognise(model: &Model) -> Result<Self, NoMatch> {
         let want = "a vision tower";
         let fail = |found: String| Err(NoMatch::new(want, found));
-        let graph = model.graph();
         let Some(pixels) = pixels_of(model) else {
             return match patch_inputs(model) {
                 Some((patches, grid)) => Self::of_rows(model, patches, grid),
                 None => fail(no_pixels(model)),
             };
         };
-        if model.opset("").unwrap_or(0) < MIN_OPSET {
-            let found = model.opset("").unwrap_or(0);
-            return fail(format!(
-                "operator set {found}; at least {MIN_OPSET} is needed: export again with a higher opset, or \
-                 convert with onnx.version_converter"
-            ));
-        }
-        if let Some(why) = hidden_network(model) {
+        if let Some(why) = closed(model, "the pixels") {
             return fail(why);
         }
-        if model.input("input_ids").is_some() {
-            return fail("it takes input_ids beside the pixels, as a whole model does".into());
-        }
         let reached = descendants(model, &[pixels], true);
-        let is_features = |v: &ValueId| {
-            let ty = model.value(*v).ty.as_ref().and_then(|t| t.dtype());
-            ty.is_some_and(DataType::is_float) && reached.contains(v)
-        };
-        let Some(features_index) = graph.outputs.iter().position(is_features) else {
+        let Some(features_index) = float_output(model, &reached) else {
             return fail("no floating-point output depends on the pixels".into());
         };
-        let features = graph.outputs[features_index];
+        let features = model.graph().outputs[features_index];
         Self::between(model, pixels, features, Some(features_index))
     }
 
@@ -169,32 +154,17 @@ impl VisionTower {
     ) -> Result<Self, NoMatch> {
         let fail = |found: String| Err(NoMatch::new("a vision tower", found));
         let reached = descendants(model, &[pixels], true);
-        let line = articulations(model, pixels, features);
-        let needed = ancestors(model, &[features], true);
-        let is_live = |node: NodeId| {
-            let output = model.node(node).output(0);
-            output.is_some_and(|o| needed.contains(&o))
+        let Blocks {
+            line,
+            needed,
+            live,
+            site,
+            end,
+        } = match Blocks::between(model, pixels, features, &reached) {
+            Ok(blocks) => blocks,
+            Err(found) => return fail(found),
         };
-        if let Some((_, why)) = refused(model).into_iter().find(|(n, _)| is_live(*n)) {
-            return fail(why);
-        }
-        let live: Vec<Site> = sites(model)
-            .into_iter()
-            .filter(|s| is_live(s.node))
-            .collect();
-        let Some(site) = live.last().cloned() else {
-            return fail(format!(
-                "no attention (Softmax of a scaled product, or an Attention operator) that '{}' depends on",
-                model.name(features)
-            ));
-        };
-        let Some(at) = tower_end(model, &line, &reached, &site) else {
-            return fail(format!(
-                "no residual addition after the last attention ({})",
-                model.describe(site.node)
-            ));
-        };
-        let at = after_norm(model, &line, at);
+        let at = after_norm(model, &line, end);
         let hidden = line[at];
         let (mut entry, dropped) = after_cls(model, &line[at..]);
         let cls = dropped || prepends_token(model, &line, &reached);
@@ -268,6 +238,89 @@ impl VisionTower {
             video,
             frames,
             rows: None,
+        })
+    }
+}
+
+/// Why a graph is not looked at: it is too old, hides its network, or holds the decoder
+/// `beside` what the tower takes.
+pub(super) fn closed(model: &Model, beside: &str) -> Option<String> {
+    let found = model.opset("").unwrap_or(0);
+    if found < MIN_OPSET {
+        return Some(format!(
+            "operator set {found}; at least {MIN_OPSET} is needed: export again with a higher opset, or convert \
+             with onnx.version_converter"
+        ));
+    }
+    let whole = || {
+        let ids = model.input("input_ids").is_some();
+        ids.then(|| format!("it takes input_ids beside {beside}, as a whole model does"))
+    };
+    hidden_network(model).or_else(whole)
+}
+
+/// Position of the first floating-point output among what is `reached`.
+pub(super) fn float_output(model: &Model, reached: &HashSet<ValueId>) -> Option<usize> {
+    model.graph().outputs.iter().position(|v| {
+        let ty = model.value(*v).ty.as_ref().and_then(|t| t.dtype());
+        ty.is_some_and(DataType::is_float) && reached.contains(v)
+    })
+}
+
+/// The blocks between pixels and features.
+pub(super) struct Blocks {
+    /// The values that all data goes through, from pixels to features.
+    pub(super) line: Vec<ValueId>,
+    /// What the features depend on.
+    pub(super) needed: HashSet<ValueId>,
+    /// The attentions among that, in order.
+    pub(super) live: Vec<Site>,
+    /// The last one of them.
+    pub(super) site: Site,
+    /// Place on the line where the last block ends.
+    pub(super) end: usize,
+}
+
+impl Blocks {
+    /// Finds them; `reached`: what depends on the pixels.
+    ///
+    /// # Errors
+    /// The first thing that did not fit, and where.
+    pub(super) fn between(
+        model: &Model,
+        pixels: ValueId,
+        features: ValueId,
+        reached: &HashSet<ValueId>,
+    ) -> Result<Self, String> {
+        let line = articulations(model, pixels, features);
+        let needed = ancestors(model, &[features], true);
+        let is_live = |node: NodeId| {
+            let output = model.node(node).output(0);
+            output.is_some_and(|o| needed.contains(&o))
+        };
+        if let Some((_, why)) = refused(model).into_iter().find(|(n, _)| is_live(*n)) {
+            return Err(why);
+        }
+        let all = sites(model).into_iter();
+        let live: Vec<Site> = all.filter(|s| is_live(s.node)).collect();
+        let Some(site) = live.last().cloned() else {
+            return Err(format!(
+                "no attention (Softmax of a scaled product, or an Attention operator) that '{}' depends on",
+                model.name(features)
+            ));
+        };
+        let Some(end) = tower_end(model, &line, reached, &site) else {
+            return Err(format!(
+                "no residual addition after the last attention ({})",
+                model.describe(site.node)
+            ));
+        };
+        Ok(Self {
+            line,
+            needed,
+            live,
+            site,
+            end,
         })
     }
 }
@@ -368,7 +421,7 @@ fn conv_patches(model: &Model, pixels: ValueId, hidden: ValueId) -> Option<i64> 
 /// last attention: the end of the last block. A fused normalisation
 /// (`SkipLayerNormalization`) sums its inputs too; where it gives out the sum,
 /// that is the end, else what it makes of it.
-pub(super) fn tower_end(
+fn tower_end(
     model: &Model,
     line: &[ValueId],
     reached: &HashSet<ValueId>,

@@ -4,7 +4,8 @@
 //! A file whose network lies open is taken as it is. Where functions hold it,
 //! their calls are inlined; where the branches of an `If` hold it, each branch
 //! becomes a part of its own, and the parts are joined before the file is
-//! written. So does each of two towers that lie side by side. What no pass changes is written as it was read, functions and all.
+//! written. So does each of two towers that lie side by side. What no pass changes
+//! is written as it was read, functions and all.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -274,11 +274,7 @@ pub fn join(whole: &Model, node: NodeId, branches: &[Branch]) -> Result<Model, I
             edited: n.edited || !further.is_empty(),
         };
         loader.node(new, draft)?;
-        copier = Copier {
-            from: whole,
-            into: loader,
-            what: WHAT,
-        };
+        copier = Copier::onto(whole, loader, WHAT);
     }
     for &output in &main.outputs {
         let v = whole.value(output);
@@ -419,11 +415,7 @@ fn write_body(
             names.listed.insert(*own, whole.name(*given).to_owned());
         }
     }
-    let mut copier = Copier {
-        from: part,
-        into: loader,
-        what: WHAT,
-    };
+    let mut copier = Copier::onto(part, loader, WHAT);
     let body = copier.into.graph(String::new(), GraphKind::Body { parent });
     copier.head(part.main(), body, &names, |v| {
         let input = part.graph().inputs.contains(&v);

@@ -106,6 +106,11 @@ impl<'a> Copier<'a> {
         Self { from, into, what }
     }
 
+    /// Goes on with what another copier has begun.
+    pub(in crate::ir) fn onto(from: &'a Model, into: Loader, what: &'static str) -> Self {
+        Self { from, into, what }
+    }
+
     /// An error of this transformation.
     pub(in crate::ir) fn fail(&self, place: &str, reason: &str) -> IrError {
         IrError::Patch {

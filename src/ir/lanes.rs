@@ -133,20 +133,12 @@ pub fn join_lanes(whole: &Model, parts: &[Lane]) -> Result<Model, IrError> {
             .zip(&join.names)
             .find_map(|(part, names)| Some((&part.model, part.model.output(name)?, names)));
         let (from, output, names) = own.unwrap_or((whole, output, &plain));
-        let mut copier = Copier {
-            from,
-            into,
-            what: WHAT,
-        };
+        let mut copier = Copier::onto(from, into, WHAT);
         copier.output(new, output, names)?;
         into = copier.into;
     }
     for (part, names) in parts.iter().zip(&join.names) {
-        let mut copier = Copier {
-            from: &part.model,
-            into,
-            what: WHAT,
-        };
+        let mut copier = Copier::onto(&part.model, into, WHAT);
         for &output in &part.model.graph().outputs {
             let name = names.of(&part.model, output);
             if whole.output(part.model.name(output)).is_none() && !written.insert(name.clone()) {
@@ -165,11 +157,7 @@ pub fn join_lanes(whole: &Model, parts: &[Lane]) -> Result<Model, IrError> {
             into.value_info(new, &v.name, v.ty.clone(), v.info_origin.clone());
         }
     }
-    let mut copier = Copier {
-        from: whole,
-        into,
-        what: WHAT,
-    };
+    let mut copier = Copier::onto(whole, into, WHAT);
     copier.functions(|_| true)?;
     copier.into.touch(new);
     Ok(copier.into.finish())
@@ -319,11 +307,7 @@ fn copy(
     new: GraphId,
     names: &Names,
 ) -> Result<Loader, IrError> {
-    let mut copier = Copier {
-        from,
-        into,
-        what: WHAT,
-    };
+    let mut copier = Copier::onto(from, into, WHAT);
     copier.node(id, new, names, &mut all)?;
     Ok(copier.into)
 }

@@ -99,6 +99,14 @@ impl BudgetShape {
         }
         seen
     }
+
+    /// For errors: what makes a budget hard to meet where discarded tokens go through the first layer.
+    fn first_sees_all(&self) -> &'static str {
+        match self.placed {
+            true => ", of which the first layer sees all tokens",
+            false => "",
+        }
+    }
 }
 
 /// A recipe made for a budget.
@@ -165,7 +173,7 @@ pub fn plan(shape: BudgetShape, budget: f64) -> Result<Planned, String> {
 /// an image has.
 ///
 /// # Errors
-/// A share that is not between 0 and 1, or that pruning alone does not reach.
+/// A share that is not between 0 and 1, that leaves no token, or that pruning alone does not reach.
 pub fn plan_share(shape: BudgetShape, share: f64) -> Result<PlannedShare, String> {
     if !(share > 0.0 && share < 1.0) {
         return Err(format!(
@@ -179,11 +187,18 @@ pub fn plan_share(shape: BudgetShape, share: f64) -> Result<PlannedShare, String
         ..shape
     };
     let planned = make(unit, share * UNIT as f64, Said::Ratios).map_err(|_| {
-        format!(
-            "{:.2} % of the visual tokens cannot be met by pruning alone: the first quarter of {} layers sees all of them",
-            100.0 * share,
-            shape.layers
-        )
+        let percent = 100.0 * share;
+        match shape.merges {
+            true => format!(
+                "no token is left at {percent:.2} % of the visual tokens per layer{}",
+                shape.first_sees_all()
+            ),
+            false => format!(
+                "{percent:.2} % of the visual tokens cannot be met by pruning alone: the first quarter of {} layers \
+                 sees all of them",
+                shape.layers
+            ),
+        }
     })?;
     let of_unit = |tokens: &i64| *tokens as f64 / UNIT as f64;
     Ok(PlannedShare {
@@ -243,10 +258,7 @@ fn merging(shape: BudgetShape, budget: f64, said: Said) -> Result<Planned, Strin
     if entering == 0 {
         return Err(format!(
             "no token is left at a budget of {budget:.2} per layer{}",
-            match shape.placed {
-                true => ", of which the first layer sees all tokens",
-                false => "",
-            }
+            shape.first_sees_all()
         ));
     }
     if let Some(features) = shape.features.filter(|f| entering >= *f && layers > 1) {
@@ -346,6 +358,16 @@ mod tests {
         placed: false,
     };
 
+    /// A tower whose number of tokens only the run tells.
+    const GRID: BudgetShape = BudgetShape {
+        patches: None,
+        cls: false,
+        features: None,
+        layers: 28,
+        style: Style::Grid,
+        ..LLAVA
+    };
+
     #[test]
     fn the_published_budgets_come_out() {
         for (budget, entering, contextual, average) in
@@ -416,18 +438,10 @@ mod tests {
                 vec![(8, 0.5), (16, 0.25), (24, 0.125)]
             )
         );
-        let grid = BudgetShape {
-            patches: None,
-            features: None,
-            cls: false,
-            layers: 28,
-            style: Style::Grid,
-            ..LLAVA
-        };
         for (budget, dominant, contextual) in
             [(440.0, 540, 100), (220.0, 270, 50), (110.0, 135, 25)]
         {
-            let planned = plan(grid, budget).unwrap();
+            let planned = plan(GRID, budget).unwrap();
             assert_eq!(planned.average, budget);
             assert_eq!(
                 parts(&planned.recipe),
@@ -440,7 +454,7 @@ mod tests {
         }
         let alone = BudgetShape {
             merges: false,
-            ..grid
+            ..GRID
         };
         assert!(plan(alone, 440.0).unwrap_err().contains("--tokens"));
     }
@@ -450,11 +464,8 @@ mod tests {
         let placed = BudgetShape {
             patches: Some(1196),
             features: Some(1196),
-            cls: false,
-            layers: 28,
-            style: Style::Grid,
             placed: true,
-            ..LLAVA
+            ..GRID
         };
         let planned = plan(placed, 440.0).unwrap();
         assert_eq!(planned.tokens[0], 1196);
@@ -470,22 +481,21 @@ mod tests {
                 .unwrap_err()
                 .contains("first layer sees all")
         );
+        // Neither does a share of less than one layer's tokens.
+        let refused = plan_share(placed, 0.03).unwrap_err();
+        assert!(
+            refused.contains("3.00 %") && refused.contains("first layer sees all tokens"),
+            "{refused}"
+        );
+        assert!(plan_share(placed, 0.04).unwrap().average <= 0.04);
     }
 
     #[test]
     fn shares_are_met_whatever_the_number_of_tokens() {
-        let grid = BudgetShape {
-            patches: None,
-            features: None,
-            cls: false,
-            layers: 28,
-            style: Style::Grid,
-            ..LLAVA
-        };
         for merges in [true, false] {
             for percent in [30, 50, 80, 95] {
                 let share = f64::from(percent) / 100.0;
-                let shape = BudgetShape { merges, ..grid };
+                let shape = BudgetShape { merges, ..GRID };
                 let planned = plan_share(shape, share).unwrap();
                 assert!(
                     planned.average <= share && planned.average > share - 0.01,
@@ -504,14 +514,14 @@ mod tests {
         }
         let alone = BudgetShape {
             merges: false,
-            ..grid
+            ..GRID
         };
         assert!(
             plan_share(alone, 0.2)
                 .unwrap_err()
                 .contains("pruning alone")
         );
-        assert!(plan_share(grid, 1.0).is_err() && plan_share(grid, 0.0).is_err());
+        assert!(plan_share(GRID, 1.0).is_err() && plan_share(GRID, 0.0).is_err());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 
-use super::{Context, Marker, Pass, PassError, REGISTRY, TokenMerge};
+use super::{Context, Marker, Pass, PassError, REGISTRY, TokenMerge, VisualPrune};
 use crate::arch::Vlm;
 use crate::suggest::unknown;
 
@@ -159,15 +159,14 @@ impl Recipe {
         if raw.kv == KvLayout::Padded {
             return Err(bad("kv: padded is not available yet; use ragged".into()));
         }
-        let pass = |name: &str| passes.iter().find(|p| p.name() == name);
-        let merge = pass("token_merge").and_then(|p| p.as_any().downcast_ref::<TokenMerge>());
+        let merge = of_type::<TokenMerge>(&passes);
         let context = Context {
             marker: raw.marker,
             span: raw.span,
             kv: raw.kv,
             merges: merge.is_some(),
             placement: merge.and_then(|m| m.placement),
-            prunes: pass("visual_prune").is_some(),
+            prunes: of_type::<VisualPrune>(&passes).is_some(),
         };
         Ok(Self {
             passes,
@@ -184,8 +183,12 @@ impl Recipe {
 
     /// The concrete pass of type `P`, if the recipe has one.
     pub fn pass<P: 'static>(&self) -> Option<&P> {
-        self.passes.iter().find_map(|p| p.as_any().downcast_ref())
+        of_type(&self.passes)
     }
+}
+
+fn of_type<P: 'static>(passes: &[Box<dyn Pass>]) -> Option<&P> {
+    passes.iter().find_map(|p| p.as_any().downcast_ref())
 }
 
 fn parse_pass(value: Value) -> Result<Box<dyn Pass>, PassError> {

@@ -12,6 +12,8 @@ pub(crate) mod goldens;
 pub(crate) mod models;
 pub(crate) mod packed;
 pub(crate) mod parts;
+pub(crate) mod patches;
+pub(crate) mod reports;
 
 /// Makes a test for every fixture out of `fn check(fixture: &str)`, in a module of the same name, so
 /// that a failure names its fixture and fixtures run side by side.

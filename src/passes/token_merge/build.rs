@@ -14,10 +14,6 @@ pub(super) struct Build<'a, 'm> {
     pub(super) patch: &'a mut Patch<'m>,
     /// The features of a tower of patch rows as a batch of one, once they are needed.
     pub(super) features: Option<ValueId>,
-    /// Which of the N tokens the merged ones stand for, in their order (CLS aside):
-    /// int64 `[n, ·]` each. Dominant tokens stand for themselves, contextual ones for
-    /// their anchors.
-    pub(super) stand_for: Vec<ValueId>,
 }
 
 impl<'a, 'm> Build<'a, 'm> {
@@ -33,7 +29,6 @@ impl<'a, 'm> Build<'a, 'm> {
             sizes,
             patch,
             features: None,
-            stand_for: Vec::new(),
         }
     }
 
@@ -77,12 +72,14 @@ impl<'a, 'm> Build<'a, 'm> {
         self.in_f32(split)
     }
 
-    /// The merged tokens `[n, K, D]`.
-    pub(super) fn tokens(&mut self) -> ValueId {
+    /// The merged tokens `[n, K, D]`, and which of the N tokens they stand for, in their
+    /// order (CLS aside): int64 `[n, ·]` each. Dominant tokens stand for themselves,
+    /// contextual ones for their anchors.
+    pub(super) fn tokens(&mut self) -> (ValueId, Vec<ValueId>) {
         let tower = self.tower;
         self.patch.scope("score");
         let (k, probabilities, score) = self.received();
-        let mut parts = Vec::new();
+        let (mut parts, mut stand_for) = (Vec::new(), Vec::new());
         if self.sizes.cls {
             parts.push(
                 self.patch
@@ -92,16 +89,18 @@ impl<'a, 'm> Build<'a, 'm> {
         let (dominant, pool) = self.select(score);
         if let Some(dominant) = dominant {
             self.patch.name_value(dominant, "dominant_indices");
-            self.stand_for.push(dominant);
+            stand_for.push(dominant);
             parts.push(self.rows(dominant));
         }
         if let Some(pool) = pool {
-            parts.push(self.clusters(k, pool, probabilities).1);
+            let (anchors, tokens) = self.clusters(k, pool, probabilities);
+            stand_for.push(anchors);
+            parts.push(tokens);
         }
         self.patch.scope("gather");
         let merged = self.patch.concat(&parts, 1);
         self.patch.name_value(merged, "merged_tokens");
-        merged
+        (merged, stand_for)
     }
 
     /// Keys `[n, T, h, d]`, probabilities `[n, h, T, T]` (`[n, h, 1, T]` where the CLS row
@@ -147,7 +146,7 @@ impl<'a, 'm> Build<'a, 'm> {
     }
 
     /// Attention received, summed over heads and queries, of each token: `[n, N]`.
-    pub(super) fn received_sum(&mut self, probabilities: ValueId) -> ValueId {
+    fn received_sum(&mut self, probabilities: ValueId) -> ValueId {
         let received = self.patch.reduce_sum(probabilities, &[1, 2], false);
         let received = self.patches_only(received, 1);
         self.pooled(received, &[])
@@ -285,7 +284,7 @@ impl<'a, 'm> Build<'a, 'm> {
     }
 
     /// Key metric of every patch, of unit length: `[n, N, d]`.
-    pub(super) fn metric(&mut self, k: ValueId) -> ValueId {
+    fn metric(&mut self, k: ValueId) -> ValueId {
         let mean = self.patch.reduce("ReduceMean", k, &[2], false);
         let metric = self.patches_only(mean, 1);
         let metric = self.pooled(metric, &[self.tower.head_dim]);
@@ -295,6 +294,34 @@ impl<'a, 'm> Build<'a, 'm> {
         let tiny = self.patch.f32(1e-12);
         let norm = self.patch.op("Max", &[norm, tiny]);
         self.patch.op("Div", &[metric, norm])
+    }
+
+    /// The anchor, by number, whose key metric is nearest to that of each of `members`
+    /// `[n, M]`: `[n, M]`.
+    pub(super) fn nearest(&mut self, k: ValueId, anchor: ValueId, members: ValueId) -> ValueId {
+        let metric = self.metric(k);
+        let anchor_metric = self.patch.gather_rows(metric, anchor);
+        let member_metric = self.patch.gather_rows(metric, members);
+        let anchor_metric = self.patch.transpose(anchor_metric, &[0, 2, 1]);
+        // [n, M, k₂]: the first anchor wins a tie (ArgMax's rule).
+        let similarity = self.patch.op("MatMul", &[member_metric, anchor_metric]);
+        let attributes = vec![int("axis", -1), int("keepdims", 0)];
+        self.patch.op_with("ArgMax", &[similarity], attributes)
+    }
+
+    /// Mean of the H of the `members` `[n, M]` that have the number of each anchor as their
+    /// `nearest` `[n, 1, M]`, fp32 `[n, k₂, D]`; `every` is `[0, 1, …, k₂−1]`.
+    pub(super) fn means(&mut self, nearest: ValueId, every: ValueId, members: ValueId) -> ValueId {
+        let every = self.patch.reshape(every, &[1, -1, 1]);
+        let belongs = self.patch.op("Equal", &[nearest, every]);
+        let belongs = self.patch.cast(belongs, DataType::Float);
+        let rows = self.rows(members);
+        let rows = self.in_f32(rows);
+        let sum = self.patch.op("MatMul", &[belongs, rows]);
+        let count = self.patch.reduce_sum(belongs, &[2], true);
+        let one = self.patch.f32(1.0);
+        let count = self.patch.op("Max", &[count, one]);
+        self.patch.op("Div", &[sum, count])
     }
 
     /// Each pool member goes to its nearest anchor; H[anchor] + mean of members.
@@ -311,37 +338,56 @@ impl<'a, 'm> Build<'a, 'm> {
         let at = self.patch.i64s(&anchors);
         let anchor = self.patch.gather(pool, at, 1);
         self.patch.name_value(anchor, "anchor_indices");
-        self.stand_for.push(anchor);
         let anchor_rows = self.rows(anchor);
         if members.is_empty() {
             return (anchor, anchor_rows);
         }
         let at = self.patch.i64s(&members);
         let member = self.patch.gather(pool, at, 1);
-        let metric = self.metric(k);
-        let anchor_metric = self.patch.gather_rows(metric, anchor);
-        let member_metric = self.patch.gather_rows(metric, member);
-        let anchor_metric = self.patch.transpose(anchor_metric, &[0, 2, 1]);
-        // [n, M, k₂]: the first anchor wins a tie (ArgMax's rule).
-        let similarity = self.patch.op("MatMul", &[member_metric, anchor_metric]);
-        let attributes = vec![int("axis", -1), int("keepdims", 0)];
-        let nearest = self.patch.op_with("ArgMax", &[similarity], attributes);
+        let nearest = self.nearest(k, anchor, member);
         let nearest = self.patch.unsqueeze(nearest, &[1]);
-        let every: Vec<i64> = (0..contextual).collect();
-        let every = self.patch.i64s(&every);
-        let every = self.patch.reshape(every, &[1, -1, 1]);
-        let belongs = self.patch.op("Equal", &[nearest, every]);
-        let belongs = self.patch.cast(belongs, DataType::Float);
-        let member_rows = self.rows(member);
-        let member_rows = self.in_f32(member_rows);
-        let sum = self.patch.op("MatMul", &[belongs, member_rows]);
-        let count = self.patch.reduce_sum(belongs, &[2], true);
-        let one = self.patch.f32(1.0);
-        let count = self.patch.op("Max", &[count, one]);
-        let mean = self.patch.op("Div", &[sum, count]);
+        let every = self.patch.iota(Size::Known(contextual));
+        let mean = self.means(nearest, every, member);
         let anchor_rows = self.in_f32(anchor_rows);
         let token = self.patch.op("Add", &[anchor_rows, mean]);
         (anchor, self.in_model_type(token))
+    }
+
+    /// The `count` of the `residual` tokens `[n, M]` that receive most attention: where they
+    /// are among these, and as anchors among the N, `[n, k₂]` each.
+    pub(super) fn most_received(
+        &mut self,
+        residual: ValueId,
+        probabilities: ValueId,
+        count: Size,
+    ) -> (ValueId, ValueId) {
+        let received = self.received_sum(probabilities);
+        let received = self.patch.gather_rows(received, residual);
+        let (_, place) = self.patch.top_k(received, count, true);
+        let anchor = self.patch.gather_rows(residual, place);
+        self.patch.name_value(anchor, "anchor_indices");
+        (place, anchor)
+    }
+
+    /// How alike the key metrics of the anchors, which are at `place [n, k₂]` of the `size`
+    /// `residual` tokens `[n, M]`, and of these are: `[n, k₂, M]`, less than any for the
+    /// anchor itself.
+    pub(super) fn likeness(
+        &mut self,
+        k: ValueId,
+        (place, anchor): (ValueId, ValueId),
+        (residual, size): (ValueId, Size),
+    ) -> ValueId {
+        let metric = self.metric(k);
+        let residual_metric = self.patch.gather_rows(metric, residual);
+        let anchor_metric = self.patch.gather_rows(metric, anchor);
+        let residual_metric = self.patch.transpose(residual_metric, &[0, 2, 1]);
+        let similarity = self.patch.op("MatMul", &[anchor_metric, residual_metric]);
+        let own = self.patch.unsqueeze(place, &[2]);
+        let every = self.patch.iota(size);
+        let own = self.patch.op("Equal", &[own, every]);
+        let below = self.patch.f32(-4.0);
+        self.patch.op("Where", &[own, below, similarity])
     }
 
     /// Anchors by attention received, each averaged with its w nearest.
@@ -353,29 +399,15 @@ impl<'a, 'm> Build<'a, 'm> {
         (contextual, size): (i64, i64),
     ) -> (ValueId, ValueId) {
         self.patch.scope("contextual");
-        let received = self.received_sum(probabilities);
-        let received = self.patch.gather_rows(received, residual);
-        let (_, place) = self.patch.top_k(received, Size::Known(contextual), true);
-        let anchor = self.patch.gather_rows(residual, place);
-        self.patch.name_value(anchor, "anchor_indices");
-        self.stand_for.push(anchor);
+        let count = Size::Known(contextual);
+        let (place, anchor) = self.most_received(residual, probabilities, count);
         let anchor_rows = self.rows(anchor);
         let width = self.merge.cluster_width.min(size - 1);
         if width == 0 {
             return (anchor, anchor_rows);
         }
-        let metric = self.metric(k);
-        let residual_metric = self.patch.gather_rows(metric, residual);
-        let anchor_metric = self.patch.gather_rows(metric, anchor);
-        let residual_metric = self.patch.transpose(residual_metric, &[0, 2, 1]);
-        // [n, k₂, M]; an anchor is not its own neighbour.
-        let similarity = self.patch.op("MatMul", &[anchor_metric, residual_metric]);
-        let own = self.patch.unsqueeze(place, &[2]);
-        let every: Vec<i64> = (0..size).collect();
-        let every = self.patch.i64s(&every);
-        let own = self.patch.op("Equal", &[own, every]);
-        let below = self.patch.f32(-4.0);
-        let similarity = self.patch.op("Where", &[own, below, similarity]);
+        let others = (residual, Size::Known(size));
+        let similarity = self.likeness(k, (place, anchor), others);
         let (_, nearest) = self.patch.top_k(similarity, Size::Known(width), true);
         let flat = self.patch.reshape(nearest, &[0, contextual * width]);
         let neighbour = self.patch.gather_rows(residual, flat);

@@ -48,6 +48,7 @@
 //! computed in the graph: `dominant` = min(k₁, N), `contextual` = min(k₂, N − k₁); an image with
 //! fewer tokens than the budget keeps all. Several images in one call are one list to the encoder
 //! and are merged as one; for a budget for each, call once for each.
+//!
 //! **Placement.** With `placement: decoder` the features keep their number and order (see
 //! [`place`]); the decoder masks the discarded ones in its first layer and drops them
 //! before its second.
@@ -452,9 +453,7 @@ impl Pass for TokenMerge {
                 .ok_or_else(|| unsupported("the token count is not fixed".into()))?;
             let mut patch = Patch::new(&part.model, ENTRY.name);
             let sizes = Sizes::known(budget);
-            let mut build = Build::new(self, tower, sizes, &mut patch);
-            let merged = build.tokens();
-            let stand_for = build.stand_for;
+            let (merged, stand_for) = Build::new(self, tower, sizes, &mut patch).tokens();
             patch.rewire_all(tower.entry, merged);
             let embeds = vlm.decoders().find(|(i, _)| *i == index);
             let embeds = embeds.map(|(_, decoder)| decoder.embeds);

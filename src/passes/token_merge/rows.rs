@@ -9,7 +9,7 @@ use super::build::Build;
 use super::place::Rows;
 use super::sizes::Sizes;
 use crate::arch::PatchRows;
-use crate::ir::{DataType, Dim, Patch, Size, ValueId, ValueType, int};
+use crate::ir::{DataType, Dim, Patch, Size, ValueId, ValueType};
 use crate::passes::marker::wider;
 
 /// What is left of the tokens of one call.
@@ -49,9 +49,7 @@ impl MergedRows {
         let ty = ValueType::tensor(DataType::Int64, vec![count()]);
         patch.publish(kept, super::KEPT_OUTPUT, ty);
     }
-}
 
-impl MergedRows {
     /// `placement: decoder`: N features as before, each in its place, with the marker channel.
     pub(super) fn stay(self, patch: &mut Patch<'_>, output: usize) {
         let model = patch.model();
@@ -179,14 +177,7 @@ impl Build<'_, '_> {
         let at = self.patch.op("Mul", &[every, step]);
         let anchor = self.patch.gather(pool, at, 1);
         self.patch.name_value(anchor, "anchor_indices");
-        let metric = self.metric(k);
-        let anchor_metric = self.patch.gather_rows(metric, anchor);
-        let member_metric = self.patch.gather_rows(metric, pool);
-        let anchor_metric = self.patch.transpose(anchor_metric, &[0, 2, 1]);
-        // [1, P, k₂]: the first anchor wins a tie (ArgMax's rule).
-        let similarity = self.patch.op("MatMul", &[member_metric, anchor_metric]);
-        let attributes = vec![int("axis", -1), int("keepdims", 0)];
-        let nearest = self.patch.op_with("ArgMax", &[similarity], attributes);
+        let nearest = self.nearest(k, anchor, pool);
         // Places 0, step, 2·step … of the pool are the anchors, and nobody's members.
         let place = self.patch.iota(size);
         let nth = self.patch.op("Div", &[place, step]);
@@ -197,16 +188,7 @@ impl Build<'_, '_> {
         let nobody = self.patch.i64(-1);
         let nearest = self.patch.op("Where", &[is_anchor, nobody, nearest]);
         let nearest = self.patch.unsqueeze(nearest, &[1]);
-        let every = self.patch.reshape(every, &[1, -1, 1]);
-        let belongs = self.patch.op("Equal", &[nearest, every]);
-        let belongs = self.patch.cast(belongs, DataType::Float);
-        let rows = self.rows(pool);
-        let rows = self.in_f32(rows);
-        let sum = self.patch.op("MatMul", &[belongs, rows]);
-        let count = self.patch.reduce_sum(belongs, &[2], true);
-        let one = self.patch.f32(1.0);
-        let count = self.patch.op("Max", &[count, one]);
-        let mean = self.patch.op("Div", &[sum, count]);
+        let mean = self.means(nearest, every, pool);
         let anchor_rows = self.rows(anchor);
         let anchor_rows = self.in_f32(anchor_rows);
         let token = self.patch.op("Add", &[anchor_rows, mean]);
@@ -222,22 +204,8 @@ impl Build<'_, '_> {
     ) -> (ValueId, ValueId) {
         self.patch.scope("contextual");
         let (contextual, size) = self.served();
-        let received = self.received_sum(probabilities);
-        let received = self.patch.gather_rows(received, residual);
-        let (_, place) = self.patch.top_k(received, contextual, true);
-        let anchor = self.patch.gather_rows(residual, place);
-        self.patch.name_value(anchor, "anchor_indices");
-        let metric = self.metric(k);
-        let residual_metric = self.patch.gather_rows(metric, residual);
-        let anchor_metric = self.patch.gather_rows(metric, anchor);
-        let residual_metric = self.patch.transpose(residual_metric, &[0, 2, 1]);
-        // [1, k₂, M]; an anchor is not its own neighbour.
-        let similarity = self.patch.op("MatMul", &[anchor_metric, residual_metric]);
-        let own = self.patch.unsqueeze(place, &[2]);
-        let every = self.patch.iota(size);
-        let own = self.patch.op("Equal", &[own, every]);
-        let below = self.patch.f32(-4.0);
-        let similarity = self.patch.op("Where", &[own, below, similarity]);
+        let (place, anchor) = self.most_received(residual, probabilities, contextual);
+        let similarity = self.likeness(k, (place, anchor), (residual, size));
         // A residual token alone has no neighbour: one is taken and counts nothing.
         let one = Size::Known(1);
         let others = self.patch.size_sub(size, one);
