@@ -231,33 +231,41 @@ fn open(vlm: &Vlm, recipe: &Recipe) -> Option<LayerTable> {
 /// several crops: a grid of 2 × 2 and the whole image in one.
 pub(super) const CROPS: i64 = 5;
 
+/// What the model takes, of which each is counted by itself: whose tokens they are, the
+/// tower that gives them, and how many images it sees (frames, crops) that enter together.
+/// Of images of several `crops` one crop and their union.
+fn inputs(vlm: &Vlm, crops: Option<i64>) -> Vec<(String, &VisionTower, i64)> {
+    let mut found = Vec::new();
+    // The precisions of one tower say the same.
+    let towers = [false, true].map(|video| vlm.towers().find(|(_, t)| t.video == video));
+    for (_, tower) in towers.into_iter().flatten() {
+        match (tower.video, crops) {
+            (true, _) => {
+                let frames = frames(tower);
+                found.push((format!("a clip of {frames} frames"), tower, frames));
+            }
+            (false, Some(crops)) => {
+                found.push(("one crop".into(), tower, 1));
+                found.push((format!("an image of {crops} crops"), tower, crops));
+            }
+            (false, None) => found.push(("an image".into(), tower, 1)),
+        }
+    }
+    found
+}
+
 /// A table for each kind of input that the model takes: images, clips; of images of
 /// several `crops` also their union.
 pub(super) fn tables(vlm: &Vlm, recipe: &Recipe, crops: Option<i64>) -> Vec<LayerTable> {
     let mut tables = Vec::new();
-    // The precisions of one tower say the same.
-    let towers = [false, true].map(|video| vlm.towers().find(|(_, t)| t.video == video));
-    for (_, tower) in towers.into_iter().flatten() {
-        let mut add = |of: String, images: i64| {
-            if let Some((before, after)) = by_layer(vlm, tower, recipe, images) {
-                tables.push(LayerTable {
-                    of,
-                    before: Some(before),
-                    after: Seen::Tokens(after),
-                    all_at_first: false,
-                });
-            }
-        };
-        match (tower.video, crops) {
-            (true, _) => {
-                let frames = frames(tower);
-                add(format!("a clip of {frames} frames"), frames);
-            }
-            (false, Some(crops)) => {
-                add("one crop".into(), 1);
-                add(format!("an image of {crops} crops"), crops);
-            }
-            (false, None) => add("an image".into(), 1),
+    for (of, tower, images) in inputs(vlm, crops) {
+        if let Some((before, after)) = by_layer(vlm, tower, recipe, images) {
+            tables.push(LayerTable {
+                of,
+                before: Some(before),
+                after: Seen::Tokens(after),
+                all_at_first: false,
+            });
         }
     }
     // No tower, or one of a grid that only the run tells.
@@ -274,25 +282,9 @@ pub(super) fn tables(vlm: &Vlm, recipe: &Recipe, crops: Option<i64>) -> Vec<Laye
 /// Visual tokens of the unmodified model, for people and programs: (whose, in each
 /// layer).
 pub(super) fn unmodified(vlm: &Vlm, crops: Option<i64>) -> Vec<(String, i64)> {
-    let mut found = Vec::new();
-    let towers = [false, true].map(|video| vlm.towers().find(|(_, t)| t.video == video));
-    for (_, tower) in towers.into_iter().flatten() {
-        let Some(features) = tower.features_per_image() else {
-            continue;
-        };
-        match (tower.video, crops) {
-            (true, _) => {
-                let frames = frames(tower);
-                found.push((format!("a clip of {frames} frames"), frames * features));
-            }
-            (false, Some(crops)) => {
-                found.push(("one crop".into(), features));
-                found.push((format!("an image of {crops} crops"), crops * features));
-            }
-            (false, None) => found.push(("an image".into(), features)),
-        }
-    }
-    found
+    let each = inputs(vlm, crops).into_iter();
+    each.filter_map(|(of, tower, images)| Some((of, images * tower.features_per_image()?)))
+        .collect()
 }
 
 #[cfg(test)]
