@@ -139,6 +139,14 @@ pub(super) fn frames(tower: &VisionTower) -> i64 {
     }
 }
 
+/// Visual tokens that each of `layers` layers sees of those that enter the decoder.
+pub(super) fn pruned(recipe: &Recipe, entering: i64, layers: usize) -> Vec<i64> {
+    match recipe.pass::<VisualPrune>() {
+        Some(prune) => prune.tokens_per_layer(entering, layers),
+        None => vec![entering; layers],
+    }
+}
+
 /// Visual tokens that each layer sees, before and after, if the model is whole: of an
 /// image, or of a clip where the model takes nothing else.
 pub(super) fn tokens_by_layer(vlm: &Vlm, recipe: &Recipe) -> Option<(Vec<i64>, Vec<i64>)> {
@@ -164,10 +172,7 @@ fn by_layer(
         Some(merge) => images * merge.tokens_left(tower, placement)?,
         None => before,
     };
-    let mut after = match recipe.pass::<VisualPrune>() {
-        Some(prune) => prune.tokens_per_layer(entering, decoder.depth()),
-        None => vec![entering; decoder.depth()],
-    };
+    let mut after = pruned(recipe, entering, decoder.depth());
     // Discarded features go through the first layer with the others.
     if placed && let Some(first) = after.first_mut() {
         *first = before;
@@ -180,7 +185,6 @@ fn by_layer(
 fn open(vlm: &Vlm, recipe: &Recipe) -> Option<LayerTable> {
     let (_, decoder) = vlm.decoders().next()?;
     let depth = decoder.depth();
-    let prune = recipe.pass::<VisualPrune>();
     let merge = recipe.pass::<TokenMerge>();
     let placed = recipe.placed(vlm);
     if let Some(merge) = merge
@@ -188,14 +192,10 @@ fn open(vlm: &Vlm, recipe: &Recipe) -> Option<LayerTable> {
             (merge.dominant, merge.contextual)
     {
         let entering = dominant.saturating_add(contextual);
-        let after = match prune {
-            Some(prune) => prune.tokens_per_layer(entering, depth),
-            None => vec![entering; depth],
-        };
         return Some(LayerTable {
             of: format!("an image of {entering} tokens or more"),
             before: None,
-            after: Seen::Tokens(after),
+            after: Seen::Tokens(pruned(recipe, entering, depth)),
             all_at_first: placed,
         });
     }
@@ -211,10 +211,7 @@ fn open(vlm: &Vlm, recipe: &Recipe) -> Option<LayerTable> {
     let million = 1e6;
     #[allow(clippy::cast_possible_truncation, reason = "at most a million")]
     let tokens = (entering * million) as i64;
-    let counts = match prune {
-        Some(prune) => prune.tokens_per_layer(tokens, depth),
-        None => vec![tokens; depth],
-    };
+    let counts = pruned(recipe, tokens, depth);
     let mut shares: Vec<f64> = counts.iter().map(|n| *n as f64 / million).collect();
     if placed && let Some(first) = shares.first_mut() {
         *first = 1.0;

@@ -11,7 +11,7 @@ use anyhow::bail;
 
 use super::counts;
 use crate::arch::Vlm;
-use crate::passes::{Recipe, TokenMerge, VisualPrune, merge_budget};
+use crate::passes::{Recipe, TokenMerge, merge_budget};
 
 /// A family of models.
 #[derive(Debug)]
@@ -188,10 +188,7 @@ fn share(text: &str, made_for: Nominal) -> Option<f64> {
         Some(merge) => images * merge_budget(merge, tokens, cls).total(),
         None => images * tokens,
     };
-    let seen = match recipe.pass::<VisualPrune>() {
-        Some(prune) => prune.tokens_per_layer(entering, layers),
-        None => vec![entering; layers],
-    };
+    let seen = counts::pruned(&recipe, entering, layers);
     Some(counts::average(&seen) / (images * tokens) as f64)
 }
 
