@@ -13,7 +13,7 @@ use duet_onnx::runtime::{
 };
 use serde_json::Value as Json;
 
-use support::models::{recipe_text, root};
+use support::models::root;
 
 fn folder() -> PathBuf {
     root().join("models/video_llava/fixtures/ts-sdpa")
@@ -22,45 +22,30 @@ fn folder() -> PathBuf {
 /// `duet run --video` on the clip that ships: frames, placeholders, both towers, and the answer that PyTorch gives.
 #[test]
 fn a_clip_is_asked_about() {
-    commands::runtime();
     let path = root().join("models/video_llava/goldens/clip.json");
     let golden: Json =
         serde_json::from_str(&std::fs::read_to_string(path).expect("clip.json")).expect("JSON");
-    let clip = commands::source("models/video_llava/images/ball.gif");
-    let picture = commands::source("models/llava/images/street.png");
-    let text = |path: &PathBuf| path.to_str().expect("UTF-8").to_owned();
-    let run = |model: &str, more: &[&str]| {
-        let (clip, prompt) = (text(&clip), golden["prompt"].as_str().expect("a prompt"));
-        let mut arguments = vec!["run", model, "--video", &clip, "--prompt", prompt];
-        arguments.extend(["--max-new-tokens", "4", "--json"]);
-        arguments.extend(more);
-        commands::duet(&arguments).json()
+    let text = |path: PathBuf| path.to_str().expect("UTF-8").to_owned();
+    let clip = text(commands::source("models/video_llava/images/ball.gif"));
+    let picture = text(commands::source("models/llava/images/street.png"));
+    let ask = |model: &str, more: &[&str]| {
+        let prompt = golden["prompt"].as_str().expect("a prompt");
+        commands::ask(model, prompt, &[&["--video", &clip], more].concat())
     };
-    let base = text(&folder());
-    let answer = run(&base, &[]);
+    let base = text(folder());
+    let answer = ask(&base, &[]);
     assert_eq!(answer["tokens"], golden["tokens"]);
     assert_eq!(answer["visual_tokens"], golden["visual_tokens"]);
 
-    let recipe = recipe_text(
-        &[
-            ("token_merge", "{dominant: 20, contextual: 4}"),
-            (
-                "visual_prune",
-                "{drops: [{after_layer: 4, keep: 0.5}, {after_layer: 6, keep: 0.0}]}",
-            ),
-        ],
-        "",
-    );
-    let place = commands::Place::new(&recipe);
-    let (file, out) = (place.at("recipe.yaml"), place.at("out"));
-    let rewrite = commands::duet(&["rewrite", &base, "--recipe", &file, "--out", &out]);
-    assert_eq!(rewrite.code, 0, "{}", rewrite.stderr);
+    let place = commands::Place::new(commands::CLIPS);
+    place.copy(&folder(), "model");
+    let rewrite = place.rewritten(&[]);
     let shown = format!("{}{}", rewrite.stdout, rewrite.stderr);
     assert!(
         shown.contains("a clip of 8 frames by layer: 1–4: 192, 5–6: 96, 7–8: 0"),
         "{shown}"
     );
-    let answer = run(&out, &["--image", &text(&picture)]);
+    let answer = ask(&place.at("out"), &["--image", &picture]);
     // 24 tokens of the image, 24 of each of 8 frames.
     assert_eq!(answer["visual_tokens"], 24 * 9);
     let lengths: Vec<i64> =
@@ -75,16 +60,14 @@ fn a_clip_is_asked_about() {
         (&Json::from(24), &Json::from(192))
     );
 
-    let valid = commands::duet(&["validate", &base, &out]);
-    assert_eq!(valid.code, 0, "{}{}", valid.stdout, valid.stderr);
+    let checks = place.valid();
     assert!(
-        valid.stdout.contains("clips: two images"),
-        "{}",
-        valid.stdout
+        checks.iter().any(|c| c == "clips: two images"),
+        "{checks:?}"
     );
 
-    let plain = text(&commands::source("models/llava/fixtures/ts-sdpa-mha"));
-    let refused = commands::duet(&["run", &plain, "--video", &text(&clip), "--prompt", "What?"]);
+    let plain = text(commands::source("models/llava/fixtures/ts-sdpa-mha"));
+    let refused = commands::duet(&["run", &plain, "--video", &clip, "--prompt", "What?"]);
     assert_eq!(refused.code, 2, "{}", refused.stderr);
     assert!(
         refused.stderr.contains("sees no clips"),

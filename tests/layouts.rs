@@ -291,18 +291,27 @@ fn a_genai_directory_is_found_through_its_config_and_stays_one() {
     assert_eq!(place.answer("model", &[])["visual_tokens"], 81);
 }
 
+/// The embedding graph of `out` states how many features an image has and how wide they are; what was rewritten is
+/// valid, and an answer sees as many.
+#[track_caller]
+fn takes_features(place: &Place, count: i64, width: i64) {
+    let model = read(&place.path("out/words.onnx")).expect("a model");
+    let features = model.value(model.input("image_features").expect("there"));
+    let shape = features.ty.as_ref().and_then(|t| t.shape()).expect("typed");
+    assert_eq!(
+        (shape[1].known(), shape[2].known()),
+        (Some(count), Some(width))
+    );
+    place.valid();
+    assert_eq!(place.answer("out", &[])["visual_tokens"], count);
+}
+
 #[test]
 fn a_merge_alone_leaves_the_genai_config_as_it_is() {
     let place = genai(MERGE);
     place.rewritten(&[]);
     assert!(place.files("model")["genai_config.json"] == place.files("out")["genai_config.json"]);
-    // The embedding graph states how many features an image has.
-    let model = read(&place.path("out/words.onnx")).expect("a model");
-    let features = model.value(model.input("image_features").expect("there"));
-    let shape = features.ty.as_ref().and_then(|t| t.shape()).expect("typed");
-    assert_eq!((shape[1].known(), shape[2].known()), (Some(36), Some(32)));
-    place.valid();
-    assert_eq!(place.answer("out", &[])["visual_tokens"], 36);
+    takes_features(&place, 36, 32);
 }
 
 #[test]
@@ -314,12 +323,7 @@ fn a_genai_directory_whose_features_keep_their_places_has_wider_tensors_only() {
     let mut wanted = config(&place, "model/genai_config.json");
     wanted["model"]["decoder"]["hidden_size"] = 33.into();
     assert_eq!(config(&place, "out/genai_config.json"), wanted);
-    let model = read(&place.path("out/words.onnx")).expect("a model");
-    let features = model.value(model.input("image_features").expect("there"));
-    let shape = features.ty.as_ref().and_then(|t| t.shape()).expect("typed");
-    assert_eq!((shape[1].known(), shape[2].known()), (Some(81), Some(33)));
-    place.valid();
-    assert_eq!(place.answer("out", &[])["visual_tokens"], 81);
+    takes_features(&place, 81, 33);
 }
 
 #[test]

@@ -7,9 +7,10 @@
 
 mod commands;
 mod common;
+#[macro_use]
+mod support;
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::ops::ControlFlow;
 use std::path::Path;
 
@@ -23,6 +24,7 @@ use duet_onnx::runtime::{
 use prost::Message as _;
 use serde::Deserialize;
 use serde_json::{Value as Json, json};
+use support::packed::contents;
 
 /// Directories and the models that they were exported from.
 const FIXTURES: [(&str, &str); 3] = [
@@ -99,13 +101,8 @@ fn place(fixture: &str, recipe: &str) -> Place {
             let name = path.file_name().expect("a name").to_string_lossy();
             let to = Path::new("model").join(folder).join(name.as_ref());
             let to = to.to_str().expect("UTF-8");
-            if let Some(plain) = to.strip_suffix(".gz") {
-                let (packed, mut bytes) = (std::fs::read(&path).expect("read"), Vec::new());
-                let mut packed = flate2::read::GzDecoder::new(packed.as_slice());
-                packed.read_to_end(&mut bytes).expect("gzip");
-                place.write(plain, &bytes);
-            } else if path.is_file() {
-                place.put(&path, to);
+            if path.is_file() {
+                place.write(to.strip_suffix(".gz").unwrap_or(to), &contents(&path));
             }
         }
     }

@@ -66,22 +66,11 @@ fn with_video_encoder(name: &str) -> Vlm {
 
 /// A directory in which both towers are one file, with two inputs and two outputs.
 fn together() -> commands::Place {
-    let place = commands::Place::new("");
-    let base = place.path("base");
-    std::fs::create_dir_all(base.join("onnx")).expect("a folder");
-    let copy = |name: &str| {
-        std::fs::copy(folder().join(name), base.join(name)).expect("copied");
-    };
-    for entry in std::fs::read_dir(folder()).expect("the fixture") {
-        let entry = entry.expect("an entry");
-        if entry.path().is_file() {
-            copy(entry.file_name().to_str().expect("UTF-8"));
-        }
-    }
-    copy("onnx/embed_tokens.onnx");
-    copy("onnx/decoder_model_merged.onnx");
+    let place = commands::Place::new(commands::CLIPS);
+    place.copy(&folder(), "model");
+    std::fs::remove_file(place.path("model/onnx/video_encoder.onnx")).expect("removed");
     let encoder = unpacked("together/vision_encoder.onnx.gz");
-    std::fs::write(base.join("onnx/vision_encoder.onnx"), encoder).expect("written");
+    place.write("model/onnx/vision_encoder.onnx", &encoder);
     place
 }
 
@@ -331,7 +320,7 @@ fn frames_do_not_see_each_other() {
 #[test]
 fn two_towers_in_one_file_reproduce_pytorch() {
     let place = together();
-    reproduces_pytorch(&parts_at(&place.path("base")));
+    reproduces_pytorch(&parts_at(&place.path("model")));
 }
 
 /// Taken apart, changed and put together again: one file with both inputs and both outputs, where each output is
@@ -340,7 +329,7 @@ fn two_towers_in_one_file_reproduce_pytorch() {
 #[test]
 fn two_towers_in_one_file_stay_one_file() {
     let place = together();
-    let vlm = parts_at(&place.path("base"));
+    let vlm = parts_at(&place.path("model"));
     let lanes: Vec<&str> = vlm
         .parts
         .iter()
@@ -431,72 +420,39 @@ fn two_towers_in_one_file_stay_one_file() {
 /// Rewritten, asked and validated on the command line; the file runs as it is, the tower that is not asked on zeros.
 #[test]
 fn two_towers_in_one_file_are_asked_and_validated() {
-    commands::runtime();
     let place = together();
     let golden = root().join("models/video_llava/goldens/clip.json");
     let golden: Json =
         serde_json::from_str(&std::fs::read_to_string(golden).expect("clip.json")).expect("JSON");
-    let text = |path: &PathBuf| path.to_str().expect("UTF-8").to_owned();
-    let clip = text(&commands::source("models/video_llava/images/ball.gif"));
-    let picture = text(&commands::source("models/llava/images/street.png"));
     let prompt = golden["prompt"].as_str().expect("a prompt");
-    let asked = |model: &str, more: &[&str]| {
-        let mut arguments = vec![
-            "run",
-            model,
-            "--prompt",
-            prompt,
-            "--max-new-tokens",
-            "4",
-            "--json",
-        ];
-        arguments.extend(more);
-        commands::duet(&arguments).json()
-    };
-    let base = place.at("base");
-    let answer = asked(&base, &["--video", &clip]);
+    let text = |path: PathBuf| path.to_str().expect("UTF-8").to_owned();
+    let clip = text(commands::source("models/video_llava/images/ball.gif"));
+    let picture = text(commands::source("models/llava/images/street.png"));
+    let (clip, picture) = (["--video", &clip], ["--image", &picture]);
+    let (base, apart) = (place.at("model"), text(folder()));
+    let answer = commands::ask(&base, prompt, &clip);
     assert_eq!(answer["tokens"], golden["tokens"]);
-    let apart = text(&folder());
-    let pictured = ["--image", &picture];
     assert_eq!(
-        asked(&base, &pictured)["tokens"],
-        asked(&apart, &pictured)["tokens"]
+        commands::ask(&base, prompt, &picture)["tokens"],
+        commands::ask(&apart, prompt, &picture)["tokens"]
     );
 
-    let recipe = recipe_text(
-        &[
-            ("token_merge", "{dominant: 20, contextual: 4}"),
-            (
-                "visual_prune",
-                "{drops: [{after_layer: 4, keep: 0.5}, {after_layer: 6, keep: 0.0}]}",
-            ),
-        ],
-        "",
-    );
-    std::fs::write(place.path("recipe.yaml"), recipe).expect("written");
-    let (file, out) = (place.at("recipe.yaml"), place.at("out"));
-    for model in [&base, &apart] {
-        let out = if *model == base {
-            out.clone()
-        } else {
-            place.at("apart")
-        };
-        let rewrite = commands::duet(&["rewrite", model, "--recipe", &file, "--out", &out]);
-        assert_eq!(rewrite.code, 0, "{}", rewrite.stderr);
-    }
-    let both = ["--video", &clip, "--image", &picture];
-    let (one, two) = (asked(&out, &both), asked(&place.at("apart"), &both));
+    place.rewritten(&[]);
+    let (file, other) = (place.at("recipe.yaml"), place.at("apart"));
+    let rewrite = commands::duet(&["rewrite", &apart, "--recipe", &file, "--out", &other]);
+    assert_eq!(rewrite.code, 0, "{}", rewrite.stderr);
+    let both = [clip, picture].concat();
+    let one = commands::ask(&place.at("out"), prompt, &both);
+    let two = commands::ask(&other, prompt, &both);
     assert_eq!(one["visual_tokens"], 24 * 9);
     assert_eq!(
         (&one["tokens"], &one["cache_lengths"]),
         (&two["tokens"], &two["cache_lengths"])
     );
-    let valid = commands::duet(&["validate", &base, &out]);
-    assert_eq!(valid.code, 0, "{}{}", valid.stdout, valid.stderr);
+    let checks = place.valid();
     assert!(
-        valid.stdout.contains("clips: two images"),
-        "{}",
-        valid.stdout
+        checks.iter().any(|c| c == "clips: two images"),
+        "{checks:?}"
     );
     let shown = commands::duet(&["inspect", &base]);
     assert!(

@@ -139,6 +139,14 @@ pub(super) fn frames(tower: &VisionTower) -> i64 {
     }
 }
 
+/// Visual tokens that each of `layers` layers sees of those that enter the decoder.
+pub(super) fn pruned(recipe: &Recipe, entering: i64, layers: usize) -> Vec<i64> {
+    match recipe.pass::<VisualPrune>() {
+        Some(prune) => prune.tokens_per_layer(entering, layers),
+        None => vec![entering; layers],
+    }
+}
+
 /// Visual tokens that each layer sees, before and after, if the model is whole: of an
 /// image, or of a clip where the model takes nothing else.
 pub(super) fn tokens_by_layer(vlm: &Vlm, recipe: &Recipe) -> Option<(Vec<i64>, Vec<i64>)> {
@@ -164,10 +172,7 @@ fn by_layer(
         Some(merge) => images * merge.tokens_left(tower, placement)?,
         None => before,
     };
-    let mut after = match recipe.pass::<VisualPrune>() {
-        Some(prune) => prune.tokens_per_layer(entering, decoder.depth()),
-        None => vec![entering; decoder.depth()],
-    };
+    let mut after = pruned(recipe, entering, decoder.depth());
     // Discarded features go through the first layer with the others.
     if placed && let Some(first) = after.first_mut() {
         *first = before;
@@ -180,7 +185,6 @@ fn by_layer(
 fn open(vlm: &Vlm, recipe: &Recipe) -> Option<LayerTable> {
     let (_, decoder) = vlm.decoders().next()?;
     let depth = decoder.depth();
-    let prune = recipe.pass::<VisualPrune>();
     let merge = recipe.pass::<TokenMerge>();
     let placed = recipe.placed(vlm);
     if let Some(merge) = merge
@@ -188,14 +192,10 @@ fn open(vlm: &Vlm, recipe: &Recipe) -> Option<LayerTable> {
             (merge.dominant, merge.contextual)
     {
         let entering = dominant.saturating_add(contextual);
-        let after = match prune {
-            Some(prune) => prune.tokens_per_layer(entering, depth),
-            None => vec![entering; depth],
-        };
         return Some(LayerTable {
             of: format!("an image of {entering} tokens or more"),
             before: None,
-            after: Seen::Tokens(after),
+            after: Seen::Tokens(pruned(recipe, entering, depth)),
             all_at_first: placed,
         });
     }
@@ -211,10 +211,7 @@ fn open(vlm: &Vlm, recipe: &Recipe) -> Option<LayerTable> {
     let million = 1e6;
     #[allow(clippy::cast_possible_truncation, reason = "at most a million")]
     let tokens = (entering * million) as i64;
-    let counts = match prune {
-        Some(prune) => prune.tokens_per_layer(tokens, depth),
-        None => vec![tokens; depth],
-    };
+    let counts = pruned(recipe, tokens, depth);
     let mut shares: Vec<f64> = counts.iter().map(|n| *n as f64 / million).collect();
     if placed && let Some(first) = shares.first_mut() {
         *first = 1.0;
@@ -231,33 +228,41 @@ fn open(vlm: &Vlm, recipe: &Recipe) -> Option<LayerTable> {
 /// several crops: a grid of 2 × 2 and the whole image in one.
 pub(super) const CROPS: i64 = 5;
 
+/// What the model takes, of which each is counted by itself: whose tokens they are, the
+/// tower that gives them, and how many images it sees (frames, crops) that enter together.
+/// Of images of several `crops` one crop and their union.
+fn inputs(vlm: &Vlm, crops: Option<i64>) -> Vec<(String, &VisionTower, i64)> {
+    let mut found = Vec::new();
+    // The precisions of one tower say the same.
+    let towers = [false, true].map(|video| vlm.towers().find(|(_, t)| t.video == video));
+    for (_, tower) in towers.into_iter().flatten() {
+        match (tower.video, crops) {
+            (true, _) => {
+                let frames = frames(tower);
+                found.push((format!("a clip of {frames} frames"), tower, frames));
+            }
+            (false, Some(crops)) => {
+                found.push(("one crop".into(), tower, 1));
+                found.push((format!("an image of {crops} crops"), tower, crops));
+            }
+            (false, None) => found.push(("an image".into(), tower, 1)),
+        }
+    }
+    found
+}
+
 /// A table for each kind of input that the model takes: images, clips; of images of
 /// several `crops` also their union.
 pub(super) fn tables(vlm: &Vlm, recipe: &Recipe, crops: Option<i64>) -> Vec<LayerTable> {
     let mut tables = Vec::new();
-    // The precisions of one tower say the same.
-    let towers = [false, true].map(|video| vlm.towers().find(|(_, t)| t.video == video));
-    for (_, tower) in towers.into_iter().flatten() {
-        let mut add = |of: String, images: i64| {
-            if let Some((before, after)) = by_layer(vlm, tower, recipe, images) {
-                tables.push(LayerTable {
-                    of,
-                    before: Some(before),
-                    after: Seen::Tokens(after),
-                    all_at_first: false,
-                });
-            }
-        };
-        match (tower.video, crops) {
-            (true, _) => {
-                let frames = frames(tower);
-                add(format!("a clip of {frames} frames"), frames);
-            }
-            (false, Some(crops)) => {
-                add("one crop".into(), 1);
-                add(format!("an image of {crops} crops"), crops);
-            }
-            (false, None) => add("an image".into(), 1),
+    for (of, tower, images) in inputs(vlm, crops) {
+        if let Some((before, after)) = by_layer(vlm, tower, recipe, images) {
+            tables.push(LayerTable {
+                of,
+                before: Some(before),
+                after: Seen::Tokens(after),
+                all_at_first: false,
+            });
         }
     }
     // No tower, or one of a grid that only the run tells.
@@ -274,25 +279,9 @@ pub(super) fn tables(vlm: &Vlm, recipe: &Recipe, crops: Option<i64>) -> Vec<Laye
 /// Visual tokens of the unmodified model, for people and programs: (whose, in each
 /// layer).
 pub(super) fn unmodified(vlm: &Vlm, crops: Option<i64>) -> Vec<(String, i64)> {
-    let mut found = Vec::new();
-    let towers = [false, true].map(|video| vlm.towers().find(|(_, t)| t.video == video));
-    for (_, tower) in towers.into_iter().flatten() {
-        let Some(features) = tower.features_per_image() else {
-            continue;
-        };
-        match (tower.video, crops) {
-            (true, _) => {
-                let frames = frames(tower);
-                found.push((format!("a clip of {frames} frames"), frames * features));
-            }
-            (false, Some(crops)) => {
-                found.push(("one crop".into(), features));
-                found.push((format!("an image of {crops} crops"), crops * features));
-            }
-            (false, None) => found.push(("an image".into(), features)),
-        }
-    }
-    found
+    let each = inputs(vlm, crops).into_iter();
+    each.filter_map(|(of, tower, images)| Some((of, images * tower.features_per_image()?)))
+        .collect()
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use anyhow::bail;
 
 use super::counts;
 use crate::arch::Vlm;
-use crate::passes::{Recipe, TokenMerge, VisualPrune, merge_budget};
+use crate::passes::{Recipe, TokenMerge, merge_budget};
 
 /// A family of models.
 #[derive(Debug)]
@@ -81,6 +81,11 @@ const FAMILIES: &[Family] = &[
     },
 ];
 
+/// The family that a `model_type` is of.
+fn of_type(stated: &str) -> Option<&'static Family> {
+    FAMILIES.iter().find(|f| f.types.contains(&stated))
+}
+
 /// What is known of a model's family.
 #[derive(Debug)]
 pub(super) struct Found {
@@ -112,8 +117,7 @@ fn model_type(root: &Path) -> Option<String> {
 /// beyond doubt.
 pub(super) fn find(root: &Path, vlm: &Vlm) -> Option<Found> {
     let stated = model_type(root);
-    let known = |key: &str| FAMILIES.iter().find(|f| f.types.contains(&key));
-    if let Some(family) = stated.as_deref().and_then(known) {
+    if let Some(family) = stated.as_deref().and_then(of_type) {
         let name = match stated.as_deref() {
             Some("qwen2_vl") => "Qwen2-VL",
             _ => family.name,
@@ -136,21 +140,23 @@ pub(super) fn find(root: &Path, vlm: &Vlm) -> Option<Found> {
 /// The family whose structure a model without a word about it has: one that no other
 /// family shares.
 fn by_structure(root: &Path, vlm: &Vlm) -> Option<(&'static Family, &'static str)> {
-    let of = |key: &str| FAMILIES.iter().find(|f| f.types.contains(&key));
     if vlm.decoders().any(|(_, d)| d.position_rows == Some(3)) {
         let shows = "its decoder's three rows of positions (M-RoPE) show";
-        return Some((of("qwen2_5_vl")?, shows));
+        return Some((of_type("qwen2_5_vl")?, shows));
     }
     // Frames alone, CLS among their features: no pooling, as other video models have.
     let clips = |t: &crate::arch::VisionTower| t.video && t.gives_cls();
     if vlm.towers().any(|(_, t)| clips(t)) {
-        return Some((of("video_llava")?, "its tower for clips shows"));
+        return Some((of_type("video_llava")?, "its tower for clips shows"));
     }
     crops(root, vlm)?;
     let (_, tower) = vlm.towers().find(|(_, t)| !t.video)?;
     Some(match tower.cls {
-        true => (of("llava_next")?, "its crops and CLS token show"),
-        false => (of("llava_onevision")?, "its crops without a CLS token show"),
+        true => (of_type("llava_next")?, "its crops and CLS token show"),
+        false => (
+            of_type("llava_onevision")?,
+            "its crops without a CLS token show",
+        ),
     })
 }
 
@@ -182,10 +188,7 @@ fn share(text: &str, made_for: Nominal) -> Option<f64> {
         Some(merge) => images * merge_budget(merge, tokens, cls).total(),
         None => images * tokens,
     };
-    let seen = match recipe.pass::<VisualPrune>() {
-        Some(prune) => prune.tokens_per_layer(entering, layers),
-        None => vec![entering; layers],
-    };
+    let seen = counts::pruned(&recipe, entering, layers);
     Some(counts::average(&seen) / (images * tokens) as f64)
 }
 

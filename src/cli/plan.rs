@@ -139,11 +139,11 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     }
     global.say(table.line());
     if let Some(saved) = saved {
-        let of = table.of.trim_start_matches("an ").trim_start_matches("a ");
-        let each = if table.of == "an image" { "image" } else { of };
+        let one = ["an ", "a "].iter().find_map(|a| table.of.strip_prefix(a));
         global.say(format!(
-            "key/value cache: {} fewer for each {each}",
-            style::bytes(saved)
+            "key/value cache: {} fewer for each {}",
+            style::bytes(saved),
+            one.unwrap_or(&table.of)
         ));
     }
     Ok(Outcome::Done)

@@ -86,9 +86,6 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         (Some(out), None) => {
             write_out(dir, &outputs, out, mode)?;
             report(&done, &recipe, crops, global);
-            if let Some(note) = crops_note(crops, &done.vlm, &recipe) {
-                global.say(note);
-            }
             for left in &selected.left_out {
                 global.say(format!("{}: left out, {}", left.file.display(), left.why));
             }
@@ -99,9 +96,6 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
             let only_changed = changed_only(outputs, &done);
             let written = write_beside(dir, &only_changed, suffix)?;
             report(&done, &recipe, crops, global);
-            if let Some(note) = crops_note(crops, &done.vlm, &recipe) {
-                global.say(note);
-            }
             for path in &written {
                 global.say(format!("wrote {}", path.display()));
             }
@@ -333,5 +327,8 @@ fn report(done: &Rewritten, recipe: &Recipe, crops: Option<i64>, global: &Global
             "{}: not recognised, carried over as it is",
             part.label()
         ));
+    }
+    if let Some(note) = crops_note(crops, &done.vlm, recipe) {
+        global.say(note);
     }
 }

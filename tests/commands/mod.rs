@@ -21,6 +21,13 @@ passes:
   - token_merge: {dominant: 30, contextual: 6}
 ";
 
+/// Merges 81 patches, of an image and of each frame of a clip, into 24 tokens and drops twice.
+pub(crate) const CLIPS: &str = "version: 1
+passes:
+  - token_merge: {dominant: 20, contextual: 4}
+  - visual_prune: {drops: [{after_layer: 4, keep: 0.5}, {after_layer: 6, keep: 0.0}]}
+";
+
 /// Names of the parts in the fixtures.
 pub(crate) const PARTS: [&str; 3] = ["vision_encoder", "embed_tokens", "decoder_model_merged"];
 
@@ -65,6 +72,16 @@ pub(crate) fn duet(arguments: &[&str]) -> Ran {
     }
 }
 
+/// Answers a question: four tokens.
+#[track_caller]
+pub(crate) fn ask(model: &str, prompt: &str, rest: &[&str]) -> serde_json::Value {
+    runtime();
+    let mut all = vec!["run", model, "--prompt", prompt];
+    all.extend(["--max-new-tokens", "4", "--threads", "1", "--json"]);
+    all.extend(rest);
+    duet(&all).json()
+}
+
 /// Installs ONNX Runtime if the machine has none: commands that run models do
 /// not download it themselves.
 pub(crate) fn runtime() {
@@ -105,16 +122,26 @@ impl Place {
         std::fs::write(&to, bytes).unwrap_or_else(|e| panic!("{}: {e}", to.display()));
     }
 
-    /// The configs and tokenizer of the fixtures, into a folder.
-    pub(crate) fn configs(&self, folder: &str) {
-        let fixture = source("models/llava/fixtures/ts-sdpa-gqa");
-        for entry in std::fs::read_dir(fixture).expect("a fixture") {
+    /// Copies the files of a folder, not of those in it.
+    pub(crate) fn copy_files(&self, from: &Path, to: &str) {
+        for entry in std::fs::read_dir(from).expect("a folder") {
             let path = entry.expect("an entry").path();
             if path.is_file() {
                 let name = path.file_name().expect("a name").to_string_lossy();
-                self.put(&path, &format!("{folder}/{name}"));
+                self.put(&path, &format!("{to}/{name}"));
             }
         }
+    }
+
+    /// Copies a model directory as the fixtures have it.
+    pub(crate) fn copy(&self, from: &Path, to: &str) {
+        self.copy_files(from, to);
+        self.copy_files(&from.join("onnx"), &format!("{to}/onnx"));
+    }
+
+    /// The configs and tokenizer of the fixtures, into a folder.
+    pub(crate) fn configs(&self, folder: &str) {
+        self.copy_files(&source("models/llava/fixtures/ts-sdpa-gqa"), folder);
     }
 
     /// `rewrite MODEL --recipe recipe.yaml` and what follows.
@@ -156,13 +183,13 @@ impl Place {
     /// Answers a question about a picture.
     #[track_caller]
     pub(crate) fn answer(&self, model: &str, rest: &[&str]) -> serde_json::Value {
-        runtime();
-        let (model, picture) = (self.at(model), source("models/llava/images/street.png"));
-        let picture = picture.to_str().expect("UTF-8");
-        let mut all = vec!["run", &model, "--image", picture, "--prompt", "What is it?"];
-        all.extend(["--max-new-tokens", "4", "--threads", "1", "--json"]);
-        all.extend(rest);
-        duet(&all).json()
+        let picture = source("models/llava/images/street.png");
+        let picture = ["--image", picture.to_str().expect("UTF-8")];
+        ask(
+            &self.at(model),
+            "What is it?",
+            &[&picture[..], rest].concat(),
+        )
     }
 
     /// Files below a folder with their contents.

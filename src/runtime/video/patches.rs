@@ -58,6 +58,9 @@ impl PatchClips {
 
     /// Which of `total` frames to take.
     pub fn choose(&self, total: usize, seconds: Option<f64>) -> Vec<usize> {
+        if total == 0 {
+            return Vec::new();
+        }
         let whole = |n: usize| n / self.moments * self.moments;
         let wanted = match (self.processor.frames, seconds) {
             (Some(frames), _) => {
@@ -72,10 +75,7 @@ impl PatchClips {
             // A folder is what a client has chosen.
             (None, None) => total.min(MOST),
         };
-        let count = wanted.clamp(usize::from(total > 0), total.max(1));
-        if total == 0 {
-            return Vec::new();
-        }
+        let count = wanted.clamp(1, total);
         let step = total as f64 / count as f64;
         let at = |i: usize| (((i as f64 * step) as f32) as usize).min(total - 1);
         (0..count).map(at).collect()

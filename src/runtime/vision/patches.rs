@@ -27,6 +27,8 @@ pub struct PatchEncoder {
     pixels: Port,
     /// `None` where the file was made for one grid.
     grid: Option<Port>,
+    /// Name of the output that holds features: the first of floating-point numbers.
+    features: String,
 }
 
 /// What an encoder makes of an image or a clip.
@@ -92,13 +94,15 @@ impl PatchEncoder {
                 ));
             }
         }
-        if features(&session).is_none() {
+        let float = |port: &&Port| port.dtype.is_some_and(DType::is_float);
+        let Some(features) = session.outputs().iter().find(float) else {
             return Err(wrong(
                 "a floating-point output of features [tokens, width]",
                 describe(session.outputs()),
             ));
-        }
+        };
         Ok(Self {
+            features: features.name.clone(),
             pixels: pixels.clone(),
             grid: grid.cloned(),
             session,
@@ -138,8 +142,7 @@ impl PatchEncoder {
             });
         }
         let outputs = self.run(patches)?;
-        let name = features(&self.session).unwrap_or_default();
-        let found = outputs.get(name)?;
+        let found = outputs.get(&self.features)?;
         let grid = patches.tokens();
         let kept = match self.session.output(KEPT) {
             Some(_) => Some(indices(outputs.get(KEPT)?)?),
@@ -195,16 +198,6 @@ impl PatchEncoder {
         }
         self.session.run(&feed)
     }
-}
-
-/// The output that holds features: the first of floating-point numbers.
-fn features(session: &Session) -> Option<&str> {
-    let float = |port: &&Port| port.dtype.is_some_and(DType::is_float);
-    session
-        .outputs()
-        .iter()
-        .find(float)
-        .map(|p| p.name.as_str())
 }
 
 fn grid_value(port: &Port, grid: [usize; 3]) -> Result<Value> {
