@@ -174,8 +174,7 @@ def qwen(layers: int | None, out: Path) -> tuple[ModuleType, list]:
     export.configs(net, name, out)
     # Pixels of an image, as the published models have them.
     update(out, {"preprocessor_config.json": {"size": {"shortest_edge": 3136, "longest_edge": 12845056}}})
-    form = vision.FORMS["vision-dynamo18"]
-    return export.shared, [vision.part(net, form, size), *export.parts(net, size)]
+    return export.shared, [vision.part(net, export.FORMS["dynamo18"], size), *export.parts(net, size)]
 
 
 FAMILIES: dict[str, Callable[[int | None, Path], tuple[ModuleType, list]]] = {

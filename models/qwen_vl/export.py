@@ -3,7 +3,7 @@
     python models/qwen_vl/export.py [--out models/qwen_vl/fixtures] [NAME ...]
 
 Every NAME of FORMS becomes a directory with the configs, a tokenizer and onnx/{vision_encoder, embed_tokens,
-decoder_model_merged}.onnx; vision.py makes the first of them. The decoder takes `position_ids` [3, batch,
+decoder_model_merged}.onnx; vision.py has the first of them. The decoder takes `position_ids` [3, batch,
 sequence]. All are compared with the PyTorch model under ONNX Runtime, with grids of different shape, and the
 command fails if they differ. Graphs of PACKED are compressed afterwards (.onnx.gz).
 """

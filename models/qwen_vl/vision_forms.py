@@ -147,9 +147,8 @@ FORMS = {
     "t449-qwen2-sdpa": Form(older("sdpa", 14), build.qwen2, IMAGES, version="4.49"),
     "t449-qwen2-eager": Form(older("eager", 17), build.qwen2, IMAGES, version="4.49"),
 }
-# Written only when asked for by name: vision.py's own, and second forms of what another has.
+# Written only when asked for by name: second forms of what another has.
 SPARE = (
-    "vision-ts-sdpa",
     "vision-dynamo18",
     "vision-genai-extended",
     "vision-qwen2-ts-eager",
