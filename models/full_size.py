@@ -21,7 +21,6 @@ files: small enough for a fixture.
 """
 
 import argparse
-import gzip
 import importlib.util
 import json
 import shutil
@@ -75,6 +74,16 @@ def update(folder: Path, files: dict[str, dict]) -> None:
         (folder / file).write_text(json.dumps(values, indent=2) + "\n")
 
 
+def clip_and_llama(module: ModuleType, image: int, layers: int | None) -> tuple:
+    """Size and configuration, by a module with `Size` and `config`, of Llama-2-7B behind CLIP ViT-L/14 for images of
+    so many pixels."""
+    size = module.Size(image, 1024, 4096, 16, 24, 4096, 11008, 32, 32, layers or 32, seed=0)
+    config = module.config(size)
+    config.text_config.vocab_size = 32064
+    config.vision_config.projection_dim = 768
+    return size, config
+
+
 # Each: (decoder layers or None for the model's own, folder for configs) -> llava's export module, whose `nest` and
 # `clean` serve all, and the files to export.
 
@@ -85,10 +94,7 @@ def llava(layers: int | None, out: Path) -> tuple[ModuleType, list]:
     import export
     from transformers import LlavaForConditionalGeneration
 
-    size = build.Size(336, 1024, 4096, 16, 24, 4096, 11008, 32, 32, layers or 32, seed=0)
-    config = build.config(size)
-    config.text_config.vocab_size = 32064
-    config.vision_config.projection_dim = 768
+    size, config = clip_and_llama(build, 336, layers)
     net = bare(LlavaForConditionalGeneration, config)
     export.configs(net, size, out)
     return export, export.parts(net, size)
@@ -100,10 +106,7 @@ def video_llava(layers: int | None, out: Path) -> tuple[ModuleType, list]:
     import network
     from transformers import VideoLlavaForConditionalGeneration
 
-    size = network.Size(224, 1024, 4096, 16, 24, 4096, 11008, 32, 32, layers or 32, seed=0)
-    config = network.config(size)
-    config.text_config.vocab_size = 32064
-    config.vision_config.projection_dim = 768
+    size, config = clip_and_llama(network, 224, layers)
     net = bare(VideoLlavaForConditionalGeneration, config)
     export_video.configs(net, out, size)
     return export_video.llava, export_video.parts(net, export_video.Form("sdpa", 18, True, joined=False), size)
@@ -117,7 +120,7 @@ def crops(name: str, layers: int | None, out: Path, mistral: bool = False) -> tu
     import transformers
 
     if name == "llava-next":
-        size = build.Size(336, 1024, 4096, 16, 24, 4096, 11008, 32, 32, layers or 32, seed=0)
+        size, _ = clip_and_llama(build, 336, layers)
         if mistral:
             size = replace(size, intermediate=14336, kv_heads=8)
     else:
@@ -171,8 +174,7 @@ def qwen(layers: int | None, out: Path) -> tuple[ModuleType, list]:
     export.configs(net, name, out)
     # Pixels of an image, as the published models have them.
     update(out, {"preprocessor_config.json": {"size": {"shortest_edge": 3136, "longest_edge": 12845056}}})
-    form = vision.FORMS["vision-dynamo18"]
-    return export.shared, [vision.part(net, form, size), *export.parts(net, size)]
+    return export.shared, [vision.part(net, export.FORMS["dynamo18"], size), *export.parts(net, size)]
 
 
 FAMILIES: dict[str, Callable[[int | None, Path], tuple[ModuleType, list]]] = {
@@ -203,13 +205,14 @@ def sparse(model: ir.Model, folder: Path, name: str) -> int:
 
 def pack(folder: Path, target: Path) -> None:
     """Each graph of `folder` as target/NAME.onnx.gz, and the bytes of the data files in target/data.json."""
+    gz = load("llava/gz.py")
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob("*.onnx")):
         model = onnx.load(path, load_external_data=False)
         graph = model.graph
         for value in [*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
             del value.metadata_props[:]
-        packed = gzip.compress(model.SerializeToString(deterministic=True), 9, mtime=0)
+        packed = gz.compressed(model.SerializeToString(deterministic=True))
         (target / f"{path.name}.gz").write_bytes(packed)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.onnx_data"))}
     (target / "data.json").write_text(json.dumps(sizes, indent=2) + "\n")

@@ -9,8 +9,9 @@ mod support;
 use std::path::Path;
 
 use duet_onnx::arch::{Role, VisionTower, Vlm};
-use duet_onnx::ir::Model;
-use duet_onnx::passes::{TokenMerge, merge_budget, rewrite};
+use duet_onnx::ir::{Model, Patch};
+use duet_onnx::passes::{KEPT_OUTPUT, TokenMerge, merge_budget, rewrite};
+use duet_onnx::validate::Finding;
 
 use support::models::{open, parts_at, recipe, rewritten, root};
 use support::packed::unpacked;
@@ -195,6 +196,27 @@ fn what_is_recognised_wrongly_fails() {
         let numbers = report.findings.iter().filter(|f| f.check.contains("image"));
         assert!(numbers.into_iter().any(|f| !f.passed), "{what}: {report:?}");
     }
+}
+
+/// A file that says of other tokens that they came out is another model, too.
+#[test]
+fn places_that_are_told_wrongly_fail() {
+    let base = fixture("vision-ts-sdpa");
+    let text = merge_only("{dominant: 5, contextual: 3}");
+    let mut made = rewritten(&base, &text);
+    let model = &made.parts[0].model;
+    let told = model.find(KEPT_OUTPUT).expect("places");
+    let last = model.producer_of(told).expect("a node");
+    let mut patch = Patch::new(model, "tampered");
+    let (places, one) = (model.node(last).input(0).expect("places"), patch.i64(1));
+    let next = patch.op("Add", &[places, one]);
+    patch.rewire(last, 0, next);
+    let plan = patch.finish();
+    made.parts[0].model = model.clone().apply(plan).expect("the patch applies");
+    let report = validated(&base, &made, &text, 5);
+    let told = |f: &Finding| !f.passed && f.detail.contains(KEPT_OUTPUT);
+    assert!(report.findings.iter().any(told), "{report:?}");
+    assert!(report.worst_features <= 1e-4, "{}", report.worst_features);
 }
 
 #[test]

@@ -212,6 +212,30 @@ fn a_scale_on_a_merged_token_is_noticed() {
     }
 }
 
+#[test]
+fn a_discarded_feature_marked_as_kept_is_noticed() {
+    for name in TAMPERED {
+        let base = fixture(name);
+        let merge = "{dominant: 30, contextual: 6, placement: decoder}";
+        let text = recipe_text(&[("token_merge", merge)], "");
+        let marked = tampered(&rewritten(&base, &text), vision, |model| {
+            // Features and their marks are put together last.
+            let last = model.producer_of(model.graph().outputs[0]).expect("a node");
+            let marks = model.node(last).input(1).expect("marks");
+            let mut patch = Patch::new(model, "tampered");
+            let one = patch.f32(1.0);
+            let all_kept = patch.op("Min", &[marks, one]);
+            patch.rewire(last, 1, all_kept);
+            let plan = patch.finish();
+            model.clone().apply(plan).expect("the patch applies")
+        });
+        let report = validated(&base, &marked, &text);
+        let mark = "the marker channel of a feature is 1, not 2";
+        fails(&report, &["reproducible", mark, "cache lengths"], name);
+        assert!(report.worst_features <= 1e-4, "{}", report.worst_features);
+    }
+}
+
 /// Every second score is a quarter better than it should be: the best tokens stay the best, but some
 /// that should just be kept go for some that should just not be.
 fn favouring(model: &Model, scores: &str) -> Model {

@@ -1,6 +1,5 @@
 """What goes in: pictures prepared as Transformers does, and texts as its tokenizer and template do."""
 
-import gzip
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+import gz
 import tokens
 
 IMAGES = Path(__file__).parent / "images"
@@ -36,6 +36,18 @@ def pictures(side: int) -> dict[str, np.ndarray]:
     result = {name: processed(name, side)[0] for name in NAMES}
     noise = torch.randn(3, side, side, generator=torch.Generator().manual_seed(7))
     return {**result, "noise": noise.bfloat16().float().numpy()}
+
+
+def hashed(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """fp32 of `shape` that a reader makes itself: the upper byte of SplitMix64 numbers from `seed`, divided by 64,
+    less 2."""
+    with np.errstate(over="ignore"):
+        steps = np.arange(1, int(np.prod(shape)) + 1, dtype=np.uint64)
+        z = np.uint64(seed) + steps * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return ((z >> np.uint64(56)).astype(np.float32) / 64 - 2).reshape(shape)
 
 
 CHATS = [
@@ -82,7 +94,7 @@ def texts() -> dict:
 def save(tensors: dict[str, np.ndarray], path: Path) -> None:
     """Writes tensors; packed where the name ends in .gz."""
     if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(to_bytes(tensors), 9, mtime=0))
+        path.write_bytes(gz.compressed(to_bytes(tensors)))
         return
     save_file(tensors, path)
     # safetensors creates its files for their owner alone.

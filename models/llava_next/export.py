@@ -23,7 +23,6 @@ So the fixtures have the layout of models/llava/export.py, one file per module (
 """
 
 import argparse
-import gzip
 import json
 import shutil
 import sys
@@ -39,6 +38,7 @@ for folder in ("llava", "forms"):
 
 import check  # noqa: E402
 import export as llava  # noqa: E402
+import gz  # noqa: E402
 import tokens  # noqa: E402
 from anyres import ASPECT, SIZES, model, pinpoints  # noqa: E402
 from export import Form  # noqa: E402
@@ -164,8 +164,7 @@ def main() -> int:
             llava.export(part, form, folder / "onnx")
         differences = check.compare(folder, unpacked(model(name)), SIZES[name])
         for path in sorted((folder / "onnx").glob("*.onnx")):
-            path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
-            path.unlink()
+            gz.pack(path)
         for what, difference in differences.items():
             print(f"{name:16} {what:34} max |onnx - torch| = {difference:.2e}")
         worst = max(worst, *differences.values())

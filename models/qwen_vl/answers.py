@@ -17,7 +17,6 @@ Writes OUT/answers.json and OUT/patches.safetensors:
 Pictures that are not in llava/images are made from a formula, see `drawn`.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -321,20 +320,15 @@ def sizes() -> list[list[int]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=GOLDENS)
-    args = parser.parse_args()
-    torch.set_num_threads(2)
-    torch.set_grad_enabled(False)
-    args.out.mkdir(parents=True, exist_ok=True)
+    out = shared.target(__doc__, GOLDENS)
     tensors, pictures = patches()
-    shared.inputs.save(tensors, args.out / "patches.safetensors")
+    shared.inputs.save(tensors, out / "patches.safetensors")
     known = {name: answers(name) for name in SIZES}
     clips = {name: clip(name) for name in SIZES}
     settings = {k: {"image_processor_type": "Qwen2VLImageProcessor", **v} for k, v in SETTINGS.items()}
     head = {"schema_version": 1, "answers": known, "clips": clips, "recipes": RECIPES}
     head |= {"settings": settings, "pictures": pictures, "sizes": sizes()}
-    (args.out / "answers.json").write_text(shared.compact(head) + "\n", encoding="utf-8")
+    (out / "answers.json").write_text(shared.compact(head) + "\n", encoding="utf-8")
     return 0
 
 

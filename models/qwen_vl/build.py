@@ -135,7 +135,8 @@ def model(
 def qwen2(attention: str = "eager") -> Qwen2VLForConditionalGeneration:
     """A Qwen2-VL whose vision tower is drawn, fp32; its decoder is as small as can be and means nothing.
 
-    The weights are the same whatever version of Transformers has the class.
+    The weights are the same whatever version of Transformers has the class, which `model` cannot promise: 4.49, whose
+    exports people have, knows neither its configuration nor its names of parameters.
     """
     cfg = Qwen2VLConfig(
         vision_config={

@@ -3,13 +3,12 @@
     python models/qwen_vl/export.py [--out models/qwen_vl/fixtures] [NAME ...]
 
 Every NAME of FORMS becomes a directory with the configs, a tokenizer and onnx/{vision_encoder, embed_tokens,
-decoder_model_merged}.onnx; vision.py makes the first of them. The decoder takes `position_ids` [3, batch,
+decoder_model_merged}.onnx; vision.py has the first of them. The decoder takes `position_ids` [3, batch,
 sequence]. All are compared with the PyTorch model under ONNX Runtime, with grids of different shape, and the
 command fails if they differ. Graphs of PACKED are compressed afterwards (.onnx.gz).
 """
 
 import argparse
-import gzip
 import json
 import shutil
 import sys
@@ -25,6 +24,7 @@ import vision
 import words
 from build import PIXELS, SIZE, SIZES, Size, sibling
 
+import gz
 import tokens
 
 shared = sibling("export")
@@ -139,13 +139,6 @@ def configs(net, model: str, folder: Path) -> None:
     words.save(folder, PROCESSORS[model], PIXELS, SIZES[model].patch)
 
 
-def pack(folder: Path, which: str) -> None:
-    """Compresses graphs of a directory; no name and no time goes in, so the same bytes make the same file."""
-    for path in sorted((folder / "onnx").glob(which)):
-        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
-        path.unlink()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FIXTURES)
@@ -170,7 +163,8 @@ def main() -> int:
             print(f"{name:10} {what:24} max |onnx - torch| = {difference:.2e}")
         worst = max(worst, *differences.values())
         if name in PACKED:
-            pack(folder, PACKED[name])
+            for path in sorted((folder / "onnx").glob(PACKED[name])):
+                gz.pack(path)
     if not worst < TOLERANCE:
         print(f"worst difference {worst:.2e}, expected below {TOLERANCE:.0e}", file=sys.stderr)
         return 1

@@ -1,8 +1,5 @@
-"""Exports the vision towers of build.py, for any grid, and compares them with Transformers' own.
-
-    python models/qwen_vl/vision.py [--out models/qwen_vl/fixtures] [NAME ...]
-
-Every NAME of FORMS becomes a directory with onnx/vision_encoder.onnx.gz:
+"""The vision towers of build.py for any grid, as PyTorch's exporters take them, and their comparison with
+Transformers' own. export.py makes one for each of its models, vision_forms.py makes them alone.
 
     pixel_values [patches, channels * frames * patch * patch], image_grid_thw [1, 3] -> image_features [tokens, D]
 
@@ -21,10 +18,6 @@ Here everything is computed in the graph, and a window is a mask: patches see th
 in the blocks with full attention those of the same frame. That is what the packed operator computes.
 """
 
-import argparse
-import gzip
-import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,19 +27,12 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-import build
 from build import SIZE, Size, sibling
 
 shared = sibling("export")
 
-FIXTURES = Path(__file__).parent / "fixtures"
-FORMS = {
-    "vision-ts-sdpa": shared.Form("qwen2.5-vl", "sdpa", 17, False),
-    "vision-dynamo18": shared.Form("qwen2.5-vl", "sdpa", 18, True),
-}
 # Time, height and width in patches: windows that are whole, cut off on each side, and several frames.
 GRIDS = ((1, 8, 8), (1, 10, 6), (1, 2, 14), (1, 4, 4), (2, 6, 10))
-TOLERANCE = 2e-4
 
 
 class Vision(nn.Module):
@@ -137,34 +123,3 @@ def compare(folder: Path, net) -> float:
         difference = float(np.abs(found - want).max())
         worst = max(worst, difference if difference == difference else float("inf"))
     return worst
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FIXTURES)
-    parser.add_argument("names", nargs="*", default=list(FORMS), metavar="NAME", help=", ".join(FORMS))
-    args = parser.parse_args()
-    unknown = [n for n in args.names if n not in FORMS]
-    if unknown:
-        parser.error(f"unknown {', '.join(unknown)}; expected some of {', '.join(FORMS)}")
-    torch.set_num_threads(2)
-    net, worst = build.model(), 0.0
-    for name in args.names:
-        folder = args.out / name
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "onnx").mkdir(parents=True)
-        shared.export(part(net, FORMS[name]), FORMS[name], folder / "onnx")
-        difference = compare(folder, net)
-        path = folder / "onnx" / "vision_encoder.onnx"
-        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), 9, mtime=0))
-        path.unlink()
-        print(f"{name:16} features of {len(GRIDS)} grids: max |onnx - torch| = {difference:.2e}")
-        worst = max(worst, difference)
-    if not worst < TOLERANCE:
-        print(f"worst difference {worst:.2e}, expected below {TOLERANCE:.0e}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,6 @@ with requirements.txt.
 """
 
 import argparse
-import gzip
 import shutil
 import sys
 import tempfile
@@ -26,6 +25,8 @@ from torch import nn
 
 import build
 from build import SIZE, sibling
+
+import gz
 
 shared = sibling("export")
 
@@ -146,9 +147,8 @@ FORMS = {
     "t449-qwen2-sdpa": Form(older("sdpa", 14), build.qwen2, IMAGES, version="4.49"),
     "t449-qwen2-eager": Form(older("eager", 17), build.qwen2, IMAGES, version="4.49"),
 }
-# Written only when asked for by name: vision.py's own, and second forms of what another has.
+# Written only when asked for by name: second forms of what another has.
 SPARE = (
-    "vision-ts-sdpa",
     "vision-dynamo18",
     "vision-genai-extended",
     "vision-qwen2-ts-eager",
@@ -201,8 +201,7 @@ def main() -> int:
             difference, size = compare(path, form.net(), form.grids)
             shutil.rmtree(folder, ignore_errors=True)
             (folder / "onnx").mkdir(parents=True)
-            # No name and no time in it: the same bytes make the same file.
-            packed = gzip.compress(path.read_bytes(), 9, mtime=0)
+            packed = gz.compressed(path.read_bytes())
             (folder / "onnx" / "vision_encoder.onnx.gz").write_bytes(packed)
         print(
             f"{name:22} {len(form.grids)} calls: max |onnx - torch| = {difference:.1e} "

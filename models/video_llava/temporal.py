@@ -11,8 +11,6 @@ other. So a block has two attentions, and frames and tokens change places around
 frame's tokens is the second; the number of frames is fixed.
 """
 
-import argparse
-import gzip
 import sys
 import tempfile
 from pathlib import Path
@@ -30,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import build  # noqa: E402
 import check  # noqa: E402
 import goldens as llava  # noqa: E402
+import gz  # noqa: E402
 import inputs  # noqa: E402
 import record_goldens  # noqa: E402
 from cases import merge, recipe  # noqa: E402
@@ -103,11 +102,7 @@ def export(folder: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE)
-    args = parser.parse_args()
-    torch.set_num_threads(2)
-    torch.set_grad_enabled(False)
+    out = llava.target(__doc__, HERE)
     net, exact = model(), model().double()
     pixels = record_goldens.pixels("video")
     plain = net.model.get_video_features(torch.from_numpy(pixels), vision_feature_layer=-2).pooler_output
@@ -117,9 +112,9 @@ def main() -> int:
         export(folder)
         found = export_video.Files(folder).run("video_encoder", {"pixel_values_videos": pixels})[0]
         difference = float(np.abs(found.reshape(plain.shape) - plain).max())
-        packed = args.out / "fixtures" / "temporal" / "video_encoder.onnx.gz"
+        packed = out / "fixtures" / "temporal" / "video_encoder.onnx.gz"
         packed.parent.mkdir(parents=True, exist_ok=True)
-        packed.write_bytes(gzip.compress((folder / "onnx" / "video_encoder.onnx").read_bytes(), 9, mtime=0))
+        packed.write_bytes(gz.compressed((folder / "onnx" / "video_encoder.onnx").read_bytes()))
     print(f"features: max |onnx - torch| = {difference:.2e}")
     if not difference < check.TOLERANCE:
         return 1
@@ -132,8 +127,7 @@ def main() -> int:
             chosen = [{"dominant": m.dominant, "anchors": m.anchors, "members": m.members} for m in merged]
             results.append((features.numpy(), chosen, reference.margins.smallest))
         (features, chosen, margin), (_, same, _) = results
-        if chosen != same or margin < llava.MARGIN:
-            raise RuntimeError(f"{name}: too close a choice ({margin:.1e})")
+        llava.settled(name, chosen, same, margin)
         tensors[name] = features
         index.append({"name": name, "recipe": passes, "smallest_margin": margin, "merged": chosen})
         print(f"{name:9} margin {margin:.1e}")
@@ -141,9 +135,9 @@ def main() -> int:
     apart = float(np.abs(unmerged - plain).max() / plain.std())
     if not apart < 1e-5:
         raise RuntimeError(f"the reference differs from PyTorch's modules by {apart:.1e} of a standard deviation")
-    inputs.save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, args.out / "goldens" / "temporal.safetensors")
+    inputs.save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, out / "goldens" / "temporal.safetensors")
     text = llava.compact({"schema_version": 1, "frames": FRAMES, "cases": index})
-    (args.out / "goldens" / "temporal.json").write_text(text + "\n", encoding="utf-8")
+    (out / "goldens" / "temporal.json").write_text(text + "\n", encoding="utf-8")
     return 0
 
 

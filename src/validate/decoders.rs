@@ -66,15 +66,20 @@ impl Reference {
     }
 }
 
+/// Under what name scope the pass that plans the decoder inserts.
+pub(super) fn decoder_scope(prune: Option<&VisualPrune>) -> &'static str {
+    match prune {
+        Some(_) => "duet/visual_prune",
+        None => "duet/token_merge",
+    }
+}
+
 /// Names of the kept indices of every drop point, in order; with `placed`, the first is
 /// where discarded tokens leave.
 pub(super) fn kept_names(prune: Option<&VisualPrune>, placed: bool) -> Vec<String> {
     let drops = prune.map_or(0, |p| p.drops.len());
-    let pass = match prune {
-        Some(_) => "visual_prune",
-        None => "token_merge",
-    };
-    let name = |drop| format!("duet/{pass}/drop{drop}/kept_indices");
+    let scope = decoder_scope(prune);
+    let name = |drop| format!("{scope}/drop{drop}/kept_indices");
     (usize::from(!placed)..=drops).map(name).collect()
 }
 

@@ -3,6 +3,8 @@
 
 use ndarray::Array2;
 
+use super::decoders::decoder_scope;
+use super::reference::grid_tensor;
 use super::report::Report;
 use super::scenario::{Frame, Scenario, Seeded, lay_out, standard};
 use super::{Options, ValidateError, probe};
@@ -79,7 +81,7 @@ pub(super) fn check(
                 None => tower_feed(&old.model, tower, &mut rng)?,
             }
         {
-            tower_check(models, tower, feed, label, options, report)?;
+            tower_check(models, tower, &feed, label, options, report)?;
         }
         let prune = recipe.pass::<VisualPrune>();
         let placed = recipe.placed(base);
@@ -89,15 +91,7 @@ pub(super) fn check(
                 None => decoder_feed(&old.model, &new.model, decoder, placed, &mut rng)?,
             };
             if placed {
-                gone_check(
-                    models,
-                    decoder,
-                    prune.is_some(),
-                    &feed,
-                    label,
-                    options,
-                    report,
-                )?;
+                gone_check(models, decoder, prune, &feed, label, options, report)?;
             }
             if let Some(prune) = prune {
                 let of = (prune, placed);
@@ -112,7 +106,7 @@ pub(super) fn check(
 fn tower_check(
     (old, new): (&Model, &Model),
     tower: &VisionTower,
-    feed: Vec<(String, Tensor)>,
+    feed: &[(String, Tensor)],
     label: &str,
     options: &Options,
     report: &mut Report,
@@ -192,12 +186,8 @@ fn rows_feed(
     let pixels = super::rows::noise(grid, width, rng)?.cast_float(dtype(stated))?;
     let mut feed = vec![(model.name(tower.pixels).to_owned(), pixels)];
     if let Some(input) = tower.rows.as_ref().and_then(|r| r.grid) {
-        let thw = match kind(input) {
-            #[allow(clippy::cast_possible_truncation, reason = "edges of grids")]
-            Some(DataType::Int32) => Tensor::new([1, 3], grid.map(|n| n as i32).to_vec())?,
-            _ => Tensor::new([1, 3], grid.map(|n| n as i64).to_vec())?,
-        };
-        feed.push((model.name(input).to_owned(), thw));
+        let short = kind(input) == Some(DataType::Int32);
+        feed.push((model.name(input).to_owned(), grid_tensor(grid, short)?));
     }
     Ok(Some(feed))
 }
@@ -236,40 +226,29 @@ fn tower_feed(
 fn gone_check(
     (old, new): (&Model, &Model),
     decoder: &Decoder,
-    prunes: bool,
+    prune: Option<&VisualPrune>,
     feed: &[(String, Tensor)],
     label: &str,
     options: &Options,
     report: &mut Report,
 ) -> Result<(), ValidateError> {
-    let pass = if prunes {
-        "visual_prune"
-    } else {
-        "token_merge"
-    };
+    let scope = decoder_scope(prune);
     let boundary = decoder.layers[1].boundary[0];
     let inputs = [
         port(old.name(boundary), 3, decoder.dtype),
-        port(format!("duet/{pass}/entry/gone_mask"), 2, DataType::Bool),
+        port(format!("{scope}/entry/gone_mask"), 2, DataType::Bool),
     ];
-    let outputs = [
-        port(
-            format!("duet/{pass}/drop0/kept_indices"),
-            2,
-            DataType::Int64,
-        ),
-        port(format!("duet/{pass}/drop0/hidden"), 3, decoder.dtype),
-    ];
+    let outputs = drop_outputs(&format!("{scope}/drop0"), decoder.dtype);
     let check = format!("{label}tract: discarded tokens");
-    compare(
-        new,
-        &inputs,
-        &outputs,
-        feed.to_vec(),
-        &check,
-        options,
-        report,
-    )
+    compare(new, &inputs, &outputs, feed, &check, options, report)
+}
+
+/// What a drop point gives: the tokens that stay, and their hidden states.
+fn drop_outputs(scope: &str, dtype: DataType) -> [Port; 2] {
+    [
+        port(format!("{scope}/kept_indices"), 2, DataType::Int64),
+        port(format!("{scope}/hidden"), 3, dtype),
+    ]
 }
 
 /// Every drop point of one decoder.
@@ -317,20 +296,9 @@ fn decoder_check(
             // Sizes are read off them.
             inputs.push(port(old.name(decoder.embeds), 3, decoder.dtype));
         }
-        let outputs = [
-            port(format!("{scope}/kept_indices"), 2, DataType::Int64),
-            port(format!("{scope}/hidden"), 3, decoder.dtype),
-        ];
+        let outputs = drop_outputs(&scope, decoder.dtype);
         let check = format!("{label}tract: drop point {drop}");
-        compare(
-            new,
-            &inputs,
-            &outputs,
-            feed.to_vec(),
-            &check,
-            options,
-            report,
-        )?;
+        compare(new, &inputs, &outputs, feed, &check, options, report)?;
     }
     Ok(())
 }
@@ -412,7 +380,7 @@ fn compare(
     model: &Model,
     inputs: &[Port],
     outputs: &[Port],
-    feed: Vec<(String, Tensor)>,
+    feed: &[(String, Tensor)],
     check: &str,
     options: &Options,
     report: &mut Report,

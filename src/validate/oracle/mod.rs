@@ -9,7 +9,9 @@
 //! |---|---|---|
 //! | V2V, token merge after the vision encoder | `merge` | [`merge()`] |
 //! | T2V, text-guided pruning inside the decoder | `prune` | [`text_rows`], [`rank`], [`drop_counts`], [`select`], [`renumber`] |
+//! | V2V behind a tower of patch rows (Qwen2-VL, Qwen2.5-VL) | `rows` | [`merge_rows`] |
 //! | discarded tokens that the decoder drops | `place` | [`place()`], [`placed_drop_counts`], [`select_placed`] |
+//! | `ratio_base: current` | `current` | [`current_drop_counts`], [`release`] |
 //!
 //! Numbers: inputs are `f32`, every sum runs in `f64` and in index order, scores are rounded to
 //! `f32` and **ranked as `f32`**, because that is the precision in which the graphs rank. Equal
@@ -38,7 +40,7 @@ pub use prune::{
     renumber, select, text_rows, visual_tokens_per_layer,
 };
 pub use rotary::rotate;
-pub use rows::{Placed, at_least_one, mass_of, mass_received, merge_rows};
+pub use rows::{Placed, mass_of, mass_received, merge_rows};
 
 /// Why the oracle cannot say what a stage must compute.
 ///

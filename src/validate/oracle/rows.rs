@@ -43,7 +43,7 @@ pub fn mass_received(input: &MergeInput<'_>) -> Vec<f64> {
 }
 
 /// Counts for an image of `tokens` tokens: as stated, but one token where that comes to none.
-pub fn at_least_one(tokens: usize, params: &MergeParams) -> MergeParams {
+fn at_least_one(tokens: usize, params: &MergeParams) -> MergeParams {
     let dominant = match clamp_budget(tokens, params).tokens() {
         0 => 1,
         _ => params.dominant,
@@ -132,21 +132,16 @@ mod tests {
     fn tokens_come_out_by_place_with_the_means_of_their_patches() {
         let features = arr2(&[[10.0f32, 0.0], [20.0, 0.0], [30.0, 0.0], [40.0, 0.0]]);
         let groups = [vec![2, 3], vec![6, 7], vec![0, 1], vec![4, 5]];
-        let mass = [8.0, 6.0, 1.0, 1.0, 4.0, 2.0, 3.0, 1.0];
         // Keys of tokens 0 and 1 point one way, those of 2 and 3 another.
         let key = Array3::from_shape_fn((1, 8, 2), |(_, p, d)| {
             let first = [2, 3, 6, 7].contains(&p);
             f32::from(u8::from(first == (d == 0)))
         });
-        let made = merge_rows(
-            features.view(),
-            &mass,
-            key.view(),
-            &groups,
-            None,
-            &params(1, 1),
-        )
-        .unwrap();
+        let merged = |mass: [f64; 8]| {
+            let budget = params(1, 1);
+            merge_rows(features.view(), &mass, key.view(), &groups, None, &budget).unwrap()
+        };
+        let made = merged([8.0, 6.0, 1.0, 1.0, 4.0, 2.0, 3.0, 1.0]);
         // Scores by place: 1, 2, 7, 3. Dominant 2; pool 3, 1; anchor 3 with member 1; 0 is discarded.
         assert_eq!(made.merged.scores, [1.0, 2.0, 7.0, 3.0]);
         assert_eq!(
@@ -157,16 +152,7 @@ mod tests {
         assert_eq!(made.kept, [2, 3]);
         assert_eq!(made.tokens, arr2(&[[30.0, 0.0], [60.0, 0.0]]));
         // An anchor that lies before the dominant token comes out before it.
-        let mass = [8.0, 6.0, 5.0, 5.0, 1.0, 0.0, 3.0, 1.0];
-        let made = merge_rows(
-            features.view(),
-            &mass,
-            key.view(),
-            &groups,
-            None,
-            &params(1, 1),
-        )
-        .unwrap();
+        let made = merged([8.0, 6.0, 5.0, 5.0, 1.0, 0.0, 3.0, 1.0]);
         assert_eq!(
             (made.kept, made.tokens),
             (vec![0, 2], arr2(&[[30.0, 0.0], [30.0, 0.0]]))

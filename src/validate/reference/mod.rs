@@ -20,8 +20,8 @@ mod ties;
 mod vision;
 
 pub use decoder::ReferenceDecoder;
-pub(in crate::validate) use rows::feed as row_feed;
 pub use rows::{ReferenceRows, RowsOut};
+pub(in crate::validate) use rows::{feed as row_feed, grid_tensor};
 pub use step::{State, StepIn, StepOut};
 pub use ties::{Choice, Ranking, Tolerance};
 pub(in crate::validate) use vision::per_image;

@@ -277,26 +277,34 @@ pub(in crate::validate) fn feed(
     };
     let mut feed = vec![(pixels_name.to_owned(), Value::new(pixels)?)];
     if let Some(name) = grid_name {
-        let thw = match dtype(name) {
-            #[allow(clippy::cast_possible_truncation, reason = "edges of grids")]
-            Some(DType::I32) => Tensor::new([1, 3], grid.map(|n| n as i32).to_vec())?,
-            _ => Tensor::new([1, 3], grid.map(|n| n as i64).to_vec())?,
-        };
+        let thw = grid_tensor(grid, dtype(name) == Some(DType::I32))?;
         feed.push((name.to_owned(), Value::new(thw)?));
     }
     Ok(feed)
 }
 
+/// The grid of one image, `[1, 3]`; `short`: as int32 instead of int64.
+pub(in crate::validate) fn grid_tensor(
+    grid: [usize; 3],
+    short: bool,
+) -> Result<Tensor, ValidateError> {
+    #[allow(clippy::cast_possible_truncation, reason = "edges of grids")]
+    let thw = match short {
+        true => Tensor::new([1, 3], grid.map(|n| n as i32).to_vec()),
+        false => Tensor::new([1, 3], grid.map(|n| n as i64).to_vec()),
+    };
+    Ok(thw?)
+}
+
 /// The oracle's parameters for an image of `tokens` tokens.
 fn resolved(merge: &TokenMerge, tokens: usize) -> Result<MergeParams, ValidateError> {
-    let params = MergeParams {
+    Ok(MergeParams {
         dominant: budget(merge.dominant).resolve(tokens)?,
         contextual: budget(merge.contextual).resolve(tokens)?,
         cluster_width: usize::try_from(merge.cluster_width).unwrap_or(1),
         selector: super::vision::selector(merge.selector),
         cls: None,
-    };
-    Ok(oracle::at_least_one(tokens, &params))
+    })
 }
 
 fn matrix(value: &Value) -> Result<Array2<f32>, ValidateError> {
