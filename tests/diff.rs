@@ -5,6 +5,7 @@
 //! # what the case shows
 //! == a                       a model
 //! == b                       another; or `== b: a` and edits of it, one a line (tests/diff/edit.rs)
+//! == edit a                  edits of a model as it is so far (or of b)
 //! == file a/w.bin: 1.0 2.0   floats of a data file
 //! == found                   verdict, changes, storage, number of names
 //! ```
@@ -92,8 +93,9 @@ fn run(path: &Path) -> (String, String) {
                 lines.for_each(|line| edit::edit(&mut model, line));
                 b = Some(model);
             }
-            ("edit a", _) => {
-                let model = a.as_mut().expect("a comes first");
+            ("edit a" | "edit b", _) => {
+                let side = if heading == "edit a" { &mut a } else { &mut b };
+                let model = side.as_mut().expect("a model comes first");
                 let lines = contents.lines().filter(|l| !l.trim().is_empty());
                 lines.for_each(|line| edit::edit(model, line));
             }
@@ -254,7 +256,7 @@ fn both_directions_have_the_same_verdict() {
             }
         }
         let (Some(a), Some(b)) = model else { continue };
-        if text.contains("== file ") || text.contains("== edit a") {
+        if text.contains("== file ") || text.contains("== edit ") {
             continue;
         }
         let options = text

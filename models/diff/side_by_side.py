@@ -1,6 +1,7 @@
 """What `duet diff` and other tools find in the same pairs of models, as a table.
 
     pip install -r models/diff/requirements.txt
+    pip install --no-deps onnx-diff==0.1.2
     cargo build --release
     python models/diff/side_by_side.py --duet target/release/duet > table.md
 

@@ -3,6 +3,7 @@
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use super::change::fate;
 use super::compare::Comparer;
 use super::report::{Change, Class, Kind, Place, Spot};
 use super::side::Side;
@@ -37,12 +38,7 @@ pub(super) fn compare(c: &mut Comparer<'_, '_>) {
         if old.map(|o| &o.1) == new.map(|n| &n.1) {
             continue;
         }
-        let word = match (old, new) {
-            (None, _) => "added",
-            (_, None) => "removed",
-            _ => "changed",
-        };
-        let title = format!("quantisation annotations of values {word}");
+        let title = format!("quantisation annotations of values {}", fate(old, new));
         let spot = |s: Option<&(String, Said)>| s.map(|(name, _)| Spot::value(name));
         let place = Place {
             a: spot(old),

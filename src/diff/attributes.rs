@@ -8,7 +8,7 @@ use super::compare::{Comparer, op};
 use super::defaults::Default as Stated;
 use super::report::{Change, Class, Kind};
 use super::side::Side;
-use crate::ir::{AttrValue, NodeId};
+use crate::ir::{AttrValue, Attribute, NodeId};
 
 /// Compares the attributes of a pair of nodes. Bodies are compared as graphs.
 pub(super) fn compare(c: &mut Comparer<'_, '_>, x: NodeId, y: NodeId) -> Result<(), DiffError> {
@@ -26,7 +26,7 @@ pub(super) fn compare(c: &mut Comparer<'_, '_>, x: NodeId, y: NodeId) -> Result<
     let default = |of: &'static [(&'static str, Stated)], name: &str| {
         of.iter().find(|(n, _)| *n == name).map(|(_, d)| d)
     };
-    repeated(c, x, y);
+    repeated(c, x, y)?;
     for name in all {
         let at = |node: &crate::ir::Node| node.attributes.iter().position(|a| a.name == name);
         let (i, j) = (at(node_a), at(node_b));
@@ -84,15 +84,26 @@ pub(super) fn compare(c: &mut Comparer<'_, '_>, x: NodeId, y: NodeId) -> Result<
 
 /// Attributes that a node has twice: which of them counts is not said anywhere, so
 /// anything but the same list is a change.
-fn repeated(c: &mut Comparer<'_, '_>, x: NodeId, y: NodeId) {
-    let list = |side: &Side<'_>, node: NodeId| {
-        let all = &side.model.node(node).attributes;
+fn repeated(c: &mut Comparer<'_, '_>, x: NodeId, y: NodeId) -> Result<(), DiffError> {
+    let (of_a, of_b) = (&c.a.model.node(x).attributes, &c.b.model.node(y).attributes);
+    let twice = |all: &[Attribute]| {
         let names: BTreeSet<&str> = all.iter().map(|a| a.name.as_str()).collect();
-        let each = (0..all.len()).map(|i| format!("{} = {}", all[i].name, text(side, node, i)));
-        (names.len() < all.len(), each.collect::<Vec<_>>().join(", "))
+        names.len() < all.len()
     };
-    let ((twice_a, old), (twice_b, new)) = (list(c.a, x), list(c.b, y));
-    if (twice_a || twice_b) && old != new {
+    if !twice(of_a) && !twice(of_b) {
+        return Ok(());
+    }
+    let mut equal = of_a.len() == of_b.len();
+    for (i, (a, b)) in of_a.iter().zip(of_b).enumerate() {
+        equal = equal && a.name == b.name && same(c, (x, i), (y, i))?;
+    }
+    if !equal {
+        let list = |side: &Side<'_>, node: NodeId| {
+            let all = side.model.node(node).attributes.iter().enumerate();
+            let each = all.map(|(i, a)| format!("{} = {}", a.name, text(side, node, i)));
+            each.collect::<Vec<_>>().join(", ")
+        };
+        let (old, new) = (list(c.a, x), list(c.b, y));
         let title = format!(
             "attributes of {}, one of them there twice, changed",
             op(c.a, x)
@@ -100,6 +111,7 @@ fn repeated(c: &mut Comparer<'_, '_>, x: NodeId, y: NodeId) {
         let change = Change::new(Class::Structure, Kind::Attribute, title);
         c.push(change.values(old, new), Some(x), Some(y));
     }
+    Ok(())
 }
 
 fn spelled_out(c: &mut Comparer<'_, '_>, x: NodeId, y: NodeId, name: &str, now: bool) {

@@ -63,6 +63,15 @@ pub(super) fn short(text: &str) -> String {
     format!("{start}…")
 }
 
+/// What became of something that only one side has, or that both have.
+pub(super) fn fate<T>(old: Option<T>, new: Option<T>) -> &'static str {
+    match (old, new) {
+        (None, _) => "added",
+        (_, None) => "removed",
+        _ => "changed",
+    }
+}
+
 /// Puts changes that say the same together, and orders all by class, keeping
 /// the order in which they were found otherwise.
 pub(super) fn group(found: Vec<Change>) -> Vec<Change> {

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use super::attributes;
-use super::change::short;
+use super::change::{fate, short};
 use super::hash::{arity, commutes};
 use super::header::{renamed_dims, type_text};
 use super::matching::{Functions, Pairs};
@@ -120,7 +120,12 @@ impl<'s, 'm> Comparer<'s, 'm> {
                     .collect::<Vec<_>>()
                     .join(", ")
             };
-            let (old, new) = (words(&asked_a), words(&asked_b));
+            let (mut old, mut new) = (words(&asked_a), words(&asked_b));
+            if old == new {
+                // The same ones, of more or fewer.
+                old = format!("{old} of {}", asked_a.len());
+                new = format!("{new} of {}", asked_b.len());
+            }
             let title = format!("outputs asked of {}: {old} → {new}", op(self.a, x));
             let change = Change::new(Class::Structure, Kind::OutputsAsked, title);
             self.push(change.values(old, new), Some(x), Some(y));
@@ -486,12 +491,7 @@ impl<'s, 'm> Comparer<'s, 'm> {
             if old == new {
                 continue;
             }
-            let word = match (old, new) {
-                (None, _) => "added",
-                (_, None) => "removed",
-                _ => "changed",
-            };
-            let title = format!("metadata '{key}' of {of} {word}");
+            let title = format!("metadata '{key}' of {of} {}", fate(old, new));
             let text = |t: Option<&String>| t.cloned().unwrap_or_default();
             let change = Change::new(Class::Metadata, Kind::ElementMetadata, title).subject(key);
             self.found

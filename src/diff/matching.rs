@@ -396,27 +396,15 @@ impl<'s, 'm> Matcher<'s, 'm> {
         let mut groups: HashMap<Vec<Option<ValueId>>, Sides> = HashMap::new();
         let mut order = Vec::new();
         for node in a {
-            let key = if down {
-                self.readers_a(node, pairs)
-            } else {
-                let inputs = self.a.model.node(node).inputs.iter();
-                inputs
-                    .map(|v| v.and_then(|v| pairs.value_b[v.index()]))
-                    .collect()
-            };
+            let key = connected(self.a, node, down, |v| pairs.value_b[v.index()]);
             if !groups.contains_key(&key) {
                 order.push(key.clone());
             }
             groups.entry(key).or_default().0.push(node);
         }
         for node in b {
-            let key: Vec<Option<ValueId>> = if down {
-                self.readers_b(node, pairs)
-            } else {
-                let inputs = self.b.model.node(node).inputs.iter();
-                let paired = |v: &ValueId| pairs.value_a[v.index()].is_some();
-                inputs.map(|v| v.filter(paired)).collect()
-            };
+            let paired = |v: ValueId| pairs.value_a[v.index()].map(|_| v);
+            let key = connected(self.b, node, down, paired);
             if let Some(group) = groups.get_mut(&key) {
                 group.1.push(node);
             }
@@ -446,27 +434,6 @@ impl<'s, 'm> Matcher<'s, 'm> {
                 pairs.nodes((self.a, *x), (self.b, *y));
             }
         }
-    }
-
-    /// First outputs of the readers of a node of A, as values of B.
-    fn readers_a(&self, node: NodeId, pairs: &Pairs) -> Vec<Option<ValueId>> {
-        let outputs = self.a.model.node(node).outputs.iter().flatten();
-        let uses = outputs.flat_map(|v| &self.a.model.value(*v).uses);
-        let first =
-            uses.filter_map(|u| self.a.model.node(u.node).outputs.first().copied().flatten());
-        let mut all: Vec<_> = first.map(|v| pairs.value_b[v.index()]).collect();
-        all.sort_unstable();
-        all
-    }
-
-    fn readers_b(&self, node: NodeId, pairs: &Pairs) -> Vec<Option<ValueId>> {
-        let outputs = self.b.model.node(node).outputs.iter().flatten();
-        let uses = outputs.flat_map(|v| &self.b.model.value(*v).uses);
-        let first =
-            uses.filter_map(|u| self.b.model.node(u.node).outputs.first().copied().flatten());
-        let mut all: Vec<_> = first.map(|v| pairs.value_a[v.index()].map(|_| v)).collect();
-        all.sort_unstable();
-        all
     }
 
     /// Pairs nodes that read constants which no other node on either side reads in
@@ -691,6 +658,26 @@ impl<'s, 'm> Matcher<'s, 'm> {
         }
         shared || !paired
     }
+}
+
+/// What a node is connected to, in terms that are the same on both sides: its inputs,
+/// or with `down` the first outputs of its readers.
+fn connected(
+    side: &Side<'_>,
+    node: NodeId,
+    down: bool,
+    as_b: impl Fn(ValueId) -> Option<ValueId>,
+) -> Vec<Option<ValueId>> {
+    let of = |n: NodeId| side.model.node(n);
+    if !down {
+        return of(node).inputs.iter().map(|v| v.and_then(&as_b)).collect();
+    }
+    let outputs = of(node).outputs.iter().flatten();
+    let uses = outputs.flat_map(|v| &side.model.value(*v).uses);
+    let first = uses.filter_map(|u| of(u.node).outputs.first().copied().flatten());
+    let mut all: Vec<_> = first.map(as_b).collect();
+    all.sort_unstable();
+    all
 }
 
 fn ambiguous(keys: &[(u64, NodeId)]) -> bool {

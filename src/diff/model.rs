@@ -13,7 +13,7 @@ use super::{
     DiffError, Options, annotations, attributes, content, context, files, header, layers, regions,
     storage,
 };
-use crate::ir::{AttrValue, GraphId, Model, NodeId};
+use crate::ir::{AttrValue, Attribute, GraphId, Model, NodeId};
 use crate::onnx::{details, read};
 
 /// What was found about a pair of models.
@@ -206,8 +206,15 @@ fn graph(c: &mut Comparer<'_, '_>, pair: &GraphPair) -> Result<(), DiffError> {
 /// Bodies of a pair of nodes, attribute by attribute.
 fn bodies(a: &Side<'_>, b: &Side<'_>, x: NodeId, y: NodeId, pairs: &mut Pairs) -> Vec<GraphPair> {
     let mut found = Vec::new();
-    for attribute in &a.model.node(x).attributes {
-        let lists = match (&attribute.value, b.model.node(y).attr(&attribute.name)) {
+    let (of_a, of_b) = (&a.model.node(x).attributes, &b.model.node(y).attributes);
+    for (at, attribute) in of_a.iter().enumerate() {
+        // Of a name that is there twice, the first belongs to the first.
+        let named = |a: &&Attribute| a.name == attribute.name;
+        let other = of_b.iter().filter(named);
+        let other = other
+            .map(|b| &b.value)
+            .nth(of_a[..at].iter().filter(named).count());
+        let lists = match (&attribute.value, other) {
             (AttrValue::Graph(g), Some(AttrValue::Graph(h))) => vec![(*g, *h)],
             (AttrValue::Graphs(g), Some(AttrValue::Graphs(h))) => {
                 g.iter().copied().zip(h.iter().copied()).collect()

@@ -135,10 +135,10 @@ pub(super) fn tell(c: &mut Comparer<'_, '_>, graphs: (GraphId, GraphId), cache: 
     }
     rewrites(c, &mut regions, cache);
     for region in regions.into_values() {
-        told(c, region);
+        told(c, graphs.1, region);
     }
     for wire in loose {
-        rewired(c, wire);
+        rewired(c, graphs, wire);
     }
 }
 
@@ -259,7 +259,7 @@ fn operators(side: &Side<'_>, list: &[NodeId]) -> String {
     text
 }
 
-fn told(c: &mut Comparer<'_, '_>, region: Region) {
+fn told(c: &mut Comparer<'_, '_>, graph: GraphId, region: Region) {
     let (old, new) = (
         operators(c.a, &region.removed),
         operators(c.b, &region.added),
@@ -274,7 +274,7 @@ fn told(c: &mut Comparer<'_, '_>, region: Region) {
     };
     let (kind, title) = match (count_a, count_b) {
         (0, n) => {
-            let between = between(c, &region);
+            let between = between(c, graph, &region);
             let title = match n {
                 1 => format!("{new} inserted{between}"),
                 n => format!("{} inserted{between}: {new}", nodes(n)),
@@ -307,7 +307,7 @@ fn told(c: &mut Comparer<'_, '_>, region: Region) {
 }
 
 /// `between MatMul and Add`, where inserted nodes have one operator at each end.
-fn between(c: &Comparer<'_, '_>, region: &Region) -> String {
+fn between(c: &Comparer<'_, '_>, graph: GraphId, region: &Region) -> String {
     let inside: BTreeSet<NodeId> = region.added.iter().copied().collect();
     let mut before = BTreeSet::new();
     for node in &region.added {
@@ -328,7 +328,7 @@ fn between(c: &Comparer<'_, '_>, region: &Region) -> String {
         .map(|w| match w.reader {
             Reader::Node(_, y, ..) => op(c.b, y),
             Reader::Output(_, k) => {
-                let output = c.b.model.graph().outputs.get(k);
+                let output = c.b.model.subgraph(graph).outputs.get(k);
                 format!("output '{}'", output.map_or("", |v| c.b.model.name(*v)))
             }
         })
@@ -360,8 +360,8 @@ fn place(c: &Comparer<'_, '_>, region: &Region) -> Place {
     place
 }
 
-/// An input, or an output of the graph, that another value takes.
-fn rewired(c: &mut Comparer<'_, '_>, wire: Wire) {
+/// An input, or an output of a pair of graphs, that another value takes.
+fn rewired(c: &mut Comparer<'_, '_>, graphs: (GraphId, GraphId), wire: Wire) {
     let source = |side: &Side<'_>, v: Option<ValueId>| -> String {
         let Some(v) = v else {
             return "nothing".into();
@@ -425,11 +425,11 @@ fn rewired(c: &mut Comparer<'_, '_>, wire: Wire) {
                 let output = side.model.subgraph(graph).outputs.get(k).copied();
                 output.map_or(String::new(), |v| side.model.name(v).to_owned())
             };
-            let graph = wire.b.map_or(c.b.model.main(), |_| c.b.model.main());
-            let (name_a, name_b) = (of(c.a, c.a.model.main(), i), of(c.b, graph, j));
+            let (name_a, name_b) = (of(c.a, graphs.0, i), of(c.b, graphs.1, j));
             let title = format!("output '{name_b}' is computed by another node: {arrow}");
             let change = Change::new(Class::Structure, Kind::OutputRewired, title).subject(&name_b);
             let place = Place {
+                graph: c.a.way(graphs.0),
                 a: Some(Spot::value(name_a)),
                 b: Some(Spot::value(name_b)),
                 ..Place::default()

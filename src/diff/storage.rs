@@ -61,32 +61,15 @@ pub(super) fn notes(c: &Comparer<'_, '_>) -> Vec<StorageNote> {
         );
         notes.push(StorageNote { text, count });
     }
-    let constants = |n: usize| {
-        if n == 1 {
-            "1 constant".to_owned()
-        } else {
-            format!("{n} constants")
+    for (count, way) in [
+        (to_initializer, "from Constant nodes to initializers"),
+        (to_node, "from initializers to Constant nodes"),
+    ] {
+        if count > 0 {
+            let plural = if count == 1 { "" } else { "s" };
+            let text = format!("{count} constant{plural} moved {way}");
+            notes.push(StorageNote { text, count });
         }
-    };
-    if to_initializer > 0 {
-        let text = format!(
-            "{} moved from Constant nodes to initializers",
-            constants(to_initializer)
-        );
-        notes.push(StorageNote {
-            text,
-            count: to_initializer,
-        });
-    }
-    if to_node > 0 {
-        let text = format!(
-            "{} moved from initializers to Constant nodes",
-            constants(to_node)
-        );
-        notes.push(StorageNote {
-            text,
-            count: to_node,
-        });
     }
     notes
 }

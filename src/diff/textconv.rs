@@ -88,11 +88,7 @@ pub fn of_model(model: &Model) -> String {
     out.graph(0, "graph", model.graph());
     for (i, function) in model.functions.iter().enumerate() {
         out.text.push('\n');
-        let overload = if function.overload.is_empty() {
-            String::new()
-        } else {
-            format!(":{}", clean(&function.overload))
-        };
+        let overload = overload(&function.overload);
         let name = format!(
             "function {}.{}{overload}",
             clean(&function.domain),
@@ -120,6 +116,15 @@ fn domain_name(domain: &str) -> String {
         "ai.onnx".into()
     } else {
         clean(domain)
+    }
+}
+
+/// An overload as it stands behind a function's name.
+fn overload(text: &str) -> String {
+    if text.is_empty() {
+        String::new()
+    } else {
+        format!(":{}", clean(text))
     }
 }
 
@@ -252,11 +257,7 @@ impl Lines<'_> {
             "" | "ai.onnx" => String::new(),
             domain => format!("{}.", clean(domain)),
         };
-        let overload = if node.overload.is_empty() {
-            String::new()
-        } else {
-            format!(":{}", clean(&node.overload))
-        };
+        let overload = overload(&node.overload);
         let called = if node.name.is_empty() {
             String::new()
         } else {

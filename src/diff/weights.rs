@@ -51,9 +51,6 @@ pub(super) fn compare(
         let same = a.dtype == b.dtype && a.dims == b.dims && same_bytes(a, b)?;
         change.changed = u64::from(!same);
         change.beyond = change.changed;
-        if !same && a.packed == b.packed && a.dims == b.dims && a.dtype == b.dtype {
-            change.changed = change.changed.max(1);
-        }
         return Ok(change);
     };
     let jobs: Vec<u64> = (0..count.div_ceil(STEP)).collect();
@@ -125,6 +122,53 @@ fn bits(dtype: DataType) -> Option<u64> {
     Some(eight)
 }
 
+/// Elements that are decoded at once: a multiple of eight, and few enough that all
+/// buffers stay in the fastest cache.
+const BATCH: usize = 512;
+
+/// Consecutive elements of a tensor, decoded: what type they are of is asked once for
+/// all of them.
+struct Batch {
+    bits: [u128; BATCH],
+    numbers: [f64; BATCH],
+}
+
+impl Batch {
+    const EMPTY: Self = Self {
+        bits: [0; BATCH],
+        numbers: [0.0; BATCH],
+    };
+
+    /// Decodes the first `count` elements (at most [`BATCH`]) of `bytes`.
+    fn read(&mut self, dtype: DataType, bytes: &[u8], count: usize) {
+        let bits = &mut self.bits[..count];
+        match self::bits(dtype).unwrap_or(8) {
+            8 => whole::<1>(bytes, bits),
+            16 => whole::<2>(bytes, bits),
+            32 => whole::<4>(bytes, bits),
+            64 => whole::<8>(bytes, bits),
+            128 => whole::<16>(bytes, bits),
+            narrow => {
+                let (width, per) = (narrow as usize, 8 / narrow as usize);
+                for (i, into) in bits.iter_mut().enumerate() {
+                    let byte = bytes.get(i / per).copied().unwrap_or(0);
+                    *into = u128::from((byte >> (i % per * width)) & ((1u16 << width) - 1) as u8);
+                }
+            }
+        }
+        numbers(dtype, bits, &mut self.numbers[..count]);
+    }
+}
+
+/// The bits of elements of `N` bytes.
+fn whole<const N: usize>(bytes: &[u8], into: &mut [u128]) {
+    for (bits, element) in into.iter_mut().zip(bytes.chunks_exact(N)) {
+        let mut all = [0; 16];
+        all[..N].copy_from_slice(element);
+        *bits = u128::from_le_bytes(all);
+    }
+}
+
 fn elements_of(
     ta: DataType,
     a: &[u8],
@@ -138,108 +182,120 @@ fn elements_of(
     let exact = options.rtol == 0.0 && options.atol == 0.0;
     let wide = ta == tb && matches!(ta, DataType::Int64 | DataType::Uint64);
     let complex = matches!(ta, DataType::Complex64 | DataType::Complex128);
-    for i in 0..count {
-        let (x, y) = (number(ta, a, i), number(tb, b, i));
-        let same_bits = if ta == tb {
-            raw(ta, a, i) == raw(ta, b, i)
-        } else {
-            x.to_bits() == y.to_bits()
-        };
-        if x.is_finite() {
-            part.squares_a += x * x;
-        }
-        if y.is_finite() {
-            part.squares_b += y * y;
-        }
-        if same_bits {
+    let (mut of_a, mut of_b) = (Batch::EMPTY, Batch::EMPTY);
+    for start in (0..count).step_by(BATCH) {
+        let n = (count - start).min(BATCH);
+        let (a, b) = (bytes_of(ta, a, start, n), bytes_of(tb, b, start, n));
+        of_a.read(ta, a, n);
+        if ta == tb && a == b {
+            for x in of_a.numbers[..n].iter().filter(|x| x.is_finite()) {
+                part.squares_a += x * x;
+                part.squares_b += x * x;
+            }
             continue;
         }
-        part.changed += 1;
-        part.first.get_or_insert(first + i as u64);
-        if x.is_finite() && y.is_finite() {
-            let distance = if wide {
-                let of = |bytes: &[u8]| integer(ta, raw(ta, bytes, i));
-                (of(b) - of(a)).unsigned_abs() as f64
+        of_b.read(tb, b, n);
+        for i in 0..n {
+            let (x, y) = (of_a.numbers[i], of_b.numbers[i]);
+            let same_bits = if ta == tb {
+                of_a.bits[i] == of_b.bits[i]
             } else {
-                (y - x).abs()
+                x.to_bits() == y.to_bits()
             };
-            if distance == 0.0 && !complex {
-                part.signs += 1;
+            if x.is_finite() {
+                part.squares_a += x * x;
             }
-            part.max_abs = part.max_abs.max(distance);
-            if x != 0.0 {
-                part.max_rel = part.max_rel.max(distance / x.abs());
+            if y.is_finite() {
+                part.squares_b += y * y;
             }
-            part.squares_diff += distance * distance;
-            // Bits that differ without a distance (−0, the other half of a complex
-            // number) are a change where exactness is asked for.
-            let near = distance <= options.atol + options.rtol * x.abs();
-            part.beyond += u64::from(exact || complex || !near);
-        } else {
-            part.non_finite += 1;
-            let both_nan = x.is_nan() && y.is_nan();
-            part.beyond += u64::from(exact || !both_nan && x != y);
+            if same_bits {
+                continue;
+            }
+            part.changed += 1;
+            part.first.get_or_insert(first + (start + i) as u64);
+            if x.is_finite() && y.is_finite() {
+                let distance = if wide {
+                    let (p, q) = (integer(ta, of_a.bits[i]), integer(ta, of_b.bits[i]));
+                    (q - p).unsigned_abs() as f64
+                } else {
+                    (y - x).abs()
+                };
+                if distance == 0.0 && !complex {
+                    part.signs += 1;
+                }
+                part.max_abs = part.max_abs.max(distance);
+                if x != 0.0 {
+                    part.max_rel = part.max_rel.max(distance / x.abs());
+                }
+                part.squares_diff += distance * distance;
+                // Bits that differ without a distance (−0, the other half of a complex
+                // number) are a change where exactness is asked for.
+                let near = distance <= options.atol + options.rtol * x.abs();
+                part.beyond += u64::from(exact || complex || !near);
+            } else {
+                part.non_finite += 1;
+                let both_nan = x.is_nan() && y.is_nan();
+                part.beyond += u64::from(exact || !both_nan && x != y);
+            }
         }
     }
     part
 }
 
-/// The bits of element `i`.
-fn raw(dtype: DataType, bytes: &[u8], i: usize) -> u128 {
-    let width = bits(dtype).unwrap_or(8) as usize;
-    if width < 8 {
-        let per = 8 / width;
-        let byte = bytes.get(i / per).copied().unwrap_or(0);
-        return u128::from((byte >> (i % per * width)) & ((1u16 << width) - 1) as u8);
-    }
-    let width = width / 8;
-    let slice = bytes.get(i * width..(i + 1) * width).unwrap_or(&[]);
-    let mut whole = [0; 16];
-    whole[..slice.len()].copy_from_slice(slice);
-    u128::from_le_bytes(whole)
+/// Bytes of `count` elements from `start` on, a multiple of eight.
+fn bytes_of(dtype: DataType, bytes: &[u8], start: usize, count: usize) -> &[u8] {
+    let bits = bits(dtype).unwrap_or(8) as usize;
+    let (from, length) = (start * bits / 8, (count * bits).div_ceil(8));
+    bytes.get(from..from + length).unwrap_or(&[])
 }
 
-fn integer(dtype: DataType, raw: u128) -> i128 {
+fn integer(dtype: DataType, bits: u128) -> i128 {
     match dtype {
-        DataType::Int64 => i128::from(raw as u64 as i64),
-        _ => raw as i128,
+        DataType::Int64 => i128::from(bits as u64 as i64),
+        _ => bits as i128,
     }
 }
 
-/// Element `i` as a double. Of a complex number the real part.
-fn number(dtype: DataType, bytes: &[u8], i: usize) -> f64 {
+/// Elements as doubles. Of a complex number the real part.
+fn numbers(dtype: DataType, bits: &[u128], into: &mut [f64]) {
     use DataType as D;
-    let bits = raw(dtype, bytes, i);
+    // A loop of its own for each type.
+    fn each(bits: &[u128], into: &mut [f64], number: impl Fn(u128) -> f64) {
+        for (into, bits) in into.iter_mut().zip(bits) {
+            *into = number(*bits);
+        }
+    }
+    let small = |e, m, bias, special| move |b: u128| small(b as u8, e, m, bias, special);
     match dtype {
-        D::Float | D::Complex64 => f64::from(f32::from_bits(bits as u32)),
-        D::Double | D::Complex128 => f64::from_bits(bits as u64),
-        D::Float16 => half::f16::from_bits(bits as u16).to_f64(),
-        D::Bfloat16 => half::bf16::from_bits(bits as u16).to_f64(),
-        D::Int8 => f64::from(bits as u8 as i8),
-        D::Int16 => f64::from(bits as u16 as i16),
-        D::Int32 => f64::from(bits as u32 as i32),
-        D::Int64 => bits as u64 as i64 as f64,
-        D::Int4 => f64::from(((bits as u8) << 4) as i8 >> 4),
-        D::Int2 => f64::from(((bits as u8) << 6) as i8 >> 6),
-        D::Float8E4M3FN => small(bits as u8, 4, 3, 7, Special::Nan(0x7f)),
-        D::Float8E4M3FNUZ => small(bits as u8, 4, 3, 8, Special::NegativeZero),
-        D::Float8E5M2 => small(bits as u8, 5, 2, 15, Special::Ieee),
-        D::Float8E5M2FNUZ => small(bits as u8, 5, 2, 16, Special::NegativeZero),
-        D::Float4E2M1 => small(
-            ((bits as u8) & 8) << 4 | (bits as u8) & 7,
-            2,
-            1,
-            1,
-            Special::None,
-        ),
-        D::Float8E8M0 if bits == 0xff => f64::NAN,
-        D::Float8E8M0 => 2f64.powi(bits as i32 - 127),
+        D::Float | D::Complex64 => each(bits, into, |b| f64::from(f32::from_bits(b as u32))),
+        D::Double | D::Complex128 => each(bits, into, |b| f64::from_bits(b as u64)),
+        D::Float16 => each(bits, into, |b| half::f16::from_bits(b as u16).to_f64()),
+        D::Bfloat16 => each(bits, into, |b| half::bf16::from_bits(b as u16).to_f64()),
+        D::Int8 => each(bits, into, |b| f64::from(b as u8 as i8)),
+        D::Int16 => each(bits, into, |b| f64::from(b as u16 as i16)),
+        D::Int32 => each(bits, into, |b| f64::from(b as u32 as i32)),
+        D::Int64 => each(bits, into, |b| b as u64 as i64 as f64),
+        D::Int4 => each(bits, into, |b| f64::from(((b as u8) << 4) as i8 >> 4)),
+        D::Int2 => each(bits, into, |b| f64::from(((b as u8) << 6) as i8 >> 6)),
+        D::Float8E4M3FN => each(bits, into, small(4, 3, 7, Special::Nan(0x7f))),
+        D::Float8E4M3FNUZ => each(bits, into, small(4, 3, 8, Special::NegativeZero)),
+        D::Float8E5M2 => each(bits, into, small(5, 2, 15, Special::Ieee)),
+        D::Float8E5M2FNUZ => each(bits, into, small(5, 2, 16, Special::NegativeZero)),
+        D::Float4E2M1 => {
+            let number = small(2, 1, 1, Special::None);
+            each(bits, into, |b| number((b & 8) << 4 | b & 7));
+        }
+        D::Float8E8M0 => each(bits, into, |b| match b {
+            0xff => f64::NAN,
+            b => 2f64.powi(b as i32 - 127),
+        }),
         // Unsigned numbers and booleans.
-        _ => bits as f64,
+        _ => each(bits, into, |b| b as f64),
     }
 }
 
 /// What the bit patterns at the upper end of a small float mean.
+#[derive(Clone, Copy)]
 enum Special {
     /// Nothing: all are numbers.
     None,
@@ -278,15 +334,19 @@ fn small(bits: u8, e: u32, m: u32, bias: i32, special: Special) -> f64 {
     }
 }
 
-/// Elements in words.
+/// Elements in words; of no more than [`BATCH`].
 pub(super) fn texts(dtype: DataType, bytes: &[u8], count: usize) -> Vec<String> {
-    let text = |i: usize| match dtype {
-        DataType::Bool => (raw(dtype, bytes, i) != 0).to_string(),
-        DataType::Float => format!("{:?}", f32::from_bits(raw(dtype, bytes, i) as u32)),
-        DataType::Int64 | DataType::Uint64 => integer(dtype, raw(dtype, bytes, i)).to_string(),
-        _ if number(dtype, bytes, i).is_nan() => "NaN".to_owned(),
-        _ if dtype.is_float() => format!("{:?}", number(dtype, bytes, i)),
-        _ => number(dtype, bytes, i).to_string(),
+    let mut batch = Batch::EMPTY;
+    let count = count.min(BATCH);
+    batch.read(dtype, bytes, count);
+    let elements = batch.bits[..count].iter().zip(&batch.numbers);
+    let text = |(bits, number): (&u128, &f64)| match dtype {
+        DataType::Bool => (*bits != 0).to_string(),
+        DataType::Float => format!("{:?}", f32::from_bits(*bits as u32)),
+        DataType::Int64 | DataType::Uint64 => integer(dtype, *bits).to_string(),
+        _ if number.is_nan() => "NaN".to_owned(),
+        _ if dtype.is_float() => format!("{number:?}"),
+        _ => number.to_string(),
     };
-    (0..count).map(text).collect()
+    elements.map(text).collect()
 }

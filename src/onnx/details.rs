@@ -224,16 +224,22 @@ fn sparse(message: &Bytes) -> Option<Sparse> {
     })
 }
 
-/// Remarks on a node. Opaque: device configurations and unknown fields.
-pub fn of_node(node: &Node) -> Remarks {
+/// Remarks on a part of which the IR holds the fields `held`; `doc` and `metadata` are
+/// the numbers of these fields.
+fn of_part(origin: Option<&Bytes>, held: impl Fn(u32) -> bool, doc: u32, metadata: u32) -> Remarks {
     let mut found = Remarks::default();
-    let Some(origin) = &node.origin else {
-        return found;
-    };
-    for field in all(origin).filter(|f| !matches!(f.number, 1..=5 | 7 | 8)) {
-        found.add(&field, 6, 9);
+    for field in origin.into_iter().flat_map(all) {
+        if !held(field.number) {
+            found.add(&field, doc, metadata);
+        }
     }
     found.sorted()
+}
+
+/// Remarks on a node. Opaque: device configurations and unknown fields.
+pub fn of_node(node: &Node) -> Remarks {
+    let held = |number| matches!(number, 1..=5 | 7 | 8);
+    of_part(node.origin.as_ref(), held, 6, 9)
 }
 
 /// Doc strings of a node's attributes, by name.
@@ -292,14 +298,8 @@ pub fn of_value(value: &Value) -> Remarks {
 
 /// Remarks on a constant. How and where its elements are stored is none.
 pub fn of_tensor(tensor: &Tensor) -> Remarks {
-    let mut found = Remarks::default();
-    let Some(origin) = &tensor.origin else {
-        return found;
-    };
-    for field in all(origin).filter(|f| !matches!(f.number, 1..=11 | 13 | 14)) {
-        found.add(&field, 12, 16);
-    }
-    found.sorted()
+    let held = |number| matches!(number, 1..=11 | 13 | 14);
+    of_part(tensor.origin.as_ref(), held, 12, 16)
 }
 
 /// An attribute of a type that the IR does not hold.

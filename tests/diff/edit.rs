@@ -25,14 +25,26 @@ pub(crate) fn edit(model: &mut ModelProto, line: &str) {
         ("rename", "all") => rename(model, "renamed"),
         ("shuffle", seed) => shuffle(model, seed.parse().expect("a seed")),
         ("typed", "data") => typed(graph(model)),
+        ("typed", "defaults") => {
+            let all = model
+                .functions
+                .iter_mut()
+                .flat_map(|f| &mut f.attribute_proto);
+            all.filter_map(|a| a.t.as_mut()).for_each(typed_tensor);
+        }
         ("constants", "as nodes") => as_nodes(graph(model)),
         ("doc", "model") => model.doc_string = Some(text.into()),
         ("doc", "graph") => graph(model).doc_string = Some(text.into()),
         ("doc", name) => node(model, name).doc_string = Some(text.into()),
         ("metadata", "model") => model.metadata_props.push(pair()),
         ("metadata", "graph") => graph(model).metadata_props.push(pair()),
-        ("metadata", name) => match name.strip_prefix("value ") {
-            Some(name) => {
+        ("metadata", name) => match name.split_once(' ') {
+            Some(("initializer", name)) => {
+                let mut all = graph(model).initializer.iter_mut();
+                let tensor = all.find(|t| t.name() == name).expect("an initializer");
+                tensor.metadata_props.push(pair());
+            }
+            Some(("value", name)) => {
                 let g = graph(model);
                 let mut all = g
                     .value_info
@@ -42,7 +54,7 @@ pub(crate) fn edit(model: &mut ModelProto, line: &str) {
                 let info = all.find(|v| v.name() == name).expect("a typed value");
                 info.metadata_props.push(pair());
             }
-            None => node(model, name).metadata_props.push(pair()),
+            _ => node(model, name).metadata_props.push(pair()),
         },
         ("quantization", tensor) => graph(model).quantization_annotation.push(TensorAnnotation {
             tensor_name: Some(tensor.into()),
@@ -166,38 +178,14 @@ fn rename_graph(
     if !main {
         g.name = Some(format!("{prefix}_body"));
     }
-    let infos = g
-        .input
-        .iter_mut()
-        .chain(&mut g.output)
-        .chain(&mut g.value_info);
-    for info in infos {
-        info.name = Some(renamed(
-            info.name.as_deref().unwrap_or(""),
-            names,
-            count,
-            prefix,
-        ));
-    }
-    for tensor in &mut g.initializer {
-        tensor.name = Some(renamed(
-            tensor.name.as_deref().unwrap_or(""),
-            names,
-            count,
-            prefix,
-        ));
-    }
-    for sparse in g
-        .sparse_initializer
-        .iter_mut()
-        .filter_map(|s| s.values.as_mut())
-    {
-        sparse.name = Some(renamed(
-            sparse.name.as_deref().unwrap_or(""),
-            names,
-            count,
-            prefix,
-        ));
+    let infos = g.input.iter_mut().chain(&mut g.output);
+    let infos = infos.chain(&mut g.value_info).map(|v| &mut v.name);
+    let sparse = g.sparse_initializer.iter_mut();
+    let sparse = sparse.filter_map(|s| s.values.as_mut());
+    let tensors = g.initializer.iter_mut().chain(sparse).map(|t| &mut t.name);
+    for name in infos.chain(tensors) {
+        let old = name.as_deref().unwrap_or("");
+        *name = Some(renamed(old, names, count, prefix));
     }
     for annotation in &mut g.quantization_annotation {
         annotation.tensor_name = Some(renamed(annotation.tensor_name(), names, count, prefix));
@@ -241,25 +229,27 @@ fn rename_nodes(
 
 /// Floats and integers in typed fields instead of bytes.
 pub(crate) fn typed(g: &mut GraphProto) {
-    for tensor in &mut g.initializer {
-        let Some(raw) = tensor.raw_data.take() else {
-            continue;
-        };
-        match tensor.data_type() {
-            1 => {
-                let all = raw
-                    .chunks_exact(4)
-                    .map(|c| f32::from_le_bytes(c.try_into().unwrap()));
-                tensor.float_data = all.collect();
-            }
-            7 => {
-                let all = raw
-                    .chunks_exact(8)
-                    .map(|c| i64::from_le_bytes(c.try_into().unwrap()));
-                tensor.int64_data = all.collect();
-            }
-            _ => tensor.raw_data = Some(raw),
+    g.initializer.iter_mut().for_each(typed_tensor);
+}
+
+fn typed_tensor(tensor: &mut TensorProto) {
+    let Some(raw) = tensor.raw_data.take() else {
+        return;
+    };
+    match tensor.data_type() {
+        1 => {
+            let all = raw
+                .chunks_exact(4)
+                .map(|c| f32::from_le_bytes(c.try_into().unwrap()));
+            tensor.float_data = all.collect();
         }
+        7 => {
+            let all = raw
+                .chunks_exact(8)
+                .map(|c| i64::from_le_bytes(c.try_into().unwrap()));
+            tensor.int64_data = all.collect();
+        }
+        _ => tensor.raw_data = Some(raw),
     }
 }
 

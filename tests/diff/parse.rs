@@ -366,8 +366,23 @@ impl Parser {
         let dims = self.dims();
         let name = self.word();
         self.expect("=");
+        self.contents(dtype, dims, Some(name))
+    }
+
+    /// `float[2] {1, 2}` or `float[2] ["location": "w.bin"]`.
+    fn tensor(&mut self) -> TensorProto {
+        let dtype = self
+            .dtype()
+            .unwrap_or_else(|| panic!("a tensor has a type"));
+        self.at += 1;
+        let dims = self.dims();
+        self.contents(dtype, dims, None)
+    }
+
+    /// Elements, or where they lie.
+    fn contents(&mut self, dtype: DataType, dims: Vec<i64>, name: Option<String>) -> TensorProto {
         let mut tensor = TensorProto {
-            name: Some(name),
+            name,
             data_type: Some(dtype.code()),
             dims,
             ..Default::default()
@@ -378,21 +393,6 @@ impl Parser {
         } else {
             self.elements(dtype, &mut tensor);
         }
-        tensor
-    }
-
-    /// `float[2] {1, 2}`
-    fn tensor(&mut self) -> TensorProto {
-        let dtype = self
-            .dtype()
-            .unwrap_or_else(|| panic!("a tensor has a type"));
-        self.at += 1;
-        let mut tensor = TensorProto {
-            data_type: Some(dtype.code()),
-            dims: self.dims(),
-            ..Default::default()
-        };
-        self.elements(dtype, &mut tensor);
         tensor
     }
 

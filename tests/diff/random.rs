@@ -195,6 +195,17 @@ fn disguised(model: &ModelProto, seed: u64) -> ModelProto {
     other
 }
 
+/// Nodes of a node's bodies.
+fn inside(n: &NodeProto) -> impl Iterator<Item = &NodeProto> {
+    let bodies = n.attribute.iter().filter_map(|a| a.g.as_ref());
+    bodies.flat_map(|g| &g.node)
+}
+
+/// What a node and its bodies read.
+fn reads(n: &NodeProto) -> impl Iterator<Item = &String> {
+    n.input.iter().chain(inside(n).flat_map(|n| &n.input))
+}
+
 /// One change of what is computed. Returns what was done, and the nodes around it.
 fn mutate(model: &mut ModelProto, seed: u64) -> Option<(&'static str, BTreeSet<String>)> {
     let mut dice = Dice(seed.wrapping_mul(0xd6e8_feb8_6659_fd93) | 1);
@@ -202,15 +213,7 @@ fn mutate(model: &mut ModelProto, seed: u64) -> Option<(&'static str, BTreeSet<S
     let at = dice.roll(g.node.len());
     let readers = |g: &GraphProto, at: usize| -> BTreeSet<String> {
         let made: BTreeSet<&String> = g.node[at].output.iter().collect();
-        let reads = |n: &&NodeProto| {
-            let inner = n
-                .attribute
-                .iter()
-                .filter_map(|a| a.g.as_ref())
-                .flat_map(|g| &g.node);
-            let all = n.input.iter().chain(inner.flat_map(|n| &n.input));
-            all.into_iter().any(|i| made.contains(i))
-        };
+        let reads = |n: &&NodeProto| reads(n).any(|i| made.contains(i));
         let mut names: BTreeSet<String> = g
             .node
             .iter()
@@ -258,26 +261,10 @@ fn mutate(model: &mut ModelProto, seed: u64) -> Option<(&'static str, BTreeSet<S
             raw[bit / 8] ^= 1 << (bit % 8);
             tensor.raw_data = Some(raw.into());
             let name = tensor.name().to_owned();
-            let reads = |n: &&NodeProto| {
-                let inner = n
-                    .attribute
-                    .iter()
-                    .filter_map(|a| a.g.as_ref())
-                    .flat_map(|g| &g.node);
-                n.input
-                    .iter()
-                    .chain(inner.flat_map(|n| &n.input))
-                    .any(|i| *i == name)
-            };
             let mut names: BTreeSet<String> = BTreeSet::new();
-            for n in g.node.iter().filter(reads) {
+            for n in g.node.iter().filter(|n| reads(n).any(|i| *i == name)) {
                 names.insert(n.name().to_owned());
-                let inner = n
-                    .attribute
-                    .iter()
-                    .filter_map(|a| a.g.as_ref())
-                    .flat_map(|g| &g.node);
-                names.extend(inner.map(|n| n.name().to_owned()));
+                names.extend(inside(n).map(|n| n.name().to_owned()));
             }
             return Some(("bit", names));
         }

@@ -20,18 +20,7 @@ const STYLE: &str = include_str!("page.css");
 
 /// Text inside of HTML, in elements and in quoted attributes.
 pub(super) fn escape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            '\'' => out.push_str("&#39;"),
-            c => out.push(c),
-        }
-    }
-    out
+    words::markup(text, "&#39;")
 }
 
 /// Text from a file, on one line.

@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 use super::Report;
-use super::words::{self, Sign, clean};
+use super::words::{self, Sign, clean, markup};
 use crate::diff::report::{Change, Class, FileKind, FileReport};
 
 struct Case {
@@ -143,28 +143,13 @@ fn line(change: &Change) -> String {
     )
 }
 
-/// Text of an attribute or element on one line.
+/// Text of an attribute or element on one line. `clean` has removed what XML 1.0
+/// cannot hold.
 fn xml(text: &str) -> String {
-    escape(&clean(text))
+    markup(&clean(text), "&apos;")
 }
 
 /// Text of several lines, none of which holds a control character.
 fn xml_lines(text: &str) -> String {
     text.lines().map(xml).collect::<Vec<_>>().join("\n")
-}
-
-/// `clean` has removed what XML 1.0 cannot hold.
-fn escape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            '\'' => out.push_str("&apos;"),
-            c => out.push(c),
-        }
-    }
-    out
 }

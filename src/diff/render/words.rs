@@ -56,6 +56,23 @@ pub(super) fn number(n: usize, what: &str) -> String {
     format!("{} {what}{s}", count(n as u64))
 }
 
+/// Text with what has a meaning in HTML and XML escaped, in elements and in quoted
+/// attributes. `apostrophe`: what is written for one.
+pub(super) fn markup(text: &str, apostrophe: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '"' => out.push_str("&quot;"),
+            '\'' => out.push_str(apostrophe),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
 /// A byte count for people.
 pub(super) fn bytes(count: u64) -> String {
     let mut value = count as f64;
@@ -480,15 +497,15 @@ pub(super) fn file_verdict(file: &FileReport) -> String {
 /// Sizes of both models in one line.
 pub(super) fn facts(file: &FileReport) -> Option<String> {
     let f = file.model.as_ref()?;
-    let mut nodes = if f.nodes_a == f.nodes_b {
-        number(f.nodes_a, "node")
-    } else {
-        format!(
-            "{} → {}",
-            count(f.nodes_a as u64),
-            number(f.nodes_b, "node")
-        )
+    let both = |a: usize, b: usize, what| {
+        let now = number(b, what);
+        if a == b {
+            now
+        } else {
+            format!("{} → {now}", count(a as u64))
+        }
     };
+    let mut nodes = both(f.nodes_a, f.nodes_b, "node");
     let parts: Vec<String> = [
         (f.modified, "modified"),
         (f.removed, "removed"),
@@ -501,15 +518,7 @@ pub(super) fn facts(file: &FileReport) -> Option<String> {
     if !parts.is_empty() {
         nodes.push_str(&format!(" ({})", parts.join(", ")));
     }
-    let mut constants = if f.constants_a == f.constants_b {
-        number(f.constants_a, "constant")
-    } else {
-        format!(
-            "{} → {}",
-            count(f.constants_a as u64),
-            number(f.constants_b, "constant")
-        )
-    };
+    let mut constants = both(f.constants_a, f.constants_b, "constant");
     if f.weights_changed > 0 {
         constants.push_str(&format!(" ({} changed)", count(f.weights_changed as u64)));
     }
