@@ -259,4 +259,9 @@ fn what_does_not_fit_is_refused() {
         error.expect_err("a refusal").to_string()
     };
     assert!(refusal("{dominant: 0, contextual: 0.0}").contains("leave no token"));
+    let cls = refusal("{dominant: 5, contextual: 3, cls: keep}");
+    assert!(
+        cls.contains("vision_encoder") && cls.contains("CLS token, and it has none"),
+        "{cls}"
+    );
 }

@@ -187,6 +187,48 @@ fn a_gather_index_off_by_one_is_noticed() {
     }
 }
 
+/// What ONNX Runtime stops at is a finding of the model, not a validation that could not be carried out.
+#[test]
+fn a_model_that_stops_at_run_time_is_noticed() {
+    let base = fixture(TAMPERED[0]);
+    let text = both();
+    let beyond = |model: &Model, name: &str| {
+        let kept = model.find(name).expect("indices");
+        let readers = model.value(kept).uses.clone();
+        let mut patch = Patch::new(model, "tampered");
+        let far = patch.i64(100_000);
+        let far = patch.op("Add", &[kept, far]);
+        for reader in readers {
+            patch.rewire(reader.node, reader.slot, far);
+        }
+        let plan = patch.finish();
+        model.clone().apply(plan).expect("the patch applies")
+    };
+    let dominant = "duet/token_merge/dominant_indices";
+    let stops = [
+        tampered(&rewritten(&base, &text), vision, |m| beyond(m, dominant)),
+        tampered(&rewritten(&base, &text), decoder, |m| {
+            beyond(m, &kept_name(1))
+        }),
+        // A word that the engine does not know: the file does not open.
+        tampered(&rewritten(&base, &text), decoder, |model| {
+            let mut patch = Patch::new(model, "tampered");
+            let logits = model.graph().outputs[0];
+            let last = model.producer_of(logits).expect("a node");
+            let first = model.node(last).input(0).expect("an input");
+            let unknown = patch.op("NoSuchOperator", &[first]);
+            patch.rewire(last, 0, unknown);
+            let plan = patch.finish();
+            model.clone().apply(plan).expect("the patch applies")
+        }),
+    ];
+    for made in stops {
+        let failed = failures(&validated(&base, &made, &text));
+        let said = |f: &String| f.contains("the rewritten model does not run: ");
+        assert!(failed.iter().any(said), "{failed:#?}");
+    }
+}
+
 #[test]
 fn a_scale_on_a_merged_token_is_noticed() {
     for name in TAMPERED {

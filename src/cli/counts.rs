@@ -55,9 +55,8 @@ impl LayerTable {
 
     /// One line for people.
     pub(super) fn line(&self) -> String {
-        let fewer = self.fewer();
-        let fewer = fewer.map(|f| format!(" ({:.1} % fewer)", 100.0 * f));
-        let fewer = fewer.unwrap_or_default();
+        let fewer = self.fewer().map(percent_fewer);
+        let fewer = fewer.map_or_else(String::new, |f| format!(" ({f})"));
         let of = match self.of.as_str() {
             "an image" => String::new(),
             of => format!(" of {of}"),
@@ -118,6 +117,12 @@ impl LayerTable {
             "fewer": self.fewer(),
         })
     }
+}
+
+/// A share of tokens that layers no longer see, in words: more where a recipe keeps what the model itself drops (CLS).
+pub(super) fn percent_fewer(share: f64) -> String {
+    let word = if share < 0.0 { "more" } else { "fewer" };
+    format!("{:.1} % {word}", 100.0 * share.abs())
 }
 
 /// A number with at most two digits behind the point.
@@ -310,6 +315,18 @@ mod tests {
         assert_eq!(
             shares.line(),
             "visual tokens by layer: 1–2: 100 %, 3: 50 %, 4: 25 %; average 68.75 % of an image's (31.2 % fewer)"
+        );
+        // All patches and CLS, which the model drops.
+        let more = LayerTable {
+            of: "an image".into(),
+            before: Some(vec![81; 2]),
+            after: Seen::Tokens(vec![82; 2]),
+            all_at_first: false,
+        };
+        assert!(
+            more.line().ends_with("of 81 (1.2 % more)"),
+            "{}",
+            more.line()
         );
         assert_eq!(shares.json()["average"], 0.6875);
         assert_eq!(shares.json()["share_by_layer"][3], 0.25);

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
-use super::counts::{average, tokens_by_layer};
+use super::counts::{average, percent_fewer, tokens_by_layer};
 use super::rewrite::outputs;
 use super::{Engine, Global, Outcome, load, run::millis, style};
 use crate::onnx::{DataMode, write_out};
@@ -119,7 +119,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         let (b, a) = (average(&before), average(&after));
         rows.push(vec!["average".into(), format!("{b:.2}"), format!("{a:.2}")]);
         anstream::print!("{}", style::table(&rows));
-        anstream::println!("  {:.1} % fewer", 100.0 * (1.0 - a / b));
+        anstream::println!("  {}", percent_fewer(1.0 - a / b));
     }
 
     heading("4. Does it compute what the method says?");

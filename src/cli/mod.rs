@@ -137,14 +137,44 @@ pub fn main() -> ExitCode {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Failed) => ExitCode::from(1),
         Err(error) => {
-            anstream::eprintln!("{}error:{} {error:#}", style::BAD, style::RESET);
+            let said = message(&error);
+            anstream::eprintln!("{}error:{} {said}", style::BAD, style::RESET);
             ExitCode::from(2)
         }
     }
+}
+
+/// An error and its causes on one line; a cause that the words before it end in is not said again.
+fn message(error: &anyhow::Error) -> String {
+    let mut said = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !said.ends_with(&cause) {
+            said = format!("{said}: {cause}");
+        }
+    }
+    said
 }
 
 /// Prints one JSON document on stdout.
 fn print_json(value: &serde_json::Value) -> anyhow::Result<()> {
     anstream::println!("{}", serde_json::to_string_pretty(value)?);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let missing = std::io::Error::other("no such file");
+        let error = crate::runtime::RuntimeError::Io {
+            path: "clip".into(),
+            source: missing,
+        };
+        let error = anyhow::Error::new(error).context("opening the clip");
+        assert_eq!(message(&error), "opening the clip: clip: no such file");
+        let other = anyhow::anyhow!("inner").context("outer");
+        assert_eq!(message(&other), "outer: inner");
+    }
 }

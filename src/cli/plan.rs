@@ -12,6 +12,9 @@ use crate::arch::{VisionTower, Vlm};
 use crate::passes::{BudgetShape, Placement, Style, placement_in, plan, plan_share};
 use crate::runtime::ImageProcessor;
 
+/// Most tokens and crops of an image that are counted with.
+const MOST: i64 = 1_000_000_000;
+
 /// Arguments of `duet plan`.
 #[derive(Debug, clap::Args)]
 #[command(group = clap::ArgGroup::new("target").required(true))]
@@ -25,13 +28,13 @@ pub(super) struct Arguments {
     #[arg(long, group = "target", value_name = "PERCENT", value_parser = percent)]
     reduction: Option<f64>,
     /// Visual tokens of an image, for models where its size decides (Qwen2-VL)
-    #[arg(long, group = "image", value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
+    #[arg(long, group = "image", value_name = "N", value_parser = clap::value_parser!(i64).range(1..=MOST))]
     tokens: Option<i64>,
     /// Size of an image, as in 1280x720, for models where it decides how many tokens or crops it has
     #[arg(long, group = "image", value_name = "WxH", value_parser = image_size)]
     image_size: Option<(usize, usize)>,
     /// Crops of an image, the base crop counted, for models of several crops (LLaVA-NeXT)
-    #[arg(long, group = "image", value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
+    #[arg(long, group = "image", value_name = "N", value_parser = clap::value_parser!(i64).range(1..=MOST))]
     crops: Option<i64>,
     /// Write the recipe to a file that does not exist yet
     #[arg(long, short, value_name = "FILE")]
@@ -87,7 +90,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     let target =
         target(&dir.root, &vlm, arguments).with_context(|| format!("{}", path.display()))?;
     let shape = target.shape;
-    let all = shape.features.map(|features| features * shape.images);
+    let all = shape.visual_tokens();
     let fail = |problem: String| anyhow::anyhow!("{}: {problem}", path.display());
     let (recipe, table) = match (arguments.budget, arguments.reduction, all) {
         (None, None, _) => bail!("name --budget or --reduction"),
@@ -157,8 +160,8 @@ fn cache_saved(vlm: &Vlm, table: &LayerTable) -> Option<u64> {
     let (_, decoder) = vlm.decoders().next()?;
     let width = i64::try_from(decoder.dtype.byte_len(1).unwrap_or(4)).ok()?;
     let row = 2 * decoder.kv_heads * decoder.head_dim * width;
-    let fewer = before.iter().zip(after).map(|(b, a)| (b - a) * row);
-    u64::try_from(fewer.sum::<i64>()).ok()
+    let fewer = before.iter().zip(after).map(|(b, a)| i128::from(b - a));
+    u64::try_from(fewer.sum::<i128>() * i128::from(row)).ok()
 }
 
 /// What there is to merge and to prune.

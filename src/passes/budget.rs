@@ -100,6 +100,13 @@ impl BudgetShape {
         seen
     }
 
+    /// Visual tokens that enter the decoder unmerged; none where only the run tells. (Saturating: more than are
+    /// counted with are refused.)
+    pub fn visual_tokens(&self) -> Option<i64> {
+        let images = self.images.max(1);
+        self.features.map(|each| each.saturating_mul(images))
+    }
+
     /// For errors: what makes a budget hard to meet where discarded tokens go through the first layer.
     fn first_sees_all(&self) -> &'static str {
         match self.placed {
@@ -141,6 +148,9 @@ const PUBLISHED: [(f64, f64); 3] = [
 /// Tokens that a recipe of ratios is worked out with: ratios have four digits.
 const UNIT: i64 = 10_000;
 
+/// Most tokens that are counted with: sums over all layers stay exact.
+const MOST: i64 = 1_000_000_000_000;
+
 /// How a recipe says how many tokens.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Said {
@@ -152,12 +162,27 @@ enum Said {
 ///
 /// # Errors
 /// A budget that is no less than what there is, that leaves no token, or that only a number of tokens could meet which
-/// is not known.
+/// is not known; more tokens than anything has (10¹²).
 pub fn plan(shape: BudgetShape, budget: f64) -> Result<Planned, String> {
-    let all = shape.features.map(|features| features * shape.images);
-    if !(budget > 0.0 && budget.is_finite()) {
+    let all = shape.visual_tokens();
+    if !(budget > 0.0 && budget <= MOST as f64) {
         return Err(format!(
-            "the budget is {budget:.2} visual tokens per layer; expected more than 0"
+            "the budget is {} visual tokens per layer; expected more than 0 and at most {MOST}",
+            match budget.abs() < 1e15 {
+                true => format!("{budget:.2}"),
+                false => format!("{budget:e}"),
+            }
+        ));
+    }
+    let patches = shape.patches.map_or(0, |p| p.saturating_add(1));
+    let most = all
+        .unwrap_or(0)
+        .max(patches.saturating_mul(shape.images.max(1)));
+    if most > MOST {
+        return Err(format!(
+            "there are {} images of {} visual tokens each; expected at most {MOST} tokens in all",
+            shape.images,
+            shape.features.or(shape.patches).unwrap_or(0)
         ));
     }
     if let Some(all) = all.filter(|all| budget >= *all as f64) {
@@ -186,13 +211,15 @@ pub fn plan_share(shape: BudgetShape, share: f64) -> Result<PlannedShare, String
         images: 1,
         ..shape
     };
-    let planned = make(unit, share * UNIT as f64, Said::Ratios).map_err(|_| {
+    let planned = make(unit, share * UNIT as f64, Said::Ratios).map_err(|problem| {
         let percent = 100.0 * share;
         match shape.merges {
             true => format!(
                 "no token is left at {percent:.2} % of the visual tokens per layer{}",
                 shape.first_sees_all()
             ),
+            // (Nothing to prune either.)
+            false if shape.layers < 2 => problem,
             false => format!(
                 "{percent:.2} % of the visual tokens cannot be met by pruning alone: the first quarter of {} layers \
                  sees all of them",
@@ -242,7 +269,7 @@ fn merging(shape: BudgetShape, budget: f64, said: Said) -> Result<Planned, Strin
     #[allow(clippy::cast_possible_truncation, reason = "token counts fit")]
     let most = match shape.patches {
         Some(patches) => patches + i64::from(shape.cls),
-        None => (8.0 * budget.min(1e12)) as i64 + 8,
+        None => (8.0 * budget) as i64 + 8,
     };
     let fits = |entering: i64| mean(&shape.merged(images * entering, &drops)) <= budget;
     // The mean rises with what enters: the largest that fits.
@@ -521,6 +548,12 @@ mod tests {
                 .unwrap_err()
                 .contains("pruning alone")
         );
+        let nothing = BudgetShape { layers: 0, ..alone };
+        assert!(
+            plan_share(nothing, 0.5)
+                .unwrap_err()
+                .contains("neither a tower")
+        );
         assert!(plan_share(GRID, 1.0).is_err() && plan_share(GRID, 0.0).is_err());
     }
 
@@ -562,6 +595,22 @@ mod tests {
         assert!(plan(LLAVA, 576.0).unwrap_err().contains("576"));
         assert!(plan(LLAVA, 0.0).is_err());
         assert!(plan(LLAVA, f64::NAN).is_err());
+        // More than is counted with, and what would be more if it were multiplied.
+        let beyond = plan(GRID, 1e300).unwrap_err();
+        assert!(
+            beyond.contains("1e300") && beyond.contains("at most 1000000000000"),
+            "{beyond}"
+        );
+        assert!(plan(GRID, f64::INFINITY).is_err());
+        let crops = BudgetShape {
+            images: i64::MAX / 500,
+            ..LLAVA
+        };
+        assert!(
+            plan(crops, 100.0)
+                .unwrap_err()
+                .contains("at most 1000000000000")
+        );
         let alone = BudgetShape {
             merges: false,
             ..LLAVA

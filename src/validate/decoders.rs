@@ -126,17 +126,19 @@ pub(super) fn open(
         let found = files.iter().find(|f| f.file == *file);
         let found =
             found.ok_or_else(|| ValidateError::Model(format!("{}: lost", file.display())))?;
-        probe::open(&found.model, &file.display().to_string(), session)
+        probe::open_rewritten(&found.model, &file.display().to_string(), session)
     };
     let heads = CacheHeads {
         count: usize::try_from(decoder.kv_heads).unwrap_or(1),
         width: usize::try_from(decoder.head_dim).unwrap_or(1),
     };
-    let mut run = RunDecoder::with_heads(open(group.main)?, Some(heads))?;
+    let run = RunDecoder::with_heads(open(group.main)?, Some(heads));
+    let mut run = run.map_err(ValidateError::of_rewritten)?;
     if let Some(prompt) = group.prompt
         && rewritten.parts[prompt].file != rewritten.parts[group.main].file
     {
-        run = run.with_prompt(open(prompt)?)?;
+        let both = run.with_prompt(open(prompt)?);
+        run = both.map_err(ValidateError::of_rewritten)?;
     }
     Ok((reference, run))
 }

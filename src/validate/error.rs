@@ -14,6 +14,19 @@ pub enum ValidateError {
     Onnx(#[from] crate::onnx::OnnxError),
     #[error(transparent)]
     Pass(#[from] crate::passes::PassError),
+    /// The rewritten model cannot be opened or run where the base can: [`check`](super::check) makes it a finding.
+    #[error("the rewritten model does not run: {0}")]
+    Rewritten(#[source] crate::runtime::RuntimeError),
     #[error("{0}")]
     Model(String),
+}
+
+impl ValidateError {
+    /// What the runtime says of the rewritten model, where the same was asked of the base.
+    pub(super) fn of_rewritten(error: impl Into<Self>) -> Self {
+        match error.into() {
+            Self::Runtime(error) => Self::Rewritten(error),
+            other => other,
+        }
+    }
 }

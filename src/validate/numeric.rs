@@ -79,7 +79,10 @@ pub fn check(
                 vision: encoder,
                 ..set.clone()
             };
-            let mut pair = Pair::open(base, rewritten, recipe, &set, files, options)?;
+            let opened = Pair::open(base, rewritten, recipe, &set, files, options);
+            let Some(mut pair) = report.opened(&label, opened)? else {
+                continue;
+            };
             let clips = encoder.is_some() && encoder == set.video;
             pair.label = format!("{label}{}", if clips { "clips: " } else { "" });
             let label = pair.label.clone();
@@ -239,7 +242,8 @@ impl Pair {
                     let reference = ReferenceVision::open(&old.model, tower, merge, session)?;
                     let score: Vec<_> = new.model.find(SCORE).into_iter().collect();
                     let probed = probe::with_outputs(&new.model, &score)?;
-                    let run = VisionEncoder::new(probe::open(&probed, &name, session)?)?;
+                    let run = probe::open_rewritten(&probed, &name, session)?;
+                    let run = VisionEncoder::new(run).map_err(ValidateError::of_rewritten)?;
                     let Some(frame) = Frame::of(&old.model, tower) else {
                         return Err(ValidateError::Model(format!(
                             "{name}: the image size is not fixed in the file; expected pixels [n, 3, height, width]"
@@ -259,7 +263,8 @@ impl Pair {
                     }
                     let plain = embed::any_count(&old.model, embedding)?;
                     let reference = Embedder::new(probe::open(&plain, &name, session)?)?;
-                    let run = Embedder::new(probe::open(&new.model, &name, session)?)?;
+                    let run = probe::open_rewritten(&new.model, &name, session)?;
+                    let run = Embedder::new(run).map_err(ValidateError::of_rewritten)?;
                     pair.embed = Some((reference, run));
                 }
                 Role::Decoder(decoder) => {
@@ -355,7 +360,7 @@ impl Pair {
             let token = self.placeholder;
             return Ok((
                 embed::embed(reference, layout, token, &plain)?,
-                embed::embed(run, layout, token, &marked)?,
+                embed::embed(run, layout, token, &marked).map_err(ValidateError::of_rewritten)?,
             ));
         }
         let (b, l) = layout.ids.dim();
@@ -363,24 +368,40 @@ impl Pair {
         let flat: Vec<bool> = layout.visual.iter().copied().collect();
         Ok((
             scatter(noise.clone(), &flat, &plain)?,
-            scatter(noise, &flat, &marked)?,
+            scatter(noise, &flat, &marked).map_err(ValidateError::of_rewritten)?,
         ))
     }
 
-    #[allow(clippy::too_many_lines, reason = "one comparison, step by step")]
     fn compare(
         &mut self,
         scenario: &Scenario,
         seed: u64,
         report: &mut Report,
     ) -> Result<(), ValidateError> {
+        let mut tally = Tally::default();
+        let outcome = self.converse(scenario, seed, &mut tally);
+        tally.ran(outcome)?;
+        tally.report(
+            format!("{}{}", self.label, scenario.name),
+            tolerance(self.dtype, self.quantised),
+            ties(self.dtype, self.quantised),
+            report,
+        );
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_lines, reason = "one comparison, step by step")]
+    fn converse(
+        &mut self,
+        scenario: &Scenario,
+        seed: u64,
+        tally: &mut Tally,
+    ) -> Result<(), ValidateError> {
         let mut rng = Seeded::new(seed ^ 0x5eed);
-        let name = format!("{}{}", self.label, scenario.name);
         let batch = scenario.turns[0].rows.len();
         let mut state: Option<(State, crate::runtime::Cache)> = None;
         let mut seen = Array2::<i64>::zeros((batch, 0));
         let mut places = GridPositions::new(batch);
-        let mut tally = Tally::default();
         for turn in &scenario.turns {
             let images: usize = turn.images().iter().sum();
             let (mut plain, mut marked, mut seen_rows) = (Vec::new(), Vec::new(), Vec::new());
@@ -388,7 +409,7 @@ impl Pair {
             if let Some(rows) = &mut self.rows {
                 let tolerance = ties(self.dtype, self.quantised);
                 for _ in 0..images {
-                    let seen = rows.see(&mut rng, tolerance, self.channel, &mut tally)?;
+                    let seen = rows.see(&mut rng, tolerance, self.channel, tally)?;
                     plain.push(Tensor::from(seen.want.clone()));
                     marked.push(seen.found.clone());
                     discarded.push(seen.gone.clone());
@@ -398,7 +419,13 @@ impl Pair {
                 let pixels = frame.pixels(images, &mut rng);
                 let [_, h, w] = frame.size;
                 let mask = run.takes_mask().then(|| rng.masks(images, h, w));
-                let (found, outputs) = run.run_with_outputs(pixels.clone(), mask.as_ref())?;
+                let (found, outputs) = match run.run_with_outputs(pixels.clone(), mask.as_ref()) {
+                    Ok(found) => found,
+                    Err(error) => {
+                        reference.features(pixels, mask.as_ref(), None)?;
+                        return Err(ValidateError::Rewritten(error));
+                    }
+                };
                 let scores = match outputs.get(SCORE) {
                     Ok(scores) => rows_of(scores)?,
                     Err(_) => Vec::new(),
@@ -455,7 +482,7 @@ impl Pair {
                 salient,
                 ids: None,
             };
-            self.step(&mut state, &input, run_embeds, &mut tally)?;
+            self.step(&mut state, &input, run_embeds, tally)?;
             for step in 0..scenario.decode {
                 let ids = Array2::from_shape_fn((batch, 1), |(r, _)| {
                     (17 * (r + 1) + 5 * step) as i64 % self.vocabulary
@@ -480,15 +507,9 @@ impl Pair {
                     salient: Array2::from_elem((batch, 1), false),
                     ids: None,
                 };
-                self.step(&mut state, &input, run_embeds, &mut tally)?;
+                self.step(&mut state, &input, run_embeds, tally)?;
             }
         }
-        tally.report(
-            name,
-            tolerance(self.dtype, self.quantised),
-            ties(self.dtype, self.quantised),
-            report,
-        );
         Ok(())
     }
 
@@ -522,7 +543,9 @@ impl Pair {
         };
         let batch = input.mask.nrows();
         if state.is_none() {
-            *state = Some((reference.start(batch)?, run.empty_cache(batch)?));
+            let empty = run.empty_cache(batch);
+            let empty = empty.map_err(ValidateError::of_rewritten)?;
+            *state = Some((reference.start(batch)?, empty));
         }
         let Some((ref_state, cache)) = state else {
             return Ok(());
@@ -539,7 +562,13 @@ impl Pair {
             visual: Some(input.visual.clone()),
             salient: Some(input.salient.clone()),
         };
-        let (found, kept) = run_probed(run, &given, cache, &self.kept)?;
+        let (found, kept) = match run_probed(run, &given, cache, &self.kept) {
+            Ok(found) => found,
+            Err(error) => {
+                reference.step(ref_state, input, None)?;
+                return Err(ValidateError::of_rewritten(error));
+            }
+        };
         let choice = Choice {
             kept: &kept,
             tolerance: ties(self.dtype, self.quantised),
@@ -554,7 +583,8 @@ impl Pair {
                 .map(|(_, value)| value.shape()[2])
                 .collect(),
         };
-        tally.step(&expected, &found.last_logits()?, &kept, &lengths);
+        let logits = found.last_logits().map_err(ValidateError::of_rewritten)?;
+        tally.step(&expected, &logits, &kept, &lengths);
         *cache = found.cache;
         Ok(())
     }

@@ -36,3 +36,12 @@ pub(super) fn open(
     options.data_dir = model.external().directory();
     Ok(Session::from_bytes(&bytes, name, &options)?)
 }
+
+/// The same of the rewritten model.
+pub(super) fn open_rewritten(
+    model: &Model,
+    name: &str,
+    options: &SessionOptions,
+) -> Result<Session, ValidateError> {
+    open(model, name, options).map_err(ValidateError::of_rewritten)
+}

@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use super::ValidateError;
+
 /// One check and its outcome.
 #[derive(Clone, Debug, Serialize)]
 pub struct Finding {
@@ -48,6 +50,24 @@ impl Report {
             passed,
             detail: detail.into(),
         });
+    }
+
+    /// What was opened to be compared; that the rewritten model cannot be opened is a finding.
+    ///
+    /// # Errors
+    /// Everything else that came between.
+    pub(super) fn opened<T>(
+        &mut self,
+        label: &str,
+        outcome: Result<T, ValidateError>,
+    ) -> Result<Option<T>, ValidateError> {
+        match outcome {
+            Err(problem @ ValidateError::Rewritten(_)) => {
+                self.add(format!("{label}opens"), false, problem.to_string());
+                Ok(None)
+            }
+            other => other.map(Some),
+        }
     }
 
     /// Whether every check held.

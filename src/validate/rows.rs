@@ -97,7 +97,7 @@ impl RowPair {
         let probed = probe::with_outputs(new, &score)?;
         Ok(Self {
             reference: ReferenceRows::open(old, tower, merge, options)?,
-            run: probe::open(&probed, name, options)?,
+            run: probe::open_rewritten(&probed, name, options)?,
             pixels: old.name(tower.pixels).to_owned(),
             grid: rows.grid.map(|v| old.name(v).to_owned()),
             features: old.name(tower.features).to_owned(),
@@ -131,7 +131,13 @@ impl RowPair {
             patches,
         )?;
         let given: Vec<(&str, &Value)> = feed.iter().map(|(n, v)| (n.as_str(), v)).collect();
-        let out = self.run.run(&given)?;
+        let out = match self.run.run(&given) {
+            Ok(out) => out,
+            Err(error) => {
+                self.reference.features(&pixels, patches, None)?;
+                return Err(ValidateError::Rewritten(error));
+            }
+        };
         let scores: Vec<Vec<f32>> = match out.get(super::numeric::SCORE) {
             Ok(scores) => vec![scores.f32s()?.into_owned()],
             Err(_) => Vec::new(),
@@ -142,7 +148,8 @@ impl RowPair {
         };
         let expected = self.reference.features(&pixels, patches, Some(ranking))?;
         tally.near_ties += expected.near_ties;
-        let found = out.get(&self.features)?.to_tensor()?;
+        let found = out.get(&self.features).and_then(Value::to_tensor);
+        let found = found.map_err(ValidateError::Rewritten)?;
         let all = expected.plain.nrows();
         let (want, kept, gone) = match self.placement {
             Placement::Encoder => {

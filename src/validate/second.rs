@@ -426,13 +426,24 @@ fn compare(
     let mut probes: Vec<ValueId> = borders.iter().chain(&wanted).map(|(v, _)| *v).collect();
     probes.retain(|v| !model.graph().inputs.contains(v));
     let probed = probe::with_outputs(model, &probes)?;
-    let mut session: Session = probe::open(&probed, check, &options.session)?;
+    let opened = probe::open_rewritten(&probed, check, &options.session);
+    let Some(mut session): Option<Session> = report.opened(&format!("{check}: "), opened)? else {
+        return Ok(());
+    };
     let values: Vec<(String, Value)> = feed
         .iter()
         .map(|(n, t)| Ok((n.clone(), Value::new(t.clone())?)))
         .collect::<Result<_, ValidateError>>()?;
     let named: Vec<(&str, &Value)> = values.iter().map(|(n, v)| (n.as_str(), v)).collect();
-    let first = session.run(&named)?;
+    let first = match session.run(&named) {
+        Ok(outputs) => outputs,
+        // (The scenarios have run the unmodified model.)
+        Err(error) => {
+            let problem = ValidateError::Rewritten(error);
+            report.add(check, false, problem.to_string());
+            return Ok(());
+        }
+    };
     let mut given = Vec::new();
     for (value, _) in &borders {
         let name = model.name(*value);

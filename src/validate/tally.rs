@@ -19,6 +19,20 @@ pub(super) struct Tally {
 }
 
 impl Tally {
+    /// Goes on without what the rewritten model did not give: that is a finding, like other numbers.
+    ///
+    /// # Errors
+    /// Everything else that came between.
+    pub(super) fn ran(&mut self, outcome: Result<(), ValidateError>) -> Result<(), ValidateError> {
+        match outcome {
+            Err(problem @ ValidateError::Rewritten(_)) => {
+                self.problems.push(problem.to_string());
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
     /// The finding of a scenario.
     pub(super) fn report(&self, name: String, limit: f64, ties: Tolerance, report: &mut Report) {
         report.tolerance = report.tolerance.max(limit);

@@ -46,7 +46,10 @@ pub(super) fn check(
         if old.variant != variant {
             continue;
         }
-        let mut pair = Pair::open(old, new, whole, recipe, options)?;
+        let opened = Pair::open(old, new, whole, recipe, options);
+        let Some(mut pair) = report.opened(label, opened)? else {
+            continue;
+        };
         let mut left_out = Vec::new();
         for scenario in standard(pair.vocabulary, options.seed) {
             if let Some(why) = pair.interface.refuses(&scenario) {
@@ -186,13 +189,15 @@ impl Pair {
         names.extend(kept.iter().cloned());
         let probes: Vec<ValueId> = names.iter().filter_map(|n| new.model.find(n)).collect();
         let probed = probe::with_outputs(&new.model, &probes)?;
+        let base = Runner::new(probe::open(model, "the unmodified file", session)?)?;
+        let run = Runner::new(probe::open_rewritten(&probed, &file, session)?);
         Ok(Self {
             interface: Interface::of(model, whole),
             vision,
             text,
             decoder: reference,
-            base: Runner::new(probe::open(model, "the unmodified file", session)?)?,
-            run: Runner::new(probe::open(&probed, &file, session)?)?,
+            base,
+            run: run.map_err(ValidateError::of_rewritten)?,
             ids: model.name(whole.ids.value).to_owned(),
             text_name: model.name(whole.text).to_owned(),
             pixels: model.name(whole.tower.pixels).to_owned(),
@@ -278,7 +283,8 @@ impl Pair {
             if step > 0 {
                 layout = self.grown(&layout);
             }
-            self.step(&layout, &pixels, &expected, images, &mut tally)?;
+            let outcome = self.step(&layout, &pixels, &expected, images, &mut tally);
+            tally.ran(outcome)?;
         }
         tally.report(
             name,
@@ -359,7 +365,14 @@ impl Pair {
             visual: Some(visual),
             salient: Some(salient),
         };
-        let found = self.run.run(&given)?;
+        let found = match self.run.run(&given) {
+            Ok(found) => found,
+            Err(error) => {
+                let mut state = self.decoder.start(dim.0)?;
+                self.decoder.step_with(&mut state, &input, None)?;
+                return Err(ValidateError::Rewritten(error));
+            }
+        };
         self.features(&found, expected, tally)?;
         let lengths: Vec<usize> = self
             .decoder
@@ -374,7 +387,8 @@ impl Pair {
         };
         let mut state = self.decoder.start(dim.0)?;
         let want = self.decoder.step_with(&mut state, &input, Some(choice))?;
-        tally.step(&want, &found.last_logits()?, &kept, &lengths);
+        let logits = found.last_logits().map_err(ValidateError::of_rewritten)?;
+        tally.step(&want, &logits, &kept, &lengths);
         Ok(())
     }
 

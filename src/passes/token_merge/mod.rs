@@ -366,6 +366,15 @@ impl Pass for TokenMerge {
             let why = vlm.missing("vision tower", vision);
             return fail(why.to_string());
         }
+        if self.cls == Some(Cls::Keep)
+            && let Some((index, _)) = vlm.towers().next()
+            && vlm.towers().all(|(_, tower)| !tower.cls)
+        {
+            return fail(format!(
+                "{}: 'cls: keep' keeps the tower's CLS token, and it has none; leave 'cls' out",
+                vlm.parts[index].label()
+            ));
+        }
         for (index, tower) in vlm.towers() {
             let file = vlm.parts[index].label();
             let model = &vlm.parts[index].model;

@@ -10,8 +10,9 @@
 //! Layer 0 sees all columns but those of gone tokens; they leave where layer 1 is
 //! entered, so the cache of layer 0 has the length that the client counts. It gives a
 //! mask of ones for all columns in later steps; which are gone is told by the cache: the
-//! keys that were written for them are zeros, which no computed key is in all columns of
-//! a head.
+//! keys that were written for them are zeros, which a computed key is in all columns of
+//! a head only where the hidden state is (a token whose embedding is zeros, in a decoder
+//! without a bias on its keys: it is taken for one in later steps).
 //!
 //! All rows of a batch lose the same number of tokens, the smallest that is gone in any
 //! of them. What a row has left over stays, masked in the same way in every stage, and
