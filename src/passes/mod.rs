@@ -10,6 +10,7 @@ mod budget;
 mod error;
 mod manager;
 mod marker;
+mod methods;
 mod recipe;
 mod recount;
 mod token_merge;
@@ -19,6 +20,7 @@ pub use budget::{BudgetShape, Planned, PlannedShare, Style, plan, plan_share};
 pub use error::PassError;
 pub use manager::{Change, Rewritten, earlier_recipe, gives_fewer, rewrite};
 pub use marker::{Marker, VISUAL_MASK_INPUT};
+pub use methods::Method;
 pub use recipe::{Count, KvLayout, Positions, Recipe, StaticSpan};
 pub use token_merge::{
     Cls, KEPT_OUTPUT, MergeBudget, Placement, Selector, TokenMerge, merge_budget, placement_in,
@@ -80,6 +82,21 @@ pub trait Pass: std::fmt::Debug {
 
     /// One line for people: what it does to this model.
     fn summary(&self, vlm: &Vlm) -> String;
+
+    /// Tokens that are left of an image in front of the decoder, of `candidates` that the vision
+    /// encoder has (see [`VisionTower::candidates`](crate::arch::VisionTower::candidates)); `cls`:
+    /// whether a CLS token may come with them. None: the pass does not work on the encoder's tokens.
+    fn left_of_image(&self, candidates: i64, cls: bool) -> Option<i64> {
+        let _ = (candidates, cls);
+        None
+    }
+
+    /// Visual tokens that each of `layers` decoder layers sees when `entered` enter. None: the pass
+    /// drops none in the decoder.
+    fn seen_by_layers(&self, entered: i64, layers: usize) -> Option<Vec<i64>> {
+        let _ = (entered, layers);
+        None
+    }
 
     /// Access to the concrete pass, for code that needs its parameters.
     fn as_any(&self) -> &dyn std::any::Any;

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 
-use super::{Context, Marker, Pass, PassError, REGISTRY, TokenMerge, VisualPrune};
-use crate::arch::Vlm;
+use super::{Context, Marker, Pass, PassError, Placement, REGISTRY, TokenMerge, VisualPrune};
+use crate::arch::{VisionTower, Vlm};
 use crate::suggest::unknown;
 
 /// A token budget: a count, or a ratio of the tokens there are.
@@ -179,6 +179,27 @@ impl Recipe {
     /// the recipe's merge discards.
     pub fn placed(&self, vlm: &Vlm) -> bool {
         self.context.placed(vlm)
+    }
+
+    /// Tokens that are left of an image in front of the decoder, of `candidates` that the encoder has
+    /// (and CLS, if that may come with them); none where no pass works on the encoder's tokens.
+    pub fn tokens_left_of(&self, candidates: i64, cls: bool) -> Option<i64> {
+        let mut each = self.passes.iter();
+        each.find_map(|p| p.left_of_image(candidates, cls))
+    }
+
+    /// The same for an image of `tower`; none also where only the run tells how many it has.
+    pub fn tokens_left(&self, tower: &VisionTower, placement: Placement) -> Option<i64> {
+        // Features that stay in their places have one for CLS only if it was among them.
+        let cls = tower.cls && (placement == Placement::Encoder || tower.gives_cls());
+        self.tokens_left_of(tower.candidates()?, cls)
+    }
+
+    /// Visual tokens that each of `layers` decoder layers sees of those that enter.
+    pub fn tokens_per_layer(&self, entering: i64, layers: usize) -> Vec<i64> {
+        let mut each = self.passes.iter();
+        each.find_map(|p| p.seen_by_layers(entering, layers))
+            .unwrap_or_else(|| vec![entering; layers])
     }
 
     /// The concrete pass of type `P`, if the recipe has one.

@@ -509,6 +509,10 @@ impl Pass for TokenMerge {
         Ok(())
     }
 
+    fn left_of_image(&self, candidates: i64, cls: bool) -> Option<i64> {
+        Some(merge_budget(self, candidates, cls).total())
+    }
+
     fn summary(&self, vlm: &Vlm) -> String {
         let placement = placement_in(self.placement, vlm);
         let mut lines: Vec<String> = vlm

@@ -365,6 +365,10 @@ impl Pass for VisualPrune {
         Ok(())
     }
 
+    fn seen_by_layers(&self, entered: i64, layers: usize) -> Option<Vec<i64>> {
+        Some(self.tokens_per_layer(entered, layers))
+    }
+
     fn summary(&self, vlm: &Vlm) -> String {
         let drops: Vec<String> = self
             .drops
