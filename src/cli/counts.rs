@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::style;
 use crate::arch::{DEFAULT_FRAMES, VisionTower, Vlm};
-use crate::passes::{Count, Placement, Recipe, TokenMerge, VisualPrune};
+use crate::passes::{Count, Placement, Recipe, TokenMerge};
 
 /// What decoder layers see of one image or clip.
 #[derive(Clone, Debug, PartialEq)]
@@ -144,14 +144,6 @@ pub(super) fn frames(tower: &VisionTower) -> i64 {
     }
 }
 
-/// Visual tokens that each of `layers` layers sees of those that enter the decoder.
-pub(super) fn pruned(recipe: &Recipe, entering: i64, layers: usize) -> Vec<i64> {
-    match recipe.pass::<VisualPrune>() {
-        Some(prune) => prune.tokens_per_layer(entering, layers),
-        None => vec![entering; layers],
-    }
-}
-
 /// Visual tokens that each layer sees, before and after, if the model is whole: of an
 /// image, or of a clip where the model takes nothing else.
 pub(super) fn tokens_by_layer(vlm: &Vlm, recipe: &Recipe) -> Option<(Vec<i64>, Vec<i64>)> {
@@ -173,11 +165,9 @@ fn by_layer(
         true => Placement::Decoder,
         false => Placement::Encoder,
     };
-    let entering = match recipe.pass::<TokenMerge>() {
-        Some(merge) => images * merge.tokens_left(tower, placement)?,
-        None => before,
-    };
-    let mut after = pruned(recipe, entering, decoder.depth());
+    let left = recipe.tokens_left(tower, placement);
+    let entering = left.map_or(before, |left| images * left);
+    let mut after = recipe.tokens_per_layer(entering, decoder.depth());
     // Discarded features go through the first layer with the others.
     if placed && let Some(first) = after.first_mut() {
         *first = before;
@@ -200,7 +190,7 @@ fn open(vlm: &Vlm, recipe: &Recipe) -> Option<LayerTable> {
         return Some(LayerTable {
             of: format!("an image of {entering} tokens or more"),
             before: None,
-            after: Seen::Tokens(pruned(recipe, entering, depth)),
+            after: Seen::Tokens(recipe.tokens_per_layer(entering, depth)),
             all_at_first: placed,
         });
     }
@@ -216,7 +206,7 @@ fn open(vlm: &Vlm, recipe: &Recipe) -> Option<LayerTable> {
     let million = 1e6;
     #[allow(clippy::cast_possible_truncation, reason = "at most a million")]
     let tokens = (entering * million) as i64;
-    let counts = pruned(recipe, tokens, depth);
+    let counts = recipe.tokens_per_layer(tokens, depth);
     let mut shares: Vec<f64> = counts.iter().map(|n| *n as f64 / million).collect();
     if placed && let Some(first) = shares.first_mut() {
         *first = 1.0;

@@ -11,7 +11,7 @@ use anyhow::bail;
 
 use super::counts;
 use crate::arch::Vlm;
-use crate::passes::{Recipe, TokenMerge, merge_budget};
+use crate::passes::Recipe;
 
 /// A family of models.
 #[derive(Debug)]
@@ -184,11 +184,8 @@ fn share(text: &str, made_for: Nominal) -> Option<f64> {
         cls,
         layers,
     } = made_for;
-    let entering = match recipe.pass::<TokenMerge>() {
-        Some(merge) => images * merge_budget(merge, tokens, cls).total(),
-        None => images * tokens,
-    };
-    let seen = counts::pruned(&recipe, entering, layers);
+    let entering = images * recipe.tokens_left_of(tokens, cls).unwrap_or(tokens);
+    let seen = recipe.tokens_per_layer(entering, layers);
     Some(counts::average(&seen) / (images * tokens) as f64)
 }
 

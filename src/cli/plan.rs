@@ -4,12 +4,13 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use serde_json::json;
 
 use super::counts::{self, LayerTable, Seen};
 use super::{Global, ModelArgument, Outcome, family, load, print_json, style};
 use crate::arch::{VisionTower, Vlm};
-use crate::passes::{BudgetShape, Placement, Style, placement_in, plan, plan_share};
+use crate::passes::{BudgetShape, Method, Placement, Style, placement_in, plan, plan_share};
 use crate::runtime::ImageProcessor;
 
 /// Most tokens and crops of an image that are counted with.
@@ -36,12 +37,23 @@ pub(super) struct Arguments {
     /// Crops of an image, the base crop counted, for models of several crops (LLaVA-NeXT)
     #[arg(long, group = "image", value_name = "N", value_parser = clap::value_parser!(i64).range(1..=MOST))]
     crops: Option<i64>,
+    /// Whose method the recipe follows, at the same budget
+    #[arg(long, value_name = "METHOD", default_value = "duet", value_parser = methods())]
+    method: Method,
     /// Write the recipe to a file that does not exist yet
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Print one JSON document that holds the recipe
     #[arg(long)]
     json: bool,
+}
+
+/// The names of methods, with what `--help` says of each.
+fn methods() -> impl TypedValueParser<Value = Method> {
+    let each = Method::ALL
+        .iter()
+        .map(|m| PossibleValue::new(m.name()).help(m.about()));
+    PossibleValuesParser::new(each).map(|name| Method::named(&name).unwrap_or_default())
 }
 
 /// `1280x720`: (width, height).
@@ -229,6 +241,7 @@ fn target(root: &Path, vlm: &Vlm, arguments: &Arguments) -> anyhow::Result<Targe
             layers,
             style,
             placed: placement_in(None, vlm) == Placement::Decoder,
+            method: arguments.method,
         },
         of,
     })
@@ -260,6 +273,7 @@ fn open(
             style: Style::Grid,
             // What `placement` means where it is left out: clients count on a grid's tokens.
             placed: placed && tower.is_some(),
+            method: arguments.method,
         },
         of: tokens.map_or("an image".into(), |n| format!("an image of {n} tokens")),
     })

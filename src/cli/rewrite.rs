@@ -246,8 +246,7 @@ fn token_counts(vlm: &Vlm, recipe: &Recipe) -> Option<(i64, i64)> {
     }
     let (index, tower) = vlm.towers().next()?;
     let model = &vlm.parts[index].model;
-    let merge = recipe.pass::<TokenMerge>();
-    let left = || merge?.tokens_left(tower, Placement::Encoder);
+    let left = || recipe.tokens_left(tower, Placement::Encoder);
     let after = match tower.features_index {
         // Of clips the output need not say how many tokens a frame gives.
         _ if tower.video => left()?,

@@ -6,6 +6,8 @@
 
 use std::fmt::Write;
 
+use super::methods::{self, Method};
+
 /// Which published budgets a recipe is modelled on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Style {
@@ -86,12 +88,14 @@ pub struct BudgetShape {
     pub style: Style,
     /// Whether discarded tokens go through the first layer (`placement: decoder`), so that it sees all of them.
     pub placed: bool,
+    /// Whose recipe it is to be.
+    pub method: Method,
 }
 
 impl BudgetShape {
     /// Tokens by layer when `entering` are left of a merge: the first layer's are all of them where they are placed
     /// and known.
-    fn merged(&self, entering: i64, drops: &[(usize, f64)]) -> Vec<i64> {
+    pub(super) fn merged(&self, entering: i64, drops: &[(usize, f64)]) -> Vec<i64> {
         let mut seen = by_layer(entering, drops, self.layers);
         if let (true, Some(features), Some(first)) = (self.placed, self.features, seen.first_mut())
         {
@@ -105,6 +109,14 @@ impl BudgetShape {
     pub fn visual_tokens(&self) -> Option<i64> {
         let images = self.images.max(1);
         self.features.map(|each| each.saturating_mul(images))
+    }
+
+    /// An error: what is left of a merge does not meet the budget.
+    pub(super) fn no_token_left(&self, budget: f64) -> String {
+        format!(
+            "no token is left at a budget of {budget:.2} per layer{}",
+            self.first_sees_all()
+        )
     }
 
     /// For errors: what makes a budget hard to meet where discarded tokens go through the first layer.
@@ -153,9 +165,19 @@ const MOST: i64 = 1_000_000_000_000;
 
 /// How a recipe says how many tokens.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Said {
+pub(super) enum Said {
     Counts,
     Ratios,
+}
+
+impl Said {
+    /// A number of an image's tokens, as a recipe has it.
+    pub(super) fn count(self, tokens: i64) -> String {
+        match self {
+            Self::Counts => tokens.to_string(),
+            Self::Ratios => format!("{:?}", tokens as f64 / UNIT as f64),
+        }
+    }
 }
 
 /// A recipe under which decoder layers see at most `budget` visual tokens on average.
@@ -211,15 +233,17 @@ pub fn plan_share(shape: BudgetShape, share: f64) -> Result<PlannedShare, String
         images: 1,
         ..shape
     };
-    let planned = make(unit, share * UNIT as f64, Said::Ratios).map_err(|problem| {
+    let planned = make(unit, share * UNIT as f64, Said::Ratios).map_err(|why| {
         let percent = 100.0 * share;
         match shape.merges {
+            // Which speaks of so many tokens of each.
+            _ if shape.method != Method::Duet => format!("{why} (of {UNIT} tokens)"),
             true => format!(
                 "no token is left at {percent:.2} % of the visual tokens per layer{}",
                 shape.first_sees_all()
             ),
             // (Nothing to prune either.)
-            false if shape.layers < 2 => problem,
+            false if shape.layers < 2 => why,
             false => format!(
                 "{percent:.2} % of the visual tokens cannot be met by pruning alone: the first quarter of {} layers \
                  sees all of them",
@@ -236,6 +260,9 @@ pub fn plan_share(shape: BudgetShape, share: f64) -> Result<PlannedShare, String
 }
 
 fn make(shape: BudgetShape, budget: f64, said: Said) -> Result<Planned, String> {
+    if shape.method != Method::Duet {
+        return methods::make(shape, budget, said);
+    }
     match (shape.merges, shape.features) {
         (true, _) => merging(shape, budget, said),
         (false, Some(features)) => pruning(shape, features, budget),
@@ -248,7 +275,7 @@ fn make(shape: BudgetShape, budget: f64, said: Said) -> Result<Planned, String> 
 }
 
 /// Tokens by layer under `drops`: (layers that have run, share of the entering tokens).
-fn by_layer(entering: i64, drops: &[(usize, f64)], layers: usize) -> Vec<i64> {
+pub(super) fn by_layer(entering: i64, drops: &[(usize, f64)], layers: usize) -> Vec<i64> {
     let kept = |layer: usize| {
         let last = drops.iter().rev().find(|(after, _)| *after <= layer);
         #[allow(clippy::cast_possible_truncation, reason = "token counts fit")]
@@ -257,7 +284,7 @@ fn by_layer(entering: i64, drops: &[(usize, f64)], layers: usize) -> Vec<i64> {
     (0..layers.max(1)).map(kept).collect()
 }
 
-fn mean(counts: &[i64]) -> f64 {
+pub(super) fn mean(counts: &[i64]) -> f64 {
     counts.iter().sum::<i64>() as f64 / counts.len().max(1) as f64
 }
 
@@ -283,20 +310,14 @@ fn merging(shape: BudgetShape, budget: f64, said: Said) -> Result<Planned, Strin
         }
     }
     if entering == 0 {
-        return Err(format!(
-            "no token is left at a budget of {budget:.2} per layer{}",
-            shape.first_sees_all()
-        ));
+        return Err(shape.no_token_left(budget));
     }
     if let Some(features) = shape.features.filter(|f| entering >= *f && layers > 1) {
         // Generous enough for every token to enter: later and weaker drops will do.
         return pruning(shape, features, budget);
     }
     let contextual = shape.style.contextual(entering, shape.patches);
-    let count = |tokens: i64| match said {
-        Said::Counts => tokens.to_string(),
-        Said::Ratios => format!("{:?}", tokens as f64 / UNIT as f64),
-    };
+    let count = |tokens: i64| said.count(tokens);
     let dominant = count(entering - contextual);
     let mut recipe = format!("version: 1\npasses:\n  - token_merge:\n      dominant: {dominant}");
     if shape.cls {
@@ -308,7 +329,7 @@ fn merging(shape: BudgetShape, budget: f64, said: Said) -> Result<Planned, Strin
         count(contextual)
     );
     let tokens = shape.merged(images * entering, &drops);
-    Ok(finish(recipe, tokens, &drops))
+    Ok(finish(recipe, tokens, &drops, "all"))
 }
 
 fn pruning(shape: BudgetShape, features: i64, budget: f64) -> Result<Planned, String> {
@@ -347,10 +368,17 @@ fn pruning(shape: BudgetShape, features: i64, budget: f64) -> Result<Planned, St
     };
     let drops = schedule(f64::from(step) / 1000.0);
     let tokens = by_layer(all, &drops, layers);
-    Ok(finish("version: 1\npasses:\n".into(), tokens, &drops))
+    let head = "version: 1\npasses:\n".into();
+    Ok(finish(head, tokens, &drops, "all"))
 }
 
-fn finish(mut recipe: String, tokens: Vec<i64>, drops: &[(usize, f64)]) -> Planned {
+/// Adds the drops of a recipe, ranked by the tokens of `text`.
+pub(super) fn finish(
+    mut recipe: String,
+    tokens: Vec<i64>,
+    drops: &[(usize, f64)],
+    text: &str,
+) -> Planned {
     if !drops.is_empty() {
         recipe += "  - visual_prune:\n      drops:\n";
         for (after, keep) in drops {
@@ -359,7 +387,7 @@ fn finish(mut recipe: String, tokens: Vec<i64>, drops: &[(usize, f64)]) -> Plann
                 "        - {{ after_layer: {after}, keep: {keep:?} }}"
             );
         }
-        recipe += "      text: all\n";
+        let _ = writeln!(recipe, "      text: {text}");
     }
     let average = mean(&tokens);
     Planned {
@@ -383,6 +411,7 @@ mod tests {
         layers: 32,
         style: Style::Image,
         placed: false,
+        method: Method::Duet,
     };
 
     /// A tower whose number of tokens only the run tells.

@@ -8,11 +8,11 @@ use crate::ir::{Model, Patch, verify};
 /// Metadata entry of files in which discarded features keep their places.
 const PLACEMENT_KEY: &str = "duet.placement";
 
-/// Whether a rewritten vision encoder gives fewer features than it did: its recipe merges, and
-/// what is discarded does not keep its place.
+/// Whether a rewritten vision encoder gives fewer features than it did: its recipe merges or
+/// drops tokens there, and what is discarded does not keep its place.
 pub fn gives_fewer(model: &Model) -> bool {
     let recipe = earlier_recipe(model).and_then(|(_, text)| Recipe::parse(text).ok());
-    recipe.is_some_and(|r| r.context.merges) && model.metadata(PLACEMENT_KEY).is_none()
+    recipe.is_some_and(|r| r.context.fewer) && model.metadata(PLACEMENT_KEY).is_none()
 }
 
 /// What a pass did to a file.

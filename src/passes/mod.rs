@@ -7,24 +7,37 @@
 //! [`REGISTRY`].
 
 mod budget;
+mod div_prune;
 mod error;
+mod fast_v;
+mod fewer;
 mod manager;
 mod marker;
+mod methods;
+mod random_drop;
 mod recipe;
 mod recount;
+mod selection;
 mod token_merge;
+mod uniform_drop;
 mod visual_prune;
 
 pub use budget::{BudgetShape, Planned, PlannedShare, Style, plan, plan_share};
+pub use div_prune::DivPrune;
 pub use error::PassError;
+pub use fast_v::FastV;
 pub use manager::{Change, Rewritten, earlier_recipe, gives_fewer, rewrite};
 pub use marker::{Marker, VISUAL_MASK_INPUT};
-pub use recipe::{Count, KvLayout, Positions, Recipe, StaticSpan};
+pub use methods::Method;
+pub use random_drop::RandomDrop;
+pub use recipe::{Count, KvLayout, Positions, Pruning, Recipe, StaticSpan};
 pub use token_merge::{
     Cls, KEPT_OUTPUT, MergeBudget, Placement, Selector, TokenMerge, merge_budget, placement_in,
 };
+pub use uniform_drop::UniformDrop;
 pub use visual_prune::{
-    Drop, RankMask, RatioBase, SALIENT_MASK_INPUT, TextQueries, VisualPrune, default_positions,
+    Drop, RankLayer, RankMask, RatioBase, SALIENT_MASK_INPUT, TextQueries, VisualPrune,
+    default_positions,
 };
 
 use crate::arch::Vlm;
@@ -44,6 +57,8 @@ pub struct Context {
     pub merges: bool,
     /// Where it says that merged tokens leave, if it does.
     pub placement: Option<Placement>,
+    /// Whether it makes the vision encoder's tokens fewer, by merging or otherwise.
+    pub fewer: bool,
     /// Whether it prunes in the decoder.
     pub prunes: bool,
 }
@@ -81,8 +96,37 @@ pub trait Pass: std::fmt::Debug {
     /// One line for people: what it does to this model.
     fn summary(&self, vlm: &Vlm) -> String;
 
+    /// Tokens that are left of an image in front of the decoder, of `candidates` that the vision
+    /// encoder has (see [`VisionTower::candidates`](crate::arch::VisionTower::candidates)); `cls`:
+    /// whether a CLS token may come with them. None: the pass does not work on the encoder's tokens.
+    fn left_of_image(&self, candidates: i64, cls: bool) -> Option<i64> {
+        let _ = (candidates, cls);
+        None
+    }
+
+    /// Visual tokens that each of `layers` decoder layers sees when `entered` enter. None: the pass
+    /// drops none in the decoder.
+    fn seen_by_layers(&self, entered: i64, layers: usize) -> Option<Vec<i64>> {
+        let _ = (entered, layers);
+        None
+    }
+
+    /// How it prunes in the decoder, if it does as [`VisualPrune`] does.
+    fn pruning(&self) -> Option<&VisualPrune> {
+        None
+    }
+
     /// Access to the concrete pass, for code that needs its parameters.
     fn as_any(&self) -> &dyn std::any::Any;
+}
+
+/// Where a pass works. A recipe has at most one of each, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// On the tokens of the vision encoder, in front of the decoder.
+    Encoder,
+    /// Between decoder layers.
+    Decoder,
 }
 
 /// A registered pass.
@@ -91,12 +135,16 @@ pub struct Entry {
     pub name: &'static str,
     /// What it does, for `--help` and documentation.
     pub about: &'static str,
+    /// Where it works.
+    pub stage: Stage,
     /// Parameter names.
     pub keys: &'static [&'static str],
     /// Reads its parameters.
     pub parse: fn(serde_yaml::Value) -> Result<Box<dyn Pass>, String>,
     /// Parameters under which it keeps everything (for the conformance test).
     pub keep_everything: &'static str,
+    /// Sets of parameters under which it changes models of 81 tokens and 8 layers, for that test too.
+    pub samples: &'static [&'static str],
 }
 
 /// Reads a pass's parameters; an error names the key.
@@ -110,4 +158,11 @@ fn parse<P: Pass + serde::de::DeserializeOwned + 'static>(
 }
 
 /// All passes.
-pub const REGISTRY: &[Entry] = &[token_merge::ENTRY, visual_prune::ENTRY];
+pub const REGISTRY: &[Entry] = &[
+    token_merge::ENTRY,
+    random_drop::ENTRY,
+    uniform_drop::ENTRY,
+    div_prune::ENTRY,
+    visual_prune::ENTRY,
+    fast_v::ENTRY,
+];

@@ -3,8 +3,10 @@
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 
-use super::{Context, Marker, Pass, PassError, REGISTRY, TokenMerge, VisualPrune};
-use crate::arch::Vlm;
+use super::{
+    Context, Marker, Pass, PassError, Placement, REGISTRY, Stage, TokenMerge, VisualPrune,
+};
+use crate::arch::{VisionTower, Vlm};
 use crate::suggest::unknown;
 
 /// A token budget: a count, or a ratio of the tokens there are.
@@ -98,6 +100,15 @@ pub struct Recipe {
     pub text: String,
 }
 
+/// Pruning in the decoder.
+#[derive(Clone, Copy, Debug)]
+pub struct Pruning<'a> {
+    /// The pass: the scope of what it inserts.
+    pub pass: &'static str,
+    /// What it does.
+    pub prune: &'a VisualPrune,
+}
+
 #[derive(Deserialize)]
 struct Raw {
     version: u64,
@@ -142,11 +153,28 @@ impl Recipe {
             }
             passes.push(pass);
         }
-        let rank = |name: &str| REGISTRY.iter().position(|e| e.name == name);
-        if !passes.is_sorted_by_key(|p| rank(p.name())) {
+        let stage = |pass: &dyn Pass| {
+            let mut entries = REGISTRY.iter();
+            entries.find(|e| e.name == pass.name()).map(|e| e.stage)
+        };
+        if !passes.is_sorted_by_key(|p| stage(p.as_ref())) {
             return Err(bad(
                 "vision passes come before decoder passes; reorder 'passes'".into(),
             ));
+        }
+        for pair in passes.windows(2) {
+            let (a, b) = (&pair[0], &pair[1]);
+            if stage(a.as_ref()) == stage(b.as_ref()) {
+                return Err(bad(format!(
+                    "{} and {} both say which tokens {}; a recipe has one of them",
+                    a.name(),
+                    b.name(),
+                    match stage(a.as_ref()) {
+                        Some(Stage::Encoder) => "of the vision encoder stay",
+                        _ => "stay in the decoder",
+                    }
+                )));
+            }
         }
         if (raw.marker == Some(Marker::Static)) != raw.span.is_some() {
             return Err(bad(
@@ -165,8 +193,11 @@ impl Recipe {
             span: raw.span,
             kv: raw.kv,
             merges: merge.is_some(),
+            fewer: passes
+                .iter()
+                .any(|p| stage(p.as_ref()) == Some(Stage::Encoder)),
             placement: merge.and_then(|m| m.placement),
-            prunes: of_type::<VisualPrune>(&passes).is_some(),
+            prunes: passes.iter().any(|p| p.pruning().is_some()),
         };
         Ok(Self {
             passes,
@@ -179,6 +210,44 @@ impl Recipe {
     /// the recipe's merge discards.
     pub fn placed(&self, vlm: &Vlm) -> bool {
         self.context.placed(vlm)
+    }
+
+    /// Tokens that are left of an image in front of the decoder, of `candidates` that the encoder has
+    /// (and CLS, if that may come with them); none where no pass works on the encoder's tokens.
+    pub fn tokens_left_of(&self, candidates: i64, cls: bool) -> Option<i64> {
+        let mut each = self.passes.iter();
+        each.find_map(|p| p.left_of_image(candidates, cls))
+    }
+
+    /// The same for an image of `tower`; none also where only the run tells how many it has.
+    pub fn tokens_left(&self, tower: &VisionTower, placement: Placement) -> Option<i64> {
+        // Features that stay in their places have one for CLS only if it was among them.
+        let cls = tower.cls && (placement == Placement::Encoder || tower.gives_cls());
+        self.tokens_left_of(tower.candidates()?, cls)
+    }
+
+    /// Visual tokens that each of `layers` decoder layers sees of those that enter.
+    pub fn tokens_per_layer(&self, entering: i64, layers: usize) -> Vec<i64> {
+        let mut each = self.passes.iter();
+        each.find_map(|p| p.seen_by_layers(entering, layers))
+            .unwrap_or_else(|| vec![entering; layers])
+    }
+
+    /// How visual tokens are dropped in the decoder, and the pass that does.
+    pub fn pruning(&self) -> Option<Pruning<'_>> {
+        self.passes.iter().find_map(|p| {
+            let prune = p.pruning()?;
+            let pass = p.name();
+            Some(Pruning { pass, prune })
+        })
+    }
+
+    /// The pass that chooses among the vision encoder's tokens.
+    pub fn encoder_pass(&self) -> Option<&dyn Pass> {
+        let stage = |name: &str| REGISTRY.iter().find(|e| e.name == name).map(|e| e.stage);
+        let mut each = self.passes.iter();
+        each.find(|p| stage(p.name()) == Some(Stage::Encoder))
+            .map(|p| p.as_ref())
     }
 
     /// The concrete pass of type `P`, if the recipe has one.

@@ -2,10 +2,8 @@
 
 use std::collections::HashSet;
 
-use super::{Placement, TokenMerge};
-use crate::arch::Vlm;
 use crate::ir::cone::{ancestors, descendants};
-use crate::ir::{Dim, Model, Node, NodeId, Patch, PatchPlan, ValueId, ValueType, consts};
+use crate::ir::{Model, Node, NodeId, Patch, ValueId, consts};
 
 /// A number of tokens that changes.
 #[derive(Clone, Copy, Debug)]
@@ -130,43 +128,4 @@ fn token_axis(model: &Model, node: &Node) -> bool {
         _ => node.input(3).and_then(|a| consts::int(model, a)),
     };
     matches!(axis, Some(0 | 1))
-}
-
-/// Embedding graphs that take the features in and state how many of them an
-/// image has are told the number that `merge` leaves.
-pub(super) fn fed_embeddings(merge: &TokenMerge, vlm: &Vlm) -> Vec<(usize, PatchPlan)> {
-    let Some((_, tower)) = vlm.towers().next() else {
-        return Vec::new();
-    };
-    let (Some(old), Some(new)) = (
-        tower.features_per_image(),
-        merge.tokens_left(tower, Placement::Encoder),
-    ) else {
-        return Vec::new();
-    };
-    let mut plans = Vec::new();
-    for (index, embedding) in vlm.embeddings() {
-        let model = &vlm.parts[index].model;
-        let Some(scatter) = &embedding.scatter else {
-            continue;
-        };
-        let Some(ValueType::Tensor {
-            dtype,
-            shape: Some(dims),
-        }) = &model.value(scatter.features).ty
-        else {
-            continue;
-        };
-        let mut dims = dims.clone();
-        if dims.len() != 3 || dims[1].known() != Some(old) || old == new {
-            continue;
-        }
-        let width = dims[2].known().or(embedding.width);
-        dims[1] = Dim::Known(new);
-        let mut patch = Patch::new(model, "token_merge");
-        Recount { old, new, width }.behind(&mut patch, scatter.features, None);
-        patch.set_type(scatter.features, ValueType::tensor(*dtype, dims));
-        plans.push((index, patch.finish()));
-    }
-    plans
 }

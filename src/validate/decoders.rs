@@ -5,7 +5,7 @@ use super::reference::{Choice, ReferenceDecoder, State, StepIn, StepOut};
 use super::{ValidateError, probe};
 use crate::arch::{Decoder, DecoderFiles, Part, Role, Vlm};
 use crate::ir::Model;
-use crate::passes::VisualPrune;
+use crate::passes::Pruning;
 use crate::runtime::{CacheHeads, DType, Decoder as RunDecoder, Session, SessionOptions};
 
 fn decoder(part: &Part) -> Option<&Decoder> {
@@ -67,18 +67,16 @@ impl Reference {
 }
 
 /// Under what name scope the pass that plans the decoder inserts.
-pub(super) fn decoder_scope(prune: Option<&VisualPrune>) -> &'static str {
-    match prune {
-        Some(_) => "duet/visual_prune",
-        None => "duet/token_merge",
-    }
+pub(super) fn decoder_scope(pruning: Option<Pruning<'_>>) -> String {
+    // (A merge that leaves features in their places has them dropped.)
+    format!("duet/{}", pruning.map_or("token_merge", |p| p.pass))
 }
 
 /// Names of the kept indices of every drop point, in order; with `placed`, the first is
 /// where discarded tokens leave.
-pub(super) fn kept_names(prune: Option<&VisualPrune>, placed: bool) -> Vec<String> {
-    let drops = prune.map_or(0, |p| p.drops.len());
-    let scope = decoder_scope(prune);
+pub(super) fn kept_names(pruning: Option<Pruning<'_>>, placed: bool) -> Vec<String> {
+    let drops = pruning.map_or(0, |p| p.prune.drops.len());
+    let scope = decoder_scope(pruning);
     let name = |drop| format!("{scope}/drop{drop}/kept_indices");
     (usize::from(!placed)..=drops).map(name).collect()
 }
@@ -89,11 +87,12 @@ pub(super) fn open(
     base: &Vlm,
     rewritten: &Vlm,
     group: &DecoderFiles,
-    prune: Option<&VisualPrune>,
+    pruning: Option<Pruning<'_>>,
     placed: bool,
     session: &SessionOptions,
 ) -> Result<(Reference, RunDecoder), ValidateError> {
     let reference = |model: &Model, decoder: &Decoder| {
+        let prune = pruning.map(|p| p.prune);
         ReferenceDecoder::open_placed(model, decoder, prune, placed, session)
     };
     let graph = |i: usize| {
@@ -114,7 +113,7 @@ pub(super) fn open(
     let reference = Reference { main, prompt };
     let mut probed = rewritten.clone();
     for part in &mut probed.parts {
-        for kept in kept_names(prune, placed) {
+        for kept in kept_names(pruning, placed) {
             if let Some(value) = part.model.find(&kept) {
                 part.model = probe::with_outputs(&part.model, &[value])?;
             }

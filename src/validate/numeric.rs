@@ -3,7 +3,7 @@
 use ndarray::{Array2, Array3, Axis};
 
 use super::precision::{lower, precision, quantised, ties, tolerance};
-use super::reference::{Choice, Ranking, ReferenceVision, State, StepIn};
+use super::reference::{Choice, Fewer, ORDER, Ranking, ReferenceVision, State, StepIn, order_of};
 use super::report::Report;
 use super::rows::RowPair;
 use super::scenario::{Frame, Layout, Scenario, Seeded, lay_out, standard};
@@ -11,7 +11,7 @@ use super::tally::Tally;
 use super::{ValidateError, decoders, embed, probe, rows, scenario, second, structure, whole};
 use crate::arch::{Decoder, DecoderFiles, FileSet, Role, Vlm};
 use crate::ir::{DataType, Model};
-use crate::passes::{Marker, Recipe, TextQueries, TokenMerge, VisualPrune, placement_in};
+use crate::passes::{Marker, Recipe, TextQueries};
 use crate::runtime::{
     Decoder as RunDecoder, Embedder, Grid, GridPositions, SessionOptions, StepInput, Tensor, Value,
     VisionEncoder, scatter,
@@ -194,10 +194,11 @@ impl Pair {
         options: &Options,
     ) -> Result<Self, ValidateError> {
         let session = &options.session;
-        let merge = recipe.pass::<TokenMerge>();
-        let prune = recipe.pass::<VisualPrune>();
+        let fewer = Fewer::of(recipe, base)?;
+        let merge = fewer.and_then(Fewer::merge);
+        let pruning = recipe.pruning();
+        let prune = pruning.map(|p| p.prune);
         let placed = recipe.placed(base);
-        let merge = merge.map(|m| (m, placement_in(m.placement, base)));
         let mut pair = Self {
             label: String::new(),
             vision: None,
@@ -217,7 +218,7 @@ impl Pair {
             single_steps: None,
             position_rows: None,
             attended: false,
-            kept: decoders::kept_names(prune, placed),
+            kept: decoders::kept_names(pruning, placed),
             span: recipe.context.span,
         };
         let decoder = files.map(|f| [f.prompt, Some(f.main)]);
@@ -239,8 +240,9 @@ impl Pair {
                     pair.width = tower.feature_width.map_or(pair.width, |w| w as usize);
                 }
                 Role::Vision(tower) => {
-                    let reference = ReferenceVision::open(&old.model, tower, merge, session)?;
-                    let score: Vec<_> = new.model.find(SCORE).into_iter().collect();
+                    let reference = ReferenceVision::open(&old.model, tower, fewer, session)?;
+                    let inside = [SCORE, ORDER].iter().filter_map(|n| new.model.find(n));
+                    let score: Vec<_> = inside.collect();
                     let probed = probe::with_outputs(&new.model, &score)?;
                     let run = probe::open_rewritten(&probed, &name, session)?;
                     let run = VisionEncoder::new(run).map_err(ValidateError::of_rewritten)?;
@@ -281,7 +283,7 @@ impl Pair {
         }
         if let Some(files) = files {
             let (mut reference, run) =
-                decoders::open(base, rewritten, files, prune, placed, session)?;
+                decoders::open(base, rewritten, files, pruning, placed, session)?;
             pair.single_steps = reference.continues()?;
             pair.decoder = Some((reference, run));
         }
@@ -426,9 +428,10 @@ impl Pair {
                         return Err(ValidateError::Rewritten(error));
                     }
                 };
-                let scores = match outputs.get(SCORE) {
-                    Ok(scores) => rows_of(scores)?,
-                    Err(_) => Vec::new(),
+                let scores = match (outputs.get(SCORE), outputs.get(ORDER)) {
+                    (Ok(scores), _) => rows_of(scores)?,
+                    (_, Ok(order)) => order_of(&order.to_tensor()?.i64s()?, order.shape()[0]),
+                    _ => Vec::new(),
                 };
                 let ranking = Ranking {
                     scores: &scores,

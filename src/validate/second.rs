@@ -12,7 +12,7 @@ use crate::arch::{Decoder, Layout, PatchRows, Projection, Role, VisionTower, Vlm
 use crate::ir::cone::ancestors;
 use crate::ir::{DataType, Dim, Model, ValueId, ValueType, extract, verify};
 use crate::onnx::serialize;
-use crate::passes::{Recipe, TokenMerge, VisualPrune};
+use crate::passes::{Pruning, Recipe, TokenMerge};
 use crate::runtime::{Session, Tensor, Value, lay_out_pixels};
 
 /// A value of an inserted sub-graph: its name, rank and element type.
@@ -83,18 +83,27 @@ pub(super) fn check(
         {
             tower_check(models, tower, &feed, label, options, report)?;
         }
-        let prune = recipe.pass::<VisualPrune>();
+        if let (Some(tower), Some(pass)) = (tower, recipe.encoder_pass())
+            && tower.rows.is_none()
+            && let Some(feed) = match &whole {
+                Some(feed) => Some(feed.clone()),
+                None => tower_feed(&old.model, tower, &mut rng)?,
+            }
+        {
+            selection_check(models, tower, pass.name(), &feed, label, options, report)?;
+        }
+        let pruning = recipe.pruning();
         let placed = recipe.placed(base);
-        if let Some(decoder) = decoder.filter(|_| prune.is_some() || placed) {
+        if let Some(decoder) = decoder.filter(|_| pruning.is_some() || placed) {
             let feed = match whole {
                 Some(feed) => feed,
                 None => decoder_feed(&old.model, &new.model, decoder, placed, &mut rng)?,
             };
             if placed {
-                gone_check(models, decoder, prune, &feed, label, options, report)?;
+                gone_check(models, decoder, pruning, &feed, label, options, report)?;
             }
-            if let Some(prune) = prune {
-                let of = (prune, placed);
+            if let Some(pruning) = pruning {
+                let of = (pruning, placed);
                 decoder_check(models, decoder, of, &feed, label, options, report)?;
             }
         }
@@ -133,6 +142,43 @@ fn tower_check(
     }
     let outputs = [port("duet/token_merge/merged_tokens", 3, tower.dtype)];
     compare(new, &inputs, &outputs, feed, &check, options, report)
+}
+
+/// What the pass `pass` keeps of one tower's tokens.
+fn selection_check(
+    (old, new): (&Model, &Model),
+    tower: &VisionTower,
+    pass: &str,
+    feed: &[(String, Tensor)],
+    label: &str,
+    options: &Options,
+    report: &mut Report,
+) -> Result<(), ValidateError> {
+    let named = |what: &str| format!("duet/{pass}/{what}");
+    let indices = named("kept_indices");
+    let (input, output) = if new.find(&indices).is_some() {
+        // Features that are no output any more have the name of what was put in their place.
+        let inner = named("kept_tokens:inner");
+        let features = match new.find(&inner) {
+            Some(_) => inner,
+            None => old.name(tower.features).to_owned(),
+        };
+        let ty = old.value(tower.features).ty.as_ref();
+        let dtype = ty.and_then(ValueType::dtype).unwrap_or(tower.dtype);
+        let rank = ty.and_then(|t| t.shape()).map_or(3, <[_]>::len);
+        (
+            port(features, rank, dtype),
+            port(indices, 2, DataType::Int64),
+        )
+    } else if new.find(&named("kept_tokens")).is_some() {
+        let entry = port(old.name(tower.entry), 3, tower.dtype);
+        (entry, port(named("kept_tokens"), 3, tower.dtype))
+    } else {
+        // It merges, which is checked above.
+        return Ok(());
+    };
+    let check = format!("{label}tract: {pass}");
+    compare(new, &[input], &[output], feed, &check, options, report)
 }
 
 /// Borders of the merge behind a tower of patch rows.
@@ -226,13 +272,13 @@ fn tower_feed(
 fn gone_check(
     (old, new): (&Model, &Model),
     decoder: &Decoder,
-    prune: Option<&VisualPrune>,
+    pruning: Option<Pruning<'_>>,
     feed: &[(String, Tensor)],
     label: &str,
     options: &Options,
     report: &mut Report,
 ) -> Result<(), ValidateError> {
-    let scope = decoder_scope(prune);
+    let scope = decoder_scope(pruning);
     let boundary = decoder.layers[1].boundary[0];
     let inputs = [
         port(old.name(boundary), 3, decoder.dtype),
@@ -255,39 +301,43 @@ fn drop_outputs(scope: &str, dtype: DataType) -> [Port; 2] {
 fn decoder_check(
     (old, new): (&Model, &Model),
     decoder: &Decoder,
-    (prune, placed): (&VisualPrune, bool),
+    (pruning, placed): (Pruning<'_>, bool),
     feed: &[(String, Tensor)],
     label: &str,
     options: &Options,
     report: &mut Report,
 ) -> Result<(), ValidateError> {
+    let Pruning { pass, prune } = pruning;
     for drop in 1..=prune.drops.len() {
-        let scope = format!("duet/visual_prune/drop{drop}");
-        let layer = &decoder.layers[prune.drops[drop - 1].after_layer];
+        let scope = format!("duet/{pass}/drop{drop}");
+        let after = prune.drops[drop - 1].after_layer;
+        let layer = &decoder.layers[after];
+        let ranks = &decoder.layers[prune.rank_layer.at(after)];
         // Discarded tokens leave there too, before the others.
         let entered = match placed && drop == 1 && prune.drops[0].after_layer == 1 {
-            true => "duet/visual_prune/drop0/hidden",
-            false => old.name(layer.boundary[0]),
+            true => format!("duet/{pass}/drop0/hidden"),
+            false => old.name(layer.boundary[0]).to_owned(),
         };
         let rank = |projection: &Projection| match projection.layout {
             Layout::Heads => 4,
             Layout::Rows { .. } => 3,
         };
         let mut inputs = vec![
-            port(format!("{scope}/query"), rank(&layer.query), decoder.dtype),
-            port(format!("{scope}/key"), rank(&layer.new_key), decoder.dtype),
+            port(format!("{scope}/query"), rank(&ranks.query), decoder.dtype),
+            port(format!("{scope}/key"), rank(&ranks.new_key), decoder.dtype),
             port(entered, 3, decoder.dtype),
-            port("duet/visual_prune/entry/visual_mask", 2, DataType::Bool),
-            port("duet/visual_prune/entry/real_mask", 2, DataType::Bool),
-            port("duet/visual_prune/entry/text_mask", 2, DataType::Bool),
+            port(format!("duet/{pass}/entry/visual_mask"), 2, DataType::Bool),
+            port(format!("duet/{pass}/entry/real_mask"), 2, DataType::Bool),
+            port(format!("duet/{pass}/entry/text_mask"), 2, DataType::Bool),
         ];
         if placed {
-            inputs.push(port("duet/visual_prune/entry/gone_mask", 2, DataType::Bool));
+            let gone = format!("duet/{pass}/entry/gone_mask");
+            inputs.push(port(gone, 2, DataType::Bool));
         }
         // Which tokens there are is the outcome of all drop points before.
         for earlier in usize::from(!placed)..drop {
             inputs.push(port(
-                format!("duet/visual_prune/drop{earlier}/kept_indices"),
+                format!("duet/{pass}/drop{earlier}/kept_indices"),
                 2,
                 DataType::Int64,
             ));

@@ -12,14 +12,16 @@ use ndarray::{Array2, Array3, Axis};
 
 use super::numeric::{Options, array3, fixed, kept_of};
 use super::precision::{precision, quantised, ties, tolerance};
-use super::reference::{Choice, ReferenceDecoder, ReferenceVision, StepIn, per_image};
+use super::reference::{
+    Choice, Fewer, ReferenceDecoder, ReferenceVision, StepIn, features_in, per_image,
+};
 use super::report::Report;
 use super::scenario::{Layout, Scenario, Seeded, lay_out, standard};
 use super::tally::Tally;
 use super::{ValidateError, decoders, probe};
 use crate::arch::{Decoder, Part, Role, VisionTower, Vlm, WholeModel};
 use crate::ir::{DataType, Dim, Model, Patch, ValueId, ValueType, extract};
-use crate::passes::{Placement, Recipe, TextQueries, TokenMerge, VisualPrune};
+use crate::passes::{Placement, Recipe, TextQueries};
 use crate::runtime::{
     Session, Tensor, Value, WholeInput, WholeModel as Runner, WholeOutput, scatter,
 };
@@ -161,10 +163,13 @@ impl Pair {
     ) -> Result<Self, ValidateError> {
         let (model, session) = (&old.model, &options.session);
         let file = new.file.display().to_string();
-        let merge = recipe.pass::<TokenMerge>();
         // (Such a file gives fewer features: it has no marker channel.)
-        let merge = merge.map(|m| (m, Placement::Encoder));
-        let prune = recipe.pass::<VisualPrune>();
+        let fewer = match Fewer::of(recipe, &Vlm::default())? {
+            Some(Fewer::Merge(merge, _)) => Some(Fewer::Merge(merge, Placement::Encoder)),
+            other => other,
+        };
+        let pruning = recipe.pruning();
+        let prune = pruning.map(|p| p.prune);
         let size = |axis| fixed(model, whole.tower.pixels, axis);
         let (Some(height), Some(width)) = (size(2), size(3)) else {
             return Err(ValidateError::Model(format!(
@@ -172,7 +177,7 @@ impl Pair {
             )));
         };
         let (part, tower) = tower_alone(model, &whole.tower)?;
-        let vision = ReferenceVision::open(&part, &tower, merge, session)?;
+        let vision = ReferenceVision::open(&part, &tower, fewer, session)?;
         let ty = model.value(whole.ids.value).ty.clone();
         let ty = ty.unwrap_or(ValueType::tensor(DataType::Int64, vec![Dim::Unknown; 2]));
         let part = extract(
@@ -183,8 +188,8 @@ impl Pair {
         let text = probe::open(&part, "reference text embeddings", session)?;
         let (cut, decoder) = decoder_alone(model, &whole.decoder)?;
         let reference = ReferenceDecoder::open(&cut, &decoder, prune, session)?;
-        let features = model.name(whole.tower.features).to_owned();
-        let kept = decoders::kept_names(prune, false);
+        let features = features_in(&new.model, fewer, model.name(whole.tower.features));
+        let kept = decoders::kept_names(pruning, false);
         let mut names = vec![features.clone()];
         names.extend(kept.iter().cloned());
         let probes: Vec<ValueId> = names.iter().filter_map(|n| new.model.find(n)).collect();
@@ -494,10 +499,8 @@ pub(super) fn feed(
     let interface = Interface::of(old, whole);
     let rows = interface.rows.unwrap_or(1);
     let size = |axis, other| fixed(old, whole.tower.pixels, axis).unwrap_or(other);
-    let features = match recipe.pass::<TokenMerge>() {
-        Some(merge) => merge.tokens_left(&whole.tower, Placement::Encoder),
-        None => whole.tower.features_per_image(),
-    };
+    let left = recipe.tokens_left(&whole.tower, Placement::Encoder);
+    let features = left.or(whole.tower.features_per_image());
     let features = features.and_then(|n| usize::try_from(n).ok()).unwrap_or(1);
     let layout = lay_out(&standard(8, 1)[0].turns[0], &[features]);
     let wide = |x: Array2<i64>| ndarray::concatenate(ndarray::Axis(0), &vec![x.view(); rows]);

@@ -61,7 +61,6 @@
 
 mod build;
 mod place;
-mod resize;
 mod rows;
 mod sizes;
 
@@ -70,16 +69,16 @@ pub use place::placement_in;
 use serde::Deserialize;
 
 use self::build::Build;
-use self::resize::{fixed_length, resize};
 use self::sizes::Sizes;
 use super::recipe::{Count, MAX_COUNT};
-use super::{Context, Entry, Pass, PassError, marker, recount, visual_prune};
+use super::{Context, Entry, Pass, PassError, Stage, fewer, marker, visual_prune};
 use crate::arch::{NoMatch, VisionTower, Vlm};
 use crate::ir::{Model, Patch, PatchPlan};
 
 pub(super) const ENTRY: Entry = Entry {
     name: "token_merge",
     about: "merges the vision encoder's tokens into dominant and contextual ones (V2V)",
+    stage: Stage::Encoder,
     keys: &[
         "dominant",
         "contextual",
@@ -90,6 +89,12 @@ pub(super) const ENTRY: Entry = Entry {
     ],
     parse: super::parse::<TokenMerge>,
     keep_everything: "{dominant: 1.0, contextual: 0, cls: drop}",
+    samples: &[
+        "{dominant: 30, contextual: 6}",
+        "{dominant: 0.3, contextual: 5, selector: uniform, cls: drop}",
+        "{dominant: 24, contextual: 5, selector: local, cluster_width: 3}",
+        "{dominant: 7, contextual: 0}",
+    ],
 };
 
 /// The output of a rewritten encoder of patch rows that says which tokens its features are:
@@ -361,10 +366,8 @@ impl Pass for TokenMerge {
                 self.cluster_width
             ));
         }
-        if vlm.towers().next().is_none() {
-            let vision = |m: &NoMatch| m.looked_for.contains("vision");
-            let why = vlm.missing("vision tower", vision);
-            return fail(why.to_string());
+        if let Err(problem) = fewer::requires_tower(vlm) {
+            return fail(problem);
         }
         if self.cls == Some(Cls::Keep)
             && let Some((index, _)) = vlm.towers().next()
@@ -384,47 +387,16 @@ impl Pass for TokenMerge {
                 }
                 continue;
             }
-            let stated = model.value(tower.features).ty.as_ref();
-            let stated = stated.and_then(|t| t.shape()).map(<[_]>::len);
-            if let Some(rank) = stated.filter(|rank| !(2..=3).contains(rank)) {
-                return fail(format!(
-                    "{file}: '{}' has {rank} axes; features of merged crops are expected as [crops, N, width] or \
-                     [crops · N, width]. Export without splitting the crops into batches again (what the projector \
-                     gives), or use visual_prune alone, which takes any layout",
-                    model.name(tower.features)
-                ));
-            }
-            if let Some(node) = &tower.grid {
-                return fail(format!(
-                    "{file}: behind the tower, {node} treats the tokens as a grid (pooling, convolution, \
-                     resizing), which fewer tokens do not fill; merging in front of it is not supported. \
-                     visual_prune alone works on such models"
-                ));
-            }
+            let patches = match fewer::fits(vlm, index, tower) {
+                Ok(patches) => patches,
+                Err(problem) => return fail(format!("{file}: {problem}")),
+            };
             if self.keeps_cls(tower, placement) && tower.shuffle.is_some() {
                 return fail(format!(
                     "{file}: the projector receives tokens that a pixel shuffle made of several patches, so \
                      the CLS token cannot go with them; use 'cls: drop'"
                 ));
             }
-            let ids = vlm.decoders().find(|(i, _)| *i == index);
-            let ids = ids.and_then(|(_, decoder)| decoder.ids);
-            if let Some(ids) = ids.filter(|_| tower.features_index.is_none())
-                && let Some(length) = fixed_length(&vlm.parts[index].model, ids.value)
-            {
-                return fail(format!(
-                    "{file}: '{}' holds {length} tokens, always, and fewer features need fewer of them; export \
-                     with a sequence of any length (dynamic axes)",
-                    vlm.parts[index].model.name(ids.value)
-                ));
-            }
-            let Some(patches) = tower.candidates() else {
-                return fail(format!(
-                    "{file}: the number of patch tokens is not fixed in the file (neither by the shape of \
-                     '{}' nor by a position table or the image size)",
-                    vlm.parts[index].model.name(tower.features)
-                ));
-            };
             if self.keeps_cls(tower, placement) && self.dominant.of(patches) < 1 {
                 return fail(format!(
                     "{file}: dominant is 0, but the CLS token counts as dominant; use 1 or more, or 'cls: drop'"
@@ -464,16 +436,21 @@ impl Pass for TokenMerge {
             let sizes = Sizes::known(budget);
             let (merged, stand_for) = Build::new(self, tower, sizes, &mut patch).tokens();
             patch.rewire_all(tower.entry, merged);
-            let embeds = vlm.decoders().find(|(i, _)| *i == index);
-            let embeds = embeds.map(|(_, decoder)| decoder.embeds);
-            resize(&mut patch, tower, embeds, budget.total()).map_err(unsupported)?;
+            let total = budget.total();
+            fewer::resize(&mut patch, vlm, (index, tower), tower.entry, total)
+                .map_err(unsupported)?;
+            if let Some(ty) = fewer::counted(&part.model, tower, total) {
+                patch.set_type(tower.features, ty);
+            }
             if placement == Placement::Decoder {
                 place::place(&mut patch, tower, budget, &stand_for).map_err(unsupported)?;
             }
             plans.push((index, patch.finish()));
         }
         match placement {
-            Placement::Encoder => plans.extend(recount::fed_embeddings(self, vlm)),
+            Placement::Encoder => plans.extend(fewer::fed_embeddings(ENTRY.name, vlm, |tower| {
+                self.tokens_left(tower, Placement::Encoder)
+            })),
             Placement::Decoder => Self::plan_placed(vlm, context, &mut plans)?,
         }
         Ok(plans)
@@ -482,11 +459,6 @@ impl Pass for TokenMerge {
     fn ensures(&self, vlm: &Vlm, _: &Context) -> Result<(), PassError> {
         for (index, tower) in vlm.towers() {
             let part = &vlm.parts[index];
-            let output = match tower.features_index {
-                Some(index) => part.model.graph().outputs[index],
-                None => tower.features,
-            };
-            let shape = part.model.value(output).ty.as_ref().and_then(|t| t.shape());
             let placement = placement_in(self.placement, vlm);
             let mut outputs = part.model.graph().outputs.iter();
             let told = outputs.any(|v| part.model.name(*v) == KEPT_OUTPUT);
@@ -503,19 +475,17 @@ impl Pass for TokenMerge {
                 Placement::Encoder => self.tokens_left(tower, Placement::Encoder),
                 Placement::Decoder => tower.features_per_image(),
             };
-            // The frames of a clip may come out as one list, of any length.
-            let joined = |n: i64| want.is_some_and(|w| w > 0 && n % w == 0);
-            let found = shape.filter(|s| s.len() == 3).map(|s| s[1].known());
-            let frames = |f: Option<i64>| tower.video && f.is_none_or(joined);
-            if found.is_some_and(|f| f != want && !frames(f)) {
-                return Err(PassError::Ensures {
-                    pass: ENTRY.name,
-                    file: part.label(),
-                    problem: format!("expected {want:?} features, the output says {found:?}"),
-                });
-            }
+            fewer::says(vlm, (index, tower), want).map_err(|problem| PassError::Ensures {
+                pass: ENTRY.name,
+                file: part.label(),
+                problem,
+            })?;
         }
         Ok(())
+    }
+
+    fn left_of_image(&self, candidates: i64, cls: bool) -> Option<i64> {
+        Some(merge_budget(self, candidates, cls).total())
     }
 
     fn summary(&self, vlm: &Vlm) -> String {
@@ -533,14 +503,7 @@ impl Pass for TokenMerge {
                 }
                 let b = self.budget(tower, placement)?;
                 let cls = if b.cls { "CLS + " } else { "" };
-                let kind = match &tower.shuffle {
-                    Some(shuffle) => format!("shuffled tokens ({} patches each)", shuffle.per),
-                    None if tower.rows.is_some() => {
-                        format!("tokens of {} patches each", tower.patches_per_token())
-                    }
-                    None if tower.video => "patch tokens of each frame".into(),
-                    None => "patch tokens".into(),
-                };
+                let kind = fewer::kind(tower);
                 Some(format!(
                     "{} {kind} → {} ({cls}{} dominant + {} contextual) after block {}",
                     b.patches,

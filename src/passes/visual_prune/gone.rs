@@ -23,7 +23,7 @@
 //! batch leaves some over; they are zeros with positions.
 
 use super::stage::{Job, Plan, Stage, plan as plan_stages};
-use super::{RankMask, RatioBase, TextQueries, VisualPrune};
+use super::{RankLayer, RankMask, RatioBase, TextQueries, VisualPrune};
 use crate::arch::{Decoder, Layout, Vlm};
 use crate::ir::cone::descendants;
 use crate::ir::{DataType, Dim, Model, PatchPlan, Size, Tensor, ValueId, ValueType};
@@ -44,6 +44,7 @@ pub(in crate::passes) fn plan(
         text: TextQueries::All,
         positions: None,
         rank_mask: RankMask::Causal,
+        rank_layer: RankLayer::Next,
         ratio_base: RatioBase::Entered,
     };
     let job = Job {

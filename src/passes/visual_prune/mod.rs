@@ -31,7 +31,7 @@ pub(super) use gone::{plan as plan_gone, summary as gone_summary};
 use serde::Deserialize;
 
 use super::recipe::Positions;
-use super::{Context, Entry, Pass, PassError, marker};
+use super::{Context, Entry, Pass, PassError, Stage, marker};
 use crate::arch::{Decoder, NoMatch, Role, Vlm};
 use crate::ir::PatchPlan;
 
@@ -41,9 +41,24 @@ pub const SALIENT_MASK_INPUT: &str = "salient_token_mask";
 pub(super) const ENTRY: Entry = Entry {
     name: "visual_prune",
     about: "drops visual tokens at chosen decoder layers, ranked by the text's attention (T2V)",
-    keys: &["drops", "text", "positions", "rank_mask", "ratio_base"],
+    stage: Stage::Decoder,
+    keys: &[
+        "drops",
+        "text",
+        "positions",
+        "rank_mask",
+        "rank_layer",
+        "ratio_base",
+    ],
     parse: super::parse::<VisualPrune>,
     keep_everything: "{drops: [{after_layer: 2, keep: 1.0}]}",
+    samples: &[
+        "{drops: [{after_layer: 2, keep: 0.5}, {after_layer: 5, keep: 0.0}]}",
+        "{drops: [{after_layer: 3, keep: 0.5}, {after_layer: 5, keep: 0.25}, {after_layer: 6, keep: 0.125}], \
+         text: last, positions: keep}",
+        "{drops: [{after_layer: 1, keep: 0.3}], text: salient}",
+        "{drops: [{after_layer: 2, keep: 0.4}, {after_layer: 4, keep: 0.2}], rank_layer: previous}",
+    ],
 };
 
 /// Which tokens ask.
@@ -69,6 +84,27 @@ pub enum RankMask {
     /// All but padding, those behind it too: what the public code does for
     /// Qwen2.5-VL.
     None,
+}
+
+/// Whose attention ranks at a drop point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RankLayer {
+    /// The layer that comes next, as it would attend if nothing was dropped.
+    #[default]
+    Next,
+    /// The layer that has just run, as it attended to what entered it (FastV).
+    Previous,
+}
+
+impl RankLayer {
+    /// The layer, counted from 0, that ranks after `after_layer` layers have run.
+    pub fn at(self, after_layer: usize) -> usize {
+        match self {
+            Self::Next => after_layer,
+            Self::Previous => after_layer.saturating_sub(1),
+        }
+    }
 }
 
 /// What the ratios of drop points are of.
@@ -111,6 +147,9 @@ pub struct VisualPrune {
     /// Which keys an asking token weighs.
     #[serde(default)]
     pub rank_mask: RankMask,
+    /// Whose attention ranks.
+    #[serde(default)]
+    pub rank_layer: RankLayer,
     /// What the ratios are of.
     #[serde(default)]
     pub ratio_base: RatioBase,
@@ -187,6 +226,14 @@ impl VisualPrune {
                 depth.saturating_sub(1)
             ));
         }
+        if placed && self.rank_layer == RankLayer::Previous && self.drops[0].after_layer == 1 {
+            return Err(
+                "rank_layer: previous after layer 1 ranks by the first layer, which sees features that a merge \
+                 discarded and left in their places (placement: decoder); drop after layer 2 or later, or use \
+                 rank_layer: next"
+                    .into(),
+            );
+        }
         // An attention that counts positions itself can be given kept ones.
         let counts = decoder.layers.iter().all(|l| l.rotary.is_some());
         let positions = self.positions_of(decoder, placed);
@@ -254,22 +301,15 @@ fn left_behind(vlm: &Vlm) -> Option<String> {
     })
 }
 
-impl Pass for VisualPrune {
-    fn name(&self) -> &'static str {
-        ENTRY.name
-    }
-
-    fn as_any(&self) -> &dyn std::any::Any {
-        self
-    }
-
-    fn requires(&self, vlm: &Vlm, context: &Context) -> Result<(), PassError> {
-        let fail = |problem: String| {
-            Err(PassError::Requires {
-                pass: ENTRY.name,
-                problem,
-            })
-        };
+impl VisualPrune {
+    /// What `pass`, which prunes so, needs of the model.
+    pub(super) fn requires_for(
+        &self,
+        pass: &'static str,
+        vlm: &Vlm,
+        context: &Context,
+    ) -> Result<(), PassError> {
+        let fail = |problem: String| Err(PassError::Requires { pass, problem });
         if let Err(problem) = self.check() {
             return fail(problem);
         }
@@ -277,17 +317,23 @@ impl Pass for VisualPrune {
             let decoder = |m: &NoMatch| m.looked_for.contains("decoder");
             return fail(vlm.missing("decoder", decoder).to_string());
         }
-        requires_rewritable(ENTRY.name, vlm)?;
+        requires_rewritable(pass, vlm)?;
         let placed = context.placed(vlm);
         for (index, decoder) in vlm.decoders() {
             if let Err(problem) = self.check_decoder(decoder, placed) {
                 return fail(format!("{}: {problem}", vlm.parts[index].label()));
             }
         }
-        marker::requires(ENTRY.name, vlm, context)
+        marker::requires(pass, vlm, context)
     }
 
-    fn plan(&self, vlm: &Vlm, context: &Context) -> Result<Vec<(usize, PatchPlan)>, PassError> {
+    /// The patches of `pass`.
+    pub(super) fn plan_for(
+        &self,
+        pass: &'static str,
+        vlm: &Vlm,
+        context: &Context,
+    ) -> Result<Vec<(usize, PatchPlan)>, PassError> {
         let mut plans = Vec::new();
         let channel = |(_, decoder): (usize, &Decoder)| {
             marker::Marker::for_decoder(context.marker, decoder) == marker::Marker::Channel
@@ -299,18 +345,18 @@ impl Pass for VisualPrune {
                 let Some(output) = tower.features_index else {
                     continue;
                 };
-                let mut patch = crate::ir::Patch::new(&vlm.parts[index].model, ENTRY.name);
+                let mut patch = crate::ir::Patch::new(&vlm.parts[index].model, pass);
                 patch.scope("marker");
                 marker::append_channel(&mut patch, output, 1.0);
                 plans.push((index, patch.finish()));
             }
             for (index, embedding) in vlm.embeddings() {
                 let part = &vlm.parts[index];
-                let mut patch = crate::ir::Patch::new(&part.model, ENTRY.name);
+                let mut patch = crate::ir::Patch::new(&part.model, pass);
                 patch.scope("marker");
                 marker::mark_embedding(&mut patch, embedding).map_err(|problem| {
                     PassError::Unsupported {
-                        pass: ENTRY.name,
+                        pass,
                         file: part.file.display().to_string(),
                         problem,
                     }
@@ -321,13 +367,13 @@ impl Pass for VisualPrune {
         for (index, decoder) in vlm.decoders() {
             let part = &vlm.parts[index];
             let job = stage::Job {
-                pass: ENTRY.name,
+                pass,
                 prune: self,
                 placed,
             };
             let plan = stage::plan(&job, &part.model, decoder, context);
             let plan = plan.map_err(|problem| PassError::Unsupported {
-                pass: ENTRY.name,
+                pass,
                 file: part.label(),
                 problem,
             })?;
@@ -336,12 +382,13 @@ impl Pass for VisualPrune {
         Ok(plans)
     }
 
-    fn ensures(&self, vlm: &Vlm, _: &Context) -> Result<(), PassError> {
+    /// What holds after the patches of `pass`.
+    pub(super) fn ensures_for(&self, pass: &'static str, vlm: &Vlm) -> Result<(), PassError> {
         for (index, decoder) in vlm.decoders() {
             let model = &vlm.parts[index].model;
             let broken = |problem: String| {
                 Err(PassError::Ensures {
-                    pass: ENTRY.name,
+                    pass,
                     file: vlm.parts[index].label(),
                     problem,
                 })
@@ -363,6 +410,36 @@ impl Pass for VisualPrune {
             }
         }
         Ok(())
+    }
+}
+
+impl Pass for VisualPrune {
+    fn name(&self) -> &'static str {
+        ENTRY.name
+    }
+
+    fn as_any(&self) -> &dyn std::any::Any {
+        self
+    }
+
+    fn requires(&self, vlm: &Vlm, context: &Context) -> Result<(), PassError> {
+        self.requires_for(ENTRY.name, vlm, context)
+    }
+
+    fn plan(&self, vlm: &Vlm, context: &Context) -> Result<Vec<(usize, PatchPlan)>, PassError> {
+        self.plan_for(ENTRY.name, vlm, context)
+    }
+
+    fn ensures(&self, vlm: &Vlm, _: &Context) -> Result<(), PassError> {
+        self.ensures_for(ENTRY.name, vlm)
+    }
+
+    fn pruning(&self) -> Option<&VisualPrune> {
+        Some(self)
+    }
+
+    fn seen_by_layers(&self, entered: i64, layers: usize) -> Option<Vec<i64>> {
+        Some(self.tokens_per_layer(entered, layers))
     }
 
     fn summary(&self, vlm: &Vlm) -> String {

@@ -1,5 +1,5 @@
 //! Scoring visual tokens: what attention the text would pay them in the next
-//! layer.
+//! layer, or (`rank_layer: previous`) paid them in the one that has just run.
 //!
 //! The next layer's way from the residual tensor to its rotated queries and keys
 //! is cloned at the current length and positions. Scores are fp32 whatever the
@@ -25,7 +25,10 @@ const MASKED: f32 = -1e30;
 pub(super) struct Ranking<'a, 'm> {
     pub(super) model: &'m Model,
     pub(super) patch: &'a mut Patch<'m>,
+    /// The layer whose attention ranks.
     pub(super) layer: &'a DecoderLayer,
+    /// Whether it is the layer that has just run, whose queries and keys are there.
+    pub(super) own: bool,
     pub(super) decoder: &'a Decoder,
     pub(super) stage: &'a Stage,
     /// What the layer would be entered by here, in the order of its boundary.
@@ -126,8 +129,7 @@ impl Ranking<'_, '_> {
         p.op("Or", &[self.stage.text, fallback])
     }
 
-    /// Rotated queries `[b, H, L, d]` and keys `[b, Hkv, L, d]` of the next layer,
-    /// fp32.
+    /// Rotated queries `[b, H, L, d]` and keys `[b, Hkv, L, d]` of the layer, fp32.
     fn projections(&mut self) -> Result<(ValueId, ValueId), String> {
         let (layer, number) = (self.layer, self.number);
         let mut subst = self.stage.subst.clone();
@@ -136,12 +138,18 @@ impl Ranking<'_, '_> {
         let targets = [layer.query.value, layer.new_key.value];
         let read = ancestors(self.model, &targets, false);
         let pairs = layer.boundary.iter().zip(self.entry);
-        for (&value, &own) in pairs.filter(|(v, _)| read.contains(v)) {
+        for (&value, &own) in pairs.filter(|(v, _)| !self.own && read.contains(v)) {
             let hidden = self.patch.op("Identity", &[own]);
             subst.insert(value, hidden);
         }
         let mut operands = Vec::new();
         for (what, projection) in [("query", layer.query), ("key", layer.new_key)] {
+            if self.own {
+                // The layer runs in this stage, on this stage's tokens. (A copy, for a name.)
+                let value = self.patch.op("Identity", &[projection.value]);
+                operands.push((what, projection, value));
+                continue;
+            }
             let value = clone(self.patch, projection.value, &mut subst)?;
             if value == projection.value {
                 return Err(format!(

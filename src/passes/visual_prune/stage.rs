@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::gone;
 use super::rank::Ranking;
-use super::{RatioBase, SALIENT_MASK_INPUT, TextQueries, VisualPrune, marker};
+use super::{RankLayer, RatioBase, SALIENT_MASK_INPUT, TextQueries, VisualPrune, marker};
 use crate::arch::Decoder;
 use crate::ir::cone::{descendants, descendants_up_to};
 use crate::ir::{
@@ -400,7 +400,8 @@ impl Plan<'_, '_> {
             model: self.model,
             entry: &self.exit(before, first),
             patch: self.patch,
-            layer: &self.decoder.layers[first],
+            layer: &self.decoder.layers[self.pass.rank_layer.at(first)],
+            own: self.pass.rank_layer == RankLayer::Previous,
             decoder: self.decoder,
             stage: before,
             number,

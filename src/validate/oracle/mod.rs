@@ -8,6 +8,7 @@
 //! | stage | module | entry point |
 //! |---|---|---|
 //! | V2V, token merge after the vision encoder | `merge` | [`merge()`] |
+//! | V2V without merging: random, even, diverse | `select` | [`fixed_places`], [`diverse`] |
 //! | T2V, text-guided pruning inside the decoder | `prune` | [`text_rows`], [`rank`], [`drop_counts`], [`select`], [`renumber`] |
 //! | V2V behind a tower of patch rows (Qwen2-VL, Qwen2.5-VL) | `rows` | [`merge_rows`] |
 //! | discarded tokens that the decoder drops | `place` | [`place()`], [`placed_drop_counts`], [`select_placed`] |
@@ -27,6 +28,7 @@ mod place;
 mod prune;
 mod rotary;
 mod rows;
+mod select;
 
 pub use current::{current_drop_counts, release};
 pub(in crate::validate) use math::descending as by_score;
@@ -41,6 +43,7 @@ pub use prune::{
 };
 pub use rotary::rotate;
 pub use rows::{Placed, mass_of, mass_received, merge_rows};
+pub use select::{Keeping, Kept, diverse, diverse_along, fixed_places};
 
 /// Why the oracle cannot say what a stage must compute.
 ///

@@ -9,7 +9,7 @@ use super::step::{State, StepIn, StepOut};
 use super::ties::{Choice, exchanged};
 use crate::arch::Decoder;
 use crate::ir::{Dim, Model, Patch, ValueType};
-use crate::passes::{Positions, RankMask, TextQueries, VisualPrune, default_positions};
+use crate::passes::{Positions, RankLayer, RankMask, TextQueries, VisualPrune, default_positions};
 use crate::runtime::{DType, Session, SessionOptions, Tensor, Value};
 
 struct Stage {
@@ -124,6 +124,7 @@ impl ReferenceDecoder {
             let mut outputs = Vec::new();
             if let Some(&next) = drops.get(number) {
                 let layer = &decoder.layers[next];
+                let ranks = &decoder.layers[ranking(prune, placed, number, next)];
                 // What no layer lies before any more is not computed.
                 let gone = next == first;
                 outputs.extend(layer.boundary.iter().filter(|_| !gone));
@@ -132,15 +133,15 @@ impl ReferenceDecoder {
                     patch.add_output(copy, probe::INFERRED);
                     outputs.push(copy);
                 }
-                outputs.extend([layer.query.value, layer.new_key.value]);
+                outputs.extend([ranks.query.value, ranks.new_key.value]);
                 let mut copies = Vec::new();
                 // In a mixed graph, other layers' attention may count positions.
                 let any = decoder.layers.iter().find_map(|l| l.rotary);
-                if let Some(rotary) = layer.rotary.or(any) {
+                if let Some(rotary) = ranks.rotary.or(any) {
                     // Copies: a table may be a weight, which cannot be given out.
                     copies.extend([rotary.cos, rotary.sin, rotary.lengths]);
                 }
-                copies.extend(layer.query.bias.map(|b| b.0));
+                copies.extend(ranks.query.bias.map(|b| b.0));
                 for value in copies {
                     let copy = patch.op("Identity", &[value]);
                     patch.add_output(copy, probe::INFERRED);
@@ -151,7 +152,8 @@ impl ReferenceDecoder {
             let cut = model.clone().apply(plan)?;
             let cut = probe::with_outputs(&cut, &outputs)?;
             if let Some(&next) = drops.get(number) {
-                probes.push(Probe::of(&cut, &decoder.layers[next], &outputs));
+                let ranks = &decoder.layers[ranking(prune, placed, number, next)];
+                probes.push(Probe::of(&cut, &decoder.layers[next], ranks, &outputs));
             }
             let session =
                 probe::open(&cut, &format!("reference decoder, stage {number}"), options)?;
@@ -401,14 +403,15 @@ impl ReferenceDecoder {
                     .map(|b| array(outputs.get(b)?))
                     .collect::<Result<_, ValidateError>>()?,
             };
+            let ranks = ranking(self.prune.as_ref(), self.placed, number, end);
             let operands = Operands {
-                layer: &self.decoder.layers[end],
+                layer: &self.decoder.layers[ranks],
                 width: self.decoder.head_dim as usize,
-                present: self.names.present.get(end).map(|(key, _)| key.as_str()),
+                present: self.names.present.get(ranks).map(|(key, _)| key.as_str()),
                 positions: turned.then(|| positions.index_axis(Axis(0), 0)),
             };
             let (query, key, tables) = operands.read(probe, past, &outputs)?;
-            let layer = &self.decoder.layers[end];
+            let layer = &self.decoder.layers[ranks];
             let mut kept = Vec::new();
             for row in 0..batch {
                 let real = taking_part(&mask, row, &gone[row]);
@@ -618,6 +621,16 @@ impl ReferenceDecoder {
         }
         let inputs: Vec<(&str, &Value)> = feed.iter().map(|(n, v)| (*n, v)).collect();
         Ok(self.stages[number].session.run(&inputs)?)
+    }
+}
+
+/// The layer, from 0, whose attention ranks at drop point `number` (from 0), in front of layer `next`.
+fn ranking(prune: Option<&VisualPrune>, placed: bool, number: usize, next: usize) -> usize {
+    // Where discarded tokens leave, nothing is ranked.
+    let ranks = !(placed && number == 0);
+    match prune.filter(|p| ranks && p.rank_layer == RankLayer::Previous) {
+        Some(_) => next - 1,
+        None => next,
     }
 }
 

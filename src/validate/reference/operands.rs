@@ -192,13 +192,18 @@ impl Turn {
 }
 
 impl Probe {
-    /// `outputs` are what was asked for: boundary, query, key and copies of what the
+    /// Of what is asked for in front of layer `next`, where `layer` ranks; `outputs`: boundary, query, key and copies of what the
     /// rotary embedding reads (three) and of a bias (one).
-    pub(super) fn of(cut: &Model, layer: &DecoderLayer, outputs: &[ValueId]) -> Self {
+    pub(super) fn of(
+        cut: &Model,
+        next: &DecoderLayer,
+        layer: &DecoderLayer,
+        outputs: &[ValueId],
+    ) -> Self {
         let name = |v: ValueId| cut.name(v).to_owned();
-        let copies = outputs.get(layer.boundary.len() + 2..).unwrap_or(&[]);
+        let copies = outputs.get(next.boundary.len() + 2..).unwrap_or(&[]);
         Self {
-            boundary: layer.boundary.iter().copied().map(name).collect(),
+            boundary: next.boundary.iter().copied().map(name).collect(),
             query: name(layer.query.value),
             key: name(layer.new_key.value),
             rotary: match copies {

@@ -5,6 +5,7 @@ use ndarray::{Array2, Array3, Axis, s};
 use super::super::oracle::{self, MergeInput, MergeParams, Merged};
 use super::super::{ValidateError, probe};
 use super::projection::Probes;
+use super::selection::{Choosing, Fewer};
 use super::ties::{Ranking, reordered};
 use crate::arch::VisionTower;
 use crate::ir::{DataType, Dim, Model, ValueId, ValueType, extract};
@@ -32,6 +33,8 @@ pub struct ReferenceVision {
     names: Names,
     probes: Probes,
     merge: Option<(MergeParams, Session)>,
+    /// A choice among tokens, and the projector where that works on what is left.
+    choosing: Option<(Choosing, Session)>,
     /// Features of an image, where merged ones go to their places among as many.
     slots: Option<usize>,
     /// Patches of each token that a shuffle makes, by the base graph's own
@@ -48,7 +51,7 @@ struct Names {
 }
 
 impl ReferenceVision {
-    /// Opens the base vision encoder for a recipe's merge (`None`: it has none), whose
+    /// Opens the base vision encoder for what a recipe does there (`None`: nothing); merged
     /// tokens come out alone or in their places.
     ///
     /// # Errors
@@ -56,28 +59,33 @@ impl ReferenceVision {
     pub fn open(
         model: &Model,
         tower: &VisionTower,
-        merge: Option<(&TokenMerge, Placement)>,
+        fewer: Option<Fewer<'_>>,
         options: &SessionOptions,
     ) -> Result<Self, ValidateError> {
+        let merge = fewer.and_then(Fewer::merge);
         let placed = merge.filter(|(_, p)| *p == Placement::Decoder);
         let slots = placed.and_then(|_| usize::try_from(tower.features_per_image()?).ok());
         let (probed, probes) = Probes::new(model, tower, &[tower.hidden, tower.entry])?;
         let session = probe::open(&probed, "reference vision encoder", options)?;
+        let projector = || -> Result<Session, ValidateError> {
+            let unknown = |rank| vec![Dim::Unknown; rank];
+            let entry = ValueType::tensor(tower.dtype, unknown(3));
+            let projected = projected(model, tower);
+            let dtype = model.value(projected).ty.as_ref().and_then(|t| t.dtype());
+            let features = ValueType::Tensor {
+                dtype: dtype.unwrap_or(DataType::Float),
+                shape: (!tower.video).then(|| unknown(3)),
+            };
+            let part = extract(model, &[(tower.entry, entry)], &[(projected, features)])?;
+            probe::open(&part, "reference projector", options)
+        };
+        let choosing = match fewer {
+            Some(Fewer::Keep(kept)) => Some((Choosing::new(kept, tower)?, projector()?)),
+            _ => None,
+        };
         let merge = match merge {
             None => None,
-            Some((merge, placement)) => {
-                let unknown = |rank| vec![Dim::Unknown; rank];
-                let entry = ValueType::tensor(tower.dtype, unknown(3));
-                let projected = projected(model, tower);
-                let dtype = model.value(projected).ty.as_ref().and_then(|t| t.dtype());
-                let features = ValueType::Tensor {
-                    dtype: dtype.unwrap_or(DataType::Float),
-                    shape: (!tower.video).then(|| unknown(3)),
-                };
-                let part = extract(model, &[(tower.entry, entry)], &[(projected, features)])?;
-                let projector = probe::open(&part, "reference projector", options)?;
-                Some((params(merge, placement, tower)?, projector))
-            }
+            Some((merge, placement)) => Some((params(merge, placement, tower)?, projector()?)),
         };
         let groups = match &tower.shuffle {
             Some(_) => Some(shuffled(model, tower, options)?),
@@ -96,6 +104,7 @@ impl ReferenceVision {
             session,
             probes,
             merge,
+            choosing,
             slots,
         })
     }
@@ -137,6 +146,41 @@ impl ReferenceVision {
             inputs.into_iter().map(|(n, v)| (n.to_owned(), v)).collect();
         let inputs: Vec<(&str, &Value)> = inputs.iter().map(|(n, v)| (n.as_str(), v)).collect();
         let out = self.session.run(&inputs)?;
+        if let Some((choosing, projector)) = &mut self.choosing {
+            let (features, near_ties) = match choosing.rows() {
+                // In front of the projector, which works on what is left as in the rewritten encoder.
+                Some(rows) => {
+                    let entry = out.get(&self.names.entry)?;
+                    let tokens = rank3(entry)?.select(Axis(1), &rows);
+                    let tokens = Tensor::from(tokens).cast_float(entry.dtype())?;
+                    let projected = projector.run(&[(&self.names.entry, &Value::new(tokens)?)])?;
+                    (per_image(projected.first()?, batch)?, 0)
+                }
+                None => {
+                    let each = per_image(out.get(&self.names.features)?, images)?;
+                    let (mut left, mut near_ties) = (Vec::new(), 0);
+                    for (image, features) in each.iter().enumerate() {
+                        let (features, ties) = choosing.features(image, features, ranking)?;
+                        near_ties += ties;
+                        left.push(features);
+                    }
+                    let frames = images / batch.max(1);
+                    let clip = |frames: &[Array2<f32>]| {
+                        let views: Vec<_> = frames.iter().map(|f| f.view()).collect();
+                        let all = ndarray::concatenate(Axis(0), &views);
+                        all.map_err(|e| ValidateError::Model(e.to_string()))
+                    };
+                    let all = left.chunks(frames.max(1)).map(clip);
+                    (all.collect::<Result<_, _>>()?, near_ties)
+                }
+            };
+            return Ok(ReferenceFeatures {
+                gone: none_gone(&features),
+                features,
+                merged: Vec::new(),
+                near_ties,
+            });
+        }
         let Some((params, projector)) = &mut self.merge else {
             let features = out.get(&self.names.features)?;
             let features = per_image(features, batch)?;
