@@ -421,7 +421,7 @@ pub(super) fn pair(question: &Question) -> &str {
 }
 
 /// Questions by what they see; a question about nothing stands alone, but for a group's.
-fn clusters(questions: &[Question]) -> Vec<Cluster> {
+pub(super) fn clusters(questions: &[Question]) -> Vec<Cluster> {
     let mut known: HashMap<(&[String], Option<&str>, Option<&str>), usize> = HashMap::new();
     let mut clusters: Vec<Cluster> = Vec::new();
     for (index, question) in questions.iter().enumerate() {

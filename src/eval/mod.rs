@@ -8,12 +8,14 @@
 //! - [`run`] asks a model: the vision encoder once for each image, the decoder once for each question;
 //! - [`answers`] keeps answers in append-only files, and reads those that others wrote;
 //! - [`metric`] scores an answer as the set's own evaluation does, over texts made alike by [`normalise`];
+//! - [`convert`](mod@convert) makes data sets of public ones;
 //! - [`statistics`] has the bootstrap over images, [`table`] puts the numbers together, [`render`] writes them down.
 //!
 //! Nothing here knows of passes: an unmodified model, a rewritten one and the answers of another program are
 //! compared alike.
 
 pub mod answers;
+pub mod convert;
 pub mod dataset;
 mod error;
 pub mod metric;

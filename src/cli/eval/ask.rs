@@ -150,7 +150,7 @@ fn candidate(task: &Task<'_>, path: &Path, name: &str, place: usize) -> anyhow::
 }
 
 /// `NAME.jsonl`, `NAME.2-of-8.jsonl`
-fn file_name(name: &str, shard: Option<Shard>) -> String {
+pub(super) fn file_name(name: &str, shard: Option<Shard>) -> String {
     match shard {
         Some(shard) => format!("{name}.{}-of-{}.jsonl", shard.index, shard.count),
         None => format!("{name}.jsonl"),
@@ -246,7 +246,7 @@ fn from_file(path: &Path, set: &DataSet) -> anyhow::Result<Contestant> {
     })
 }
 
-fn distinct(models: &[Contestant]) -> anyhow::Result<()> {
+pub(super) fn distinct(models: &[Contestant]) -> anyhow::Result<()> {
     let mut known = std::collections::BTreeSet::new();
     match models.iter().find(|m| !known.insert(m.name.as_str())) {
         Some(twice) => bail!(

@@ -1,7 +1,9 @@
 //! `duet eval`
 
 mod ask;
+mod convert;
 mod digest;
+mod merge;
 mod progress;
 mod report;
 
@@ -14,8 +16,18 @@ use crate::eval::Shard;
 #[derive(Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(super) struct Arguments {
+    #[command(subcommand)]
+    other: Option<Other>,
     #[command(flatten)]
     ask: Option<AskArguments>,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Other {
+    /// Put the answers to the parts of a set together (--shard)
+    Merge(merge::Arguments),
+    /// Make a data set of a public one: TextVQA, POPE, GQA, MME, ScienceQA
+    Convert(convert::Arguments),
 }
 
 /// Arguments of asking models.
@@ -98,8 +110,10 @@ fn percent(text: &str) -> Result<f64, String> {
 }
 
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
-    match &arguments.ask {
-        Some(ask) => ask::run(ask, global),
-        None => anyhow::bail!("name models and --dataset"),
+    match (&arguments.other, &arguments.ask) {
+        (Some(Other::Merge(merge)), _) => merge::run(merge, global),
+        (Some(Other::Convert(convert)), _) => convert::run(convert, global),
+        (None, Some(ask)) => ask::run(ask, global),
+        (None, None) => anyhow::bail!("name models and --dataset"),
     }
 }
