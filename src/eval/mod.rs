@@ -9,7 +9,8 @@
 //! - [`answers`] keeps answers in append-only files, and reads those that others wrote;
 //! - [`metric`] scores an answer as the set's own evaluation does, over texts made alike by [`normalise`];
 //! - [`convert`](mod@convert) makes data sets of public ones;
-//! - [`statistics`] has the bootstrap over images, [`table`] puts the numbers together, [`render`] writes them down.
+//! - [`statistics`] has the bootstrap over images, [`table`] puts the numbers together, [`render`] writes them down;
+//! - [`halving`] searches the best of many candidates on few questions.
 //!
 //! Nothing here knows of passes: an unmodified model, a rewritten one and the answers of another program are
 //! compared alike.
@@ -18,6 +19,7 @@ pub mod answers;
 pub mod convert;
 pub mod dataset;
 mod error;
+pub mod halving;
 pub mod metric;
 pub mod normalise;
 pub mod render;

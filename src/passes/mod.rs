@@ -8,6 +8,7 @@
 
 mod budget;
 mod error;
+mod make_ups;
 mod manager;
 mod marker;
 mod recipe;
@@ -17,6 +18,7 @@ mod visual_prune;
 
 pub use budget::{BudgetShape, Planned, PlannedShare, Style, plan, plan_share};
 pub use error::PassError;
+pub use make_ups::{MakeUp, Space, make_ups};
 pub use manager::{Change, Rewritten, earlier_recipe, gives_fewer, rewrite};
 pub use marker::{Marker, VISUAL_MASK_INPUT};
 pub use recipe::{Count, KvLayout, Positions, Recipe, StaticSpan};

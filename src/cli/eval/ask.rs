@@ -21,16 +21,16 @@ use crate::runtime::WholePipeline;
 const PICTURE_BYTES: usize = 256 << 20;
 
 /// What is asked of every model.
-pub(super) struct Task<'a> {
-    pub(super) set: &'a DataSet,
+pub(in crate::cli) struct Task<'a> {
+    pub(in crate::cli) set: &'a DataSet,
     /// Which of its clusters.
-    pub(super) clusters: &'a [usize],
-    pub(super) shard: Option<Shard>,
-    pub(super) max_new_tokens: usize,
-    pub(super) variant: Option<&'a str>,
-    pub(super) engine: &'a Engine,
+    pub(in crate::cli) clusters: &'a [usize],
+    pub(in crate::cli) shard: Option<Shard>,
+    pub(in crate::cli) max_new_tokens: usize,
+    pub(in crate::cli) variant: Option<&'a str>,
+    pub(in crate::cli) engine: &'a Engine,
     /// Where answers go.
-    pub(super) out: Option<&'a Path>,
+    pub(in crate::cli) out: Option<&'a Path>,
 }
 
 pub(super) fn run(arguments: &AskArguments, global: &Global) -> anyhow::Result<Outcome> {
@@ -74,7 +74,7 @@ struct Candidate {
 }
 
 /// Asks every model what it has not answered yet. All files are opened and compared before the first model runs.
-pub(super) fn ask(
+pub(in crate::cli) fn ask(
     task: &Task<'_>,
     models: &[PathBuf],
     names: &[String],

@@ -1,6 +1,6 @@
 //! `duet eval`
 
-mod ask;
+pub(super) mod ask;
 mod convert;
 mod digest;
 mod merge;
