@@ -1,7 +1,7 @@
 //! The import rule and what goes with it, checked on the source text.
 //!
 //! ```text
-//! cli → all        validate → runtime, passes, arch, onnx, ir
+//! cli → all        validate → runtime, passes, arch, onnx, ir       eval → runtime
 //! diff → onnx, ir  passes → arch, ir     arch → ir     runtime → onnx, ir
 //! onnx → proto, ir                       ir, proto → nothing of ours
 //! ```
@@ -15,10 +15,12 @@ const RULE: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "validate", "diff", "passes", "arch", "runtime", "onnx", "ir", "proto", "suggest",
+            "validate", "eval", "diff", "passes", "arch", "runtime", "onnx", "ir", "proto",
+            "suggest",
         ],
     ),
     ("validate", &["runtime", "passes", "arch", "onnx", "ir"]),
+    ("eval", &["runtime"]),
     ("diff", &["onnx", "ir", "suggest"]),
     ("passes", &["arch", "ir", "suggest"]),
     ("arch", &["ir"]),

@@ -3,9 +3,11 @@
 //! Results go to stdout, progress and logs to stderr. Exit codes: 0 success, 1 a
 //! check that failed, 2 usage or input error.
 
+mod calibrate;
 mod counts;
 mod demo;
 mod diff;
+mod eval;
 mod family;
 mod inspect;
 mod load;
@@ -71,6 +73,8 @@ enum Command {
     Run(run::Arguments),
     /// Check that a rewritten model computes what its recipe says
     Validate(validate::Arguments),
+    /// Measure how much accuracy models keep on a data set
+    Eval(eval::Arguments),
     /// Say what changed between two models or model directories
     Diff(diff::Arguments),
     /// Print a model as lines of text, for git diff
@@ -128,6 +132,7 @@ pub fn main() -> ExitCode {
         Command::Rewrite(arguments) => rewrite::run(arguments, global),
         Command::Run(arguments) => run::run(arguments, global),
         Command::Validate(arguments) => validate::run(arguments, global),
+        Command::Eval(arguments) => eval::run(arguments, global),
         Command::Diff(arguments) => diff::run(arguments, global),
         Command::Textconv(arguments) => textconv::run(arguments, global),
         Command::Demo(arguments) => demo::run(arguments, global),

@@ -8,9 +8,11 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use serde_json::json;
 
 use super::counts::{self, LayerTable, Seen};
-use super::{Global, ModelArgument, Outcome, family, load, print_json, style};
+use super::{Global, ModelArgument, Outcome, calibrate, family, load, print_json, style};
 use crate::arch::{VisionTower, Vlm};
-use crate::passes::{BudgetShape, Method, Placement, Style, placement_in, plan, plan_share};
+use crate::passes::{
+    BudgetShape, Method, Placement, Planned, Style, placement_in, plan, plan_share,
+};
 use crate::runtime::ImageProcessor;
 
 /// Most tokens and crops of an image that are counted with.
@@ -46,6 +48,8 @@ pub(super) struct Arguments {
     /// Print one JSON document that holds the recipe
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    calibrate: calibrate::Arguments,
 }
 
 /// The names of methods, with what `--help` says of each.
@@ -104,9 +108,15 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     let shape = target.shape;
     let all = shape.visual_tokens();
     let fail = |problem: String| anyhow::anyhow!("{}: {problem}", path.display());
+    let mut searched = None;
     let (recipe, table) = match (arguments.budget, arguments.reduction, all) {
         (None, None, _) => bail!("name --budget or --reduction"),
         (None, Some(reduction), None) => {
+            if arguments.calibrate.dataset().is_some() {
+                bail!(
+                    "--calibrate: how many tokens an image has is not known; say it (--tokens or --image-size)"
+                );
+            }
             let planned = plan_share(shape, 1.0 - reduction).map_err(fail)?;
             let table = LayerTable {
                 of: target.of,
@@ -119,7 +129,18 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         (budget, reduction, all) => {
             let share = 1.0 - reduction.unwrap_or(0.0);
             let budget = budget.unwrap_or(all.unwrap_or(0) as f64 * share);
-            let planned = plan(shape, budget).map_err(fail)?;
+            let mut planned = plan(shape, budget).map_err(fail)?;
+            if arguments.calibrate.dataset().is_some() {
+                let first = planned.recipe.as_str();
+                let found =
+                    calibrate::run(path, &shape, budget, first, &arguments.calibrate, global)?;
+                planned = Planned {
+                    tokens: found.tokens,
+                    average: found.average,
+                    recipe: found.recipe,
+                };
+                searched = Some(found.document);
+            }
             let of = match all {
                 Some(_) => target.of,
                 None => format!("an image of {} tokens or more", planned.tokens[0]),
@@ -148,6 +169,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
             "recipe": recipe,
             "visual_tokens": table.json(),
             "cache_bytes_saved": saved,
+            "search": searched,
         }))?;
     } else if arguments.output.is_none() {
         anstream::print!("{recipe}");

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -11,7 +11,6 @@ use serde_json::json;
 use super::load::{self, Runnable, Trio};
 use super::{Engine, Global, ModelArgument, Outcome, print_json};
 use crate::arch::DEFAULT_FRAMES;
-use crate::onnx::ModelDir;
 use crate::runtime::{
     ClipEncoder, GenerateOptions, Generation, Message, Pixels, Sampling, Stop, Token, VlmFiles,
     VlmPipeline, WholePipeline,
@@ -115,7 +114,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
             pipeline.generate(&prepared, &options, &mut on_token)?
         }
         Runnable::Trio(trio) => {
-            let mut pipeline = open(dir, trio, &arguments.engine)?;
+            let mut pipeline = open(&dir.root, &trio, &arguments.engine)?;
             let usual = usize::try_from(DEFAULT_FRAMES)?;
             let clips = arguments.video.iter();
             let clips = clips.map(|path| pipeline.take_clip(path, usual));
@@ -138,22 +137,23 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     Ok(Outcome::Done)
 }
 
-fn open(dir: ModelDir, trio: Trio, engine: &Engine) -> anyhow::Result<VlmPipeline> {
+/// Opens what answers questions; `root` holds the configurations.
+pub(super) fn open(root: &Path, trio: &Trio, engine: &Engine) -> anyhow::Result<VlmPipeline> {
     let files = VlmFiles {
-        vision_encoder: trio.vision,
-        embed_tokens: trio.embed,
-        decoder: trio.decoder,
-        configs: dir.root,
+        vision_encoder: trio.vision.clone(),
+        embed_tokens: trio.embed.clone(),
+        decoder: trio.decoder.clone(),
+        configs: root.to_owned(),
     };
     let options = engine.options();
     let mut pipeline =
         VlmPipeline::open_with_heads(&files, &options, trio.heads)?.with_merged_crops(trio.merged);
-    if let Some(video) = trio.video {
-        let clips = ClipEncoder::open(&video, &files.configs, &options)?;
+    if let Some(video) = &trio.video {
+        let clips = ClipEncoder::open(video, &files.configs, &options)?;
         pipeline = pipeline.with_clips(clips);
     }
-    Ok(match trio.prompt {
-        Some(prompt) => pipeline.with_prompt_decoder(&prompt, &options)?,
+    Ok(match &trio.prompt {
+        Some(prompt) => pipeline.with_prompt_decoder(prompt, &options)?,
         None => pipeline,
     })
 }

@@ -22,6 +22,7 @@ use super::value::Value;
 use super::video::{ClipEncoder, PatchClips};
 use super::vision::{Embedder, Vision};
 
+pub use prepare::Encoded;
 pub(super) use prepare::{check_images, question};
 pub(super) use writing::Writing;
 

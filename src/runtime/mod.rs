@@ -47,7 +47,7 @@ mod test_models;
 pub use decoder::{Cache, CacheHeads, Decoder, StepInput, StepOutput};
 pub use error::RuntimeError;
 pub use generate::{
-    GenerateOptions, Generation, Prepared, Stop, Timing, Token, VlmFiles, VlmPipeline,
+    Encoded, GenerateOptions, Generation, Prepared, Stop, Timing, Token, VlmFiles, VlmPipeline,
 };
 pub use grid::{Block, Grid, GridPositions};
 pub use image::{ImageProcessor, Packing, Patches, Pixels, concatenate};

@@ -121,16 +121,37 @@ impl VlmPipeline {
         clips: &[Clip],
     ) -> Result<Prepared> {
         check_images(messages, images.len())?;
-        let mentioned: usize = messages.iter().map(Message::clips).sum();
-        if mentioned != clips.len() {
-            return Err(RuntimeError::Prompt(format!(
-                "the conversation mentions {mentioned} clips, {} are given",
-                clips.len()
-            )));
-        }
+        check_clips(messages, clips.len())?;
         let prompt = self.text.render(messages)?;
         let question = question(&prompt, messages);
         self.prepare_all(prompt, question, images, clips)
+    }
+
+    /// What the vision encoder makes of images and clips, for several questions about them.
+    ///
+    /// # Errors
+    /// An image cannot be resized, there are clips and the model sees none, or the run fails.
+    pub fn encode(&mut self, images: &[Pixels], clips: &[Clip]) -> Result<Encoded> {
+        let start = Instant::now();
+        let (images, clips) = (self.see(images)?, self.see_clips(clips)?);
+        Ok(Encoded {
+            images,
+            clips,
+            elapsed: start.elapsed(),
+        })
+    }
+
+    /// Prepares a conversation about images and clips that are [encoded](Self::encode) already: those of all
+    /// messages, in order. The result is that of [`prepare_with_clips`](Self::prepare_with_clips).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn prepare_encoded(&mut self, messages: &[Message], seen: &Encoded) -> Result<Prepared> {
+        check_images(messages, seen.images.len())?;
+        check_clips(messages, seen.clips.len())?;
+        let prompt = self.text.render(messages)?;
+        let question = question(&prompt, messages);
+        self.prepare_seen(prompt, question, seen.clone())
     }
 
     /// Prepares a prompt that is written out already, with one placeholder for each image. `question` is the
@@ -154,12 +175,20 @@ impl VlmPipeline {
         images: &[Pixels],
         clips: &[Clip],
     ) -> Result<Prepared> {
-        let start = Instant::now();
-        let (images, clips) = (self.see(images)?, self.see_clips(clips)?);
-        let vision_time = start.elapsed();
+        let seen = self.encode(images, clips)?;
+        self.prepare_seen(prompt, question, seen)
+    }
+
+    fn prepare_seen(
+        &mut self,
+        prompt: String,
+        question: Range<usize>,
+        seen: Encoded,
+    ) -> Result<Prepared> {
         let encoded = self.text.encode(&prompt)?;
         let salient = salient_mask(&prompt, &encoded.offsets, question);
-        self.assemble(prompt, encoded.ids, salient, (images, clips), vision_time)
+        let both = (seen.images, seen.clips);
+        self.assemble(prompt, encoded.ids, salient, both, seen.elapsed)
     }
 
     /// Prepares another turn on the cache of an answer. `messages` is the whole conversation, with the answer
@@ -288,7 +317,17 @@ fn no_clips() -> RuntimeError {
     )
 }
 
+/// Images and clips as the vision encoder sees them.
+#[derive(Debug, Clone)]
+pub struct Encoded {
+    images: Vec<Seen>,
+    clips: Vec<Seen>,
+    /// Time of the encoder.
+    elapsed: Duration,
+}
+
 /// What the encoder made of an image or a clip.
+#[derive(Debug, Clone)]
 struct Seen {
     features: Tensor,
     /// How the features lie, if the encoder tells.
@@ -349,6 +388,16 @@ pub(in crate::runtime) fn check_images(messages: &[Message], images: usize) -> R
     }
     Err(RuntimeError::Prompt(format!(
         "the conversation mentions {mentioned} images, {images} are given"
+    )))
+}
+
+fn check_clips(messages: &[Message], clips: usize) -> Result<()> {
+    let mentioned: usize = messages.iter().map(Message::clips).sum();
+    if mentioned == clips {
+        return Ok(());
+    }
+    Err(RuntimeError::Prompt(format!(
+        "the conversation mentions {mentioned} clips, {clips} are given"
     )))
 }
 
