@@ -216,19 +216,4 @@ impl Patch<'_> {
     pub fn size_max(&mut self, a: Size, b: Size) -> Size {
         self.arithmetic("Max", a, b, i64::max)
     }
-
-    /// ⌊ratio · n⌋ in double precision, as Python's `int(n * ratio)`.
-    pub fn size_scaled(&mut self, n: Size, ratio: f64) -> Size {
-        match n {
-            #[allow(clippy::cast_possible_truncation, reason = "token counts fit")]
-            Size::Known(n) => Size::Known((n as f64 * ratio) as i64),
-            Size::Value(v) => {
-                let double = self.cast(v, DataType::Double);
-                let ratio = self.constant(Tensor::f64_scalar("", ratio));
-                let product = self.op("Mul", &[double, ratio]);
-                // The cast truncates, and the product is not negative.
-                Size::Value(self.cast(product, DataType::Int64))
-            }
-        }
-    }
 }

@@ -10,6 +10,7 @@ mod budget;
 mod error;
 mod manager;
 mod marker;
+mod padded;
 mod recipe;
 mod recount;
 mod token_merge;
@@ -19,6 +20,7 @@ pub use budget::{BudgetShape, Planned, PlannedShare, Style, plan, plan_share};
 pub use error::PassError;
 pub use manager::{Change, Rewritten, earlier_recipe, gives_fewer, rewrite};
 pub use marker::{Marker, VISUAL_MASK_INPUT};
+pub use padded::FILLER;
 pub use recipe::{Count, KvLayout, Positions, Recipe, StaticSpan};
 pub use token_merge::{
     Cls, KEPT_OUTPUT, MergeBudget, Placement, Selector, TokenMerge, merge_budget, placement_in,

@@ -156,9 +156,6 @@ impl Recipe {
         if raw.span.is_some_and(|s| s.start < 0 || s.count < 1) {
             return Err(bad("span: expected start >= 0 and count >= 1".into()));
         }
-        if raw.kv == KvLayout::Padded {
-            return Err(bad("kv: padded is not available yet; use ragged".into()));
-        }
         let pass = |name: &str| passes.iter().find(|p| p.name() == name);
         let merge = pass("token_merge").and_then(|p| p.as_any().downcast_ref::<TokenMerge>());
         let context = Context {

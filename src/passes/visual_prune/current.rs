@@ -11,18 +11,9 @@
 
 use super::TextQueries;
 use super::stage::{Plan, Stage};
-use crate::ir::{DataType, Size, Tensor, ValueId};
+use crate::ir::{DataType, Size, ValueId};
 
 impl Plan<'_, '_> {
-    /// ⌊n·ratio⌋ in double precision, of int64 `[b]`.
-    pub(super) fn share(&mut self, n: ValueId, ratio: f64) -> ValueId {
-        let p = &mut *self.patch;
-        let double = p.cast(n, DataType::Double);
-        let ratio = p.constant(Tensor::f64_scalar("", ratio));
-        let share = p.op("Mul", &[double, ratio]);
-        p.cast(share, DataType::Int64)
-    }
-
     /// How many tokens all rows lose: the smallest of n − `kept` and what is gone.
     pub(super) fn loss(&mut self, n: ValueId, kept: ValueId, gone: Option<ValueId>) -> Size {
         let p = &mut *self.patch;
@@ -44,7 +35,7 @@ impl Plan<'_, '_> {
         let gone = stage.gone.map(|g| self.count(g));
         let mut ranked = count;
         if before < 1.0 {
-            ranked = self.share(count, before);
+            ranked = self.patch.share(count, before);
             let p = &mut *self.patch;
             // (int32, and a cumulative sum over it: what tract types.)
             let flags = p.cast(stage.visual, DataType::Int32);
@@ -60,7 +51,7 @@ impl Plan<'_, '_> {
                 stage.text = p.op("Or", &[stage.text, freed]);
             }
         }
-        let kept = self.share(count, keep);
+        let kept = self.patch.share(count, keep);
         self.loss(ranked, kept, gone)
     }
 }

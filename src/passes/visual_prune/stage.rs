@@ -384,7 +384,8 @@ impl Plan<'_, '_> {
         let (now, lost) = match self.pass.ratio_base {
             RatioBase::Entered => {
                 // Each row could lose n − ⌊r·n⌋, and what is gone, up to here.
-                let kept = self.share(entered.visual, self.pass.drops[number - 1].keep);
+                let keep = self.pass.drops[number - 1].keep;
+                let kept = self.patch.share(entered.visual, keep);
                 let lost = self.loss(entered.visual, kept, entered.gone);
                 (self.patch.size_sub(lost, before.lost), lost)
             }
