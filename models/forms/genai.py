@@ -139,7 +139,8 @@ def vision_language(form: Form, folder: Path, net) -> None:
         (ids, torch.randn(2, size.patches, size.width, generator=generator)),
         ["input_ids", "image_features"],
         ["inputs_embeds"],
-        {"input_ids": sequence, "image_features": {0: "num_images"}, "inputs_embeds": sequence},
+        # GenAI runs a step without images on features of no tokens.
+        {"input_ids": sequence, "image_features": {0: "num_images", 1: "num_image_tokens"}, "inputs_embeds": sequence},
     )
     for part in (vision, embedding):
         export_part(part, TORCHSCRIPT, folder)

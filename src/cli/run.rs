@@ -34,6 +34,9 @@ pub(super) struct Arguments {
     /// Question or instruction
     #[arg(long, value_name = "TEXT")]
     prompt: String,
+    /// Further question in the same conversation, answered on the cache of what was said before; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    then: Vec<String>,
     /// Tokens to generate at most
     #[arg(long, default_value_t = 128, value_name = "N")]
     max_new_tokens: usize,
@@ -82,7 +85,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         ..Default::default()
     };
     let prompt = arguments.prompt.as_str();
-    let messages = [Message::user_with(
+    let mut messages = vec![Message::user_with(
         images.len(),
         arguments.video.len(),
         prompt,
@@ -99,8 +102,14 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         }
         ControlFlow::Continue(())
     };
-    let answer = match model {
+    let answers = match model {
         Runnable::Whole(file) => {
+            if !arguments.then.is_empty() {
+                bail!(
+                    "{}: the model is one file without a cache to go on from; --then needs a decoder with one",
+                    file.display()
+                );
+            }
             if !arguments.video.is_empty() {
                 bail!(
                     "{}: the model is one file that takes images; --video needs an encoder of clips beside the \
@@ -111,7 +120,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
             let engine = arguments.engine.options();
             let mut pipeline = WholePipeline::open(&file, &dir.root, &engine)?;
             let prepared = pipeline.prepare(&messages, &images)?;
-            pipeline.generate(&prepared, &options, &mut on_token)?
+            vec![pipeline.generate(&prepared, &options, &mut on_token)?]
         }
         Runnable::Trio(trio) => {
             let mut pipeline = open(&dir.root, &trio, &arguments.engine)?;
@@ -120,7 +129,20 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
             let clips = clips.map(|path| pipeline.take_clip(path, usual));
             let clips = clips.collect::<Result<Vec<_>, _>>()?;
             let prepared = pipeline.prepare_with_clips(&messages, &images, &clips)?;
-            pipeline.generate(&prepared, None, &options, &mut on_token)?
+            let mut last = pipeline.generate(&prepared, None, &options, &mut on_token)?;
+            let mut answers = Vec::new();
+            for question in &arguments.then {
+                if !quiet_stream {
+                    anstream::println!("\n> {question}");
+                }
+                messages.push(Message::assistant(last.text.clone()));
+                messages.push(Message::user(0, question.as_str()));
+                let prepared = pipeline.prepare_follow_up(&last, &messages, &[])?;
+                let next = pipeline.generate(&prepared, Some(&last.cache), &options, &mut on_token)?;
+                answers.push(std::mem::replace(&mut last, next));
+            }
+            answers.push(last);
+            answers
         }
     };
     if let Some(error) = failed
@@ -129,10 +151,17 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         return Err(error).context("writing the answer");
     }
     if arguments.json {
-        print_json(&document(&answer))?;
+        let mut documents: Vec<_> = answers.iter().map(document).collect();
+        let further = documents.split_off(1);
+        let mut first = documents.remove(0);
+        if !further.is_empty() {
+            first["then"] = further.into();
+        }
+        first["schema_version"] = 1.into();
+        print_json(&first)?;
     } else {
         anstream::println!();
-        report(&answer, global);
+        answers.iter().for_each(|answer| report(answer, global));
     }
     Ok(Outcome::Done)
 }
@@ -188,7 +217,6 @@ fn document(answer: &Generation) -> serde_json::Value {
         Stop::Caller => "caller",
     };
     json!({
-        "schema_version": 1,
         "text": answer.text,
         "tokens": answer.tokens,
         "stop": stop,

@@ -20,6 +20,7 @@ mod load;
 mod model;
 mod ops;
 mod patch;
+mod share;
 mod tensor;
 mod text;
 mod types;

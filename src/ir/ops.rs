@@ -216,22 +216,4 @@ impl Patch<'_> {
     pub fn size_max(&mut self, a: Size, b: Size) -> Size {
         self.arithmetic("Max", a, b, i64::max)
     }
-
-    /// ⌊ratio · n⌋ of each n in `counts`, int64 and not negative, in double precision.
-    pub fn scaled(&mut self, counts: ValueId, ratio: f64) -> ValueId {
-        let double = self.cast(counts, DataType::Double);
-        let ratio = self.constant(Tensor::f64_scalar("", ratio));
-        let product = self.op("Mul", &[double, ratio]);
-        // The cast truncates, and the product is not negative.
-        self.cast(product, DataType::Int64)
-    }
-
-    /// ⌊ratio · n⌋ in double precision, as Python's `int(n * ratio)`.
-    pub fn size_scaled(&mut self, n: Size, ratio: f64) -> Size {
-        match n {
-            #[allow(clippy::cast_possible_truncation, reason = "token counts fit")]
-            Size::Known(n) => Size::Known((n as f64 * ratio) as i64),
-            Size::Value(v) => Size::Value(self.scaled(v, ratio)),
-        }
-    }
 }

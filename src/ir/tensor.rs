@@ -121,11 +121,6 @@ impl Tensor {
         Self::raw(name, DataType::Float, vec![], value.to_le_bytes().to_vec())
     }
 
-    /// A scalar double tensor.
-    pub fn f64_scalar(name: impl Into<String>, value: f64) -> Self {
-        Self::raw(name, DataType::Double, vec![], value.to_le_bytes().to_vec())
-    }
-
     /// A scalar of a floating-point type.
     ///
     /// # Panics

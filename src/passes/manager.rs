@@ -1,7 +1,7 @@
 //! Running a recipe: requires → plan → apply → verify → ensures, pass by pass,
 //! then the stamp.
 
-use super::{PassError, Recipe};
+use super::{KvLayout, PassError, Recipe, padded};
 use crate::arch::{Part, ROLE_KEY, Vlm};
 use crate::ir::{Model, Patch, verify};
 
@@ -68,6 +68,13 @@ pub fn rewrite(mut vlm: Vlm, recipe: &Recipe) -> Result<Rewritten, PassError> {
         pass.requires(&vlm, &recipe.context)?;
         summaries.push((pass.name(), pass.summary(&vlm)));
     }
+    if let Some(problem) = padded::refused(&vlm, &recipe.context) {
+        return Err(PassError::Requires {
+            pass: padded::NAME,
+            problem,
+        });
+    }
+    let outputs = padded::outputs(&vlm);
     for pass in &recipe.passes {
         let name = pass.name();
         for (index, plan) in pass.plan(&vlm, &recipe.context)? {
@@ -79,6 +86,22 @@ pub fn rewrite(mut vlm: Vlm, recipe: &Recipe) -> Result<Rewritten, PassError> {
             change(&mut vlm.parts[index], name, |model| model.apply(plan))?;
         }
         pass.ensures(&vlm, &recipe.context)?;
+    }
+    if recipe.context.kv == KvLayout::Padded {
+        let plans = padded::plan(&vlm, recipe, &outputs);
+        if !plans.is_empty() {
+            summaries.push((padded::NAME, padded::SUMMARY.to_owned()));
+        }
+        for (index, plan) in plans {
+            changes.push(Change {
+                pass: padded::NAME,
+                part: index,
+                inserted: plan.inserted(),
+            });
+            change(&mut vlm.parts[index], padded::NAME, |model| {
+                model.apply(plan)
+            })?;
+        }
     }
     let placed = recipe.placed(&vlm);
     let mut stamped: Vec<usize> = changes.iter().map(|c| c.part).collect();

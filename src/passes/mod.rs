@@ -15,6 +15,7 @@ mod make_ups;
 mod manager;
 mod marker;
 mod methods;
+mod padded;
 mod random_drop;
 mod recipe;
 mod recount;
@@ -31,6 +32,7 @@ pub use make_ups::{MakeUp, Space, make_ups};
 pub use manager::{Change, Rewritten, earlier_recipe, gives_fewer, rewrite};
 pub use marker::{Marker, VISUAL_MASK_INPUT};
 pub use methods::Method;
+pub use padded::FILLER;
 pub use random_drop::RandomDrop;
 pub use recipe::{Count, KvLayout, Positions, Pruning, Recipe, StaticSpan};
 pub use token_merge::{

@@ -184,9 +184,6 @@ impl Recipe {
         if raw.span.is_some_and(|s| s.start < 0 || s.count < 1) {
             return Err(bad("span: expected start >= 0 and count >= 1".into()));
         }
-        if raw.kv == KvLayout::Padded {
-            return Err(bad("kv: padded is not available yet; use ragged".into()));
-        }
         let merge = of_type::<TokenMerge>(&passes);
         let context = Context {
             marker: raw.marker,

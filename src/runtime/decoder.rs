@@ -106,6 +106,11 @@ impl Cache {
         &self.mask
     }
 
+    /// Keys of each layer, in their order.
+    pub fn keys(&self) -> impl Iterator<Item = &Value> {
+        self.keys.iter().map(|&key| &self.values[key])
+    }
+
     /// Length of each layer's cache (of its keys).
     pub fn lengths(&self) -> Vec<usize> {
         let length = |&at: &usize| self.values[at].shape()[self.axes[at]];

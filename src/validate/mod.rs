@@ -15,6 +15,7 @@ mod decoders;
 mod embed;
 mod error;
 mod numeric;
+mod padded;
 mod precision;
 mod probe;
 mod report;

@@ -8,10 +8,10 @@ use super::report::Report;
 use super::rows::RowPair;
 use super::scenario::{Frame, Layout, Scenario, Seeded, lay_out, standard};
 use super::tally::Tally;
-use super::{ValidateError, decoders, embed, probe, rows, scenario, second, structure, whole};
+use super::{ValidateError, decoders, embed, padded, probe, rows, scenario, second, structure, whole};
 use crate::arch::{Decoder, DecoderFiles, FileSet, Role, Vlm};
 use crate::ir::{DataType, Model};
-use crate::passes::{Marker, Recipe, TextQueries};
+use crate::passes::{KvLayout, Marker, Recipe, TextQueries};
 use crate::runtime::{
     Decoder as RunDecoder, Embedder, Grid, GridPositions, SessionOptions, StepInput, Tensor, Value,
     VisionEncoder, scatter,
@@ -174,6 +174,8 @@ struct Pair {
     /// Names of the kept indices of its drop points.
     kept: Vec<String>,
     span: Option<crate::passes::StaticSpan>,
+    /// Whether all caches are filled up to one length.
+    padded: bool,
 }
 
 pub(super) fn fixed(model: &Model, value: crate::ir::ValueId, axis: usize) -> Option<usize> {
@@ -220,6 +222,7 @@ impl Pair {
             attended: false,
             kept: decoders::kept_names(pruning, placed),
             span: recipe.context.span,
+            padded: recipe.context.kv == KvLayout::Padded,
         };
         let decoder = files.map(|f| [f.prompt, Some(f.main)]);
         let parts = [set.vision, set.embedding];
@@ -577,14 +580,16 @@ impl Pair {
             tolerance: ties(self.dtype, self.quantised),
         };
         let expected = reference.step(ref_state, input, Some(choice))?;
-        let lengths = match reference.has_past() {
-            true => found.cache.lengths(),
-            // Given out all the same, for another file to go on from.
-            false => reference
-                .present_keys()
-                .filter_map(|key| found.extra.iter().find(|(name, _)| name == key))
-                .map(|(_, value)| value.shape()[2])
-                .collect(),
+        // A prompt's own graph gives its caches out for another file to go on from.
+        let given_out = reference
+            .present_keys()
+            .filter_map(|key| found.extra.iter().find(|(name, _)| name == key))
+            .map(|(_, value)| value);
+        let lengths = match (reference.has_past(), self.padded) {
+            (true, false) => found.cache.lengths(),
+            (true, true) => padded::held(found.cache.keys())?,
+            (false, false) => given_out.map(|key| key.shape()[2]).collect(),
+            (false, true) => padded::held(given_out)?,
         };
         let logits = found.last_logits().map_err(ValidateError::of_rewritten)?;
         tally.step(&expected, &logits, &kept, &lengths);

@@ -35,7 +35,7 @@ impl Plan<'_, '_> {
         let gone = stage.gone.map(|g| self.count(g));
         let mut ranked = count;
         if before < 1.0 {
-            ranked = self.patch.scaled(count, before);
+            ranked = self.patch.share(count, before);
             let p = &mut *self.patch;
             // (int32, and a cumulative sum over it: what tract types.)
             let flags = p.cast(stage.visual, DataType::Int32);
@@ -51,7 +51,7 @@ impl Plan<'_, '_> {
                 stage.text = p.op("Or", &[stage.text, freed]);
             }
         }
-        let kept = self.patch.scaled(count, keep);
+        let kept = self.patch.share(count, keep);
         self.loss(ranked, kept, gone)
     }
 }

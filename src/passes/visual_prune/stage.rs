@@ -385,7 +385,7 @@ impl Plan<'_, '_> {
             RatioBase::Entered => {
                 // Each row could lose n − ⌊r·n⌋, and what is gone, up to here.
                 let keep = self.pass.drops[number - 1].keep;
-                let kept = self.patch.scaled(entered.visual, keep);
+                let kept = self.patch.share(entered.visual, keep);
                 let lost = self.loss(entered.visual, kept, entered.gone);
                 (self.patch.size_sub(lost, before.lost), lost)
             }
