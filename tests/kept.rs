@@ -225,6 +225,42 @@ fn whole_models_in_one_file_are_valid() {
     }
 }
 
+/// Attention that holds its cache and rotates inside (`GroupQueryAttention`, `MultiHeadAttention`), half precision,
+/// quantised layers, towers without CLS or with wider tokens, decoders in two files or branches.
+#[test]
+fn other_forms_are_valid() {
+    for name in [
+        "genaivlm-fp32-gqa",
+        "genai-fp32-gqa",
+        "genai-fp16-rotary-mha",
+        "genai09-mha-mha",
+        "ort-extended-ts-sdpa-mha",
+        "fp16-ts-sdpa-mha",
+        "int8-ts-eager-gqa",
+        "if-ts-eager-mha",
+        "split-ts-sdpa-gqa",
+        "siglip2-dynamo23",
+        "idefics3-plain-ts-sdpa",
+        "gemma2-ts-eager",
+    ] {
+        let base = parts_at(&support::forms::form(name).directory());
+        // Of the shuffled tokens of Idefics3 there are fewer.
+        let few = ("div_prune", "{keep: 0.3}");
+        valid(
+            name,
+            &base,
+            &[few, FAST_V],
+            &["one image", "tract: div_prune", "tract: drop point 1"],
+        );
+        valid(
+            name,
+            &base,
+            &[("random_drop", "{keep: 0.3}"), PREVIOUS],
+            &["one image"],
+        );
+    }
+}
+
 /// Grids of any size, and positions in them, are for `token_merge`; pruning in the decoder works there too.
 #[test]
 fn grids_are_refused_and_say_what_works() {
