@@ -1,6 +1,6 @@
 //! What every pass has to hold to, whichever it is: the tests loop over the registry.
 //!
-//! A new pass gets its line in [`samples`] and is then held to all of this on every fixture: with its
+//! A new pass is held to all of this on every fixture, with the parameters that its entry states: with its
 //! keep-everything parameters the outputs are the unmodified model's; what it selects is unique, sorted
 //! and in range; text is never dropped; lengths agree from layer to layer; the interface, operator sets
 //! and everything it did not touch stay as they were; the same recipe gives the same bytes; a second run
@@ -16,7 +16,7 @@ use duet_onnx::arch::{Role, Vlm};
 use duet_onnx::ir::{Model, ValueId, verify};
 use duet_onnx::onnx::serialize;
 use duet_onnx::passes::{
-    PassError, REGISTRY, Recipe, SALIENT_MASK_INPUT, TokenMerge, VISUAL_MASK_INPUT, VisualPrune,
+    Entry, PassError, REGISTRY, Recipe, SALIENT_MASK_INPUT, Stage, TokenMerge, VISUAL_MASK_INPUT,
     merge_budget, rewrite,
 };
 use duet_onnx::validate::scenario::{Scenario, Seeded, standard};
@@ -27,41 +27,35 @@ use support::models::{Pool, Runner, fixture, recipe, recipe_text, rewritten, roo
 /// Largest allowed difference, relative to the standard deviation, where nothing may change.
 const SAME: f64 = 1e-5;
 
-/// Parameters under which each pass changes something.
-fn samples(pass: &str) -> &'static [&'static str] {
-    match pass {
-        "token_merge" => &[
-            "{dominant: 30, contextual: 6}",
-            "{dominant: 0.3, contextual: 5, selector: uniform, cls: drop}",
-            "{dominant: 24, contextual: 5, selector: local, cluster_width: 3}",
-            "{dominant: 7, contextual: 0}",
-        ],
-        "visual_prune" => &[
-            "{drops: [{after_layer: 2, keep: 0.5}, {after_layer: 5, keep: 0.0}]}",
-            "{drops: [{after_layer: 3, keep: 0.5}, {after_layer: 5, keep: 0.25}, {after_layer: 6, keep: 0.125}], \
-             text: last, positions: keep}",
-            "{drops: [{after_layer: 1, keep: 0.3}], text: salient}",
-        ],
-        other => panic!(
-            "no parameters for the pass '{other}': add some under which it changes something"
-        ),
-    }
+/// The entry of a pass.
+fn entry(pass: &str) -> &'static Entry {
+    let mut all = REGISTRY.iter();
+    all.find(|e| e.name == pass).expect("a registered pass")
 }
 
-/// Each pass with each of its sample parameters, and all passes together.
+/// Pairs of a pass for the encoder and one for the decoder: each of all is in one.
+fn pairs() -> Vec<[&'static Entry; 2]> {
+    let of = |stage| REGISTRY.iter().filter(move |e| e.stage == stage);
+    let (encoder, decoder) = (of(Stage::Encoder).count(), of(Stage::Decoder).count());
+    let first = of(Stage::Encoder).cycle();
+    let second = of(Stage::Decoder).cycle();
+    let all = first.zip(second).take(encoder.max(decoder));
+    all.map(|(a, b)| [a, b]).collect()
+}
+
+/// Each pass with each of its sample parameters, and passes together.
 fn recipes() -> Vec<String> {
     let each = REGISTRY.iter().flat_map(|e| {
-        samples(e.name)
-            .iter()
-            .map(|p| recipe_text(&[(e.name, p)], ""))
+        let samples = e.samples.iter();
+        samples.map(|p| recipe_text(&[(e.name, p)], ""))
     });
-    let together: Vec<(&str, &str)> = REGISTRY
-        .iter()
-        .map(|e| (e.name, samples(e.name)[0]))
-        .collect();
     let mut all: Vec<String> = each.collect();
-    all.push(recipe_text(&together, ""));
-    all.push(recipe_text(&together, "marker: input\n"));
+    let together = |pair: [&'static Entry; 2], rest| {
+        let passes = pair.map(|e| (e.name, e.samples[0]));
+        recipe_text(&passes, rest)
+    };
+    all.extend(pairs().into_iter().map(|pair| together(pair, "")));
+    all.push(together(pairs()[0], "marker: input\n"));
     all
 }
 
@@ -105,7 +99,8 @@ fn keep_everything(name: &str) {
         .iter()
         .map(|e| vec![(e.name, e.keep_everything)])
         .collect();
-    recipes.push(recipes.concat());
+    let all = |pair: [&'static Entry; 2]| pair.map(|e| (e.name, e.keep_everything)).to_vec();
+    recipes.extend(pairs().into_iter().map(all));
     for passes in recipes {
         let text = recipe_text(&passes, "");
         let changed = rewritten(&base, &text);
@@ -132,8 +127,8 @@ fn selections(name: &str) {
         if let Some(merge) = parsed.pass::<TokenMerge>() {
             merged(&base, merge, &runner, &format!("{name}\n{text}"));
         }
-        let drops: Vec<usize> = parsed.pass::<VisualPrune>().map_or_else(Vec::new, |p| {
-            p.drops.iter().map(|d| d.after_layer).collect()
+        let drops: Vec<usize> = parsed.pruning().map_or_else(Vec::new, |p| {
+            p.prune.drops.iter().map(|d| d.after_layer).collect()
         });
         for (transcript, scenario) in transcripts(&base, &runner).iter().zip(scenarios(&base)) {
             let place = format!("{name}, {}:\n{text}", scenario.name);
@@ -266,7 +261,7 @@ fn files(name: &str) {
         "token_merge",
         "{dominant: 30, contextual: 6, placement: decoder}",
     );
-    let prune = ("visual_prune", samples("visual_prune")[2]);
+    let prune = ("visual_prune", entry("visual_prune").samples[2]);
     let placed = [recipe_text(&[merge], ""), recipe_text(&[merge, prune], "")];
     for text in recipes().into_iter().chain(placed) {
         let place = format!("{name}:\n{text}");
@@ -476,6 +471,7 @@ fn parameters_that_do_not_fit_are_refused() {
     let prune =
         |drops: &str| recipe_text(&[("visual_prune", &format!("{{drops: [{drops}]}}"))], "");
     let merge = |parameters: &str| recipe_text(&[("token_merge", parameters)], "");
+    let one = |pass: &str, parameters: &str| recipe_text(&[(pass, parameters)], "");
     for name in ["ts-eager-mha", "dynamo23-gqa"] {
         let vlm = fixture(name);
         let cases: &[(String, &[&str])] = &[
@@ -546,6 +542,57 @@ fn parameters_that_do_not_fit_are_refused() {
                 merge("{dominant: 4, contextual: 1, clss: drop}"),
                 &["'clss'", "did you mean 'cls'?"],
             ),
+            // Other passes' parameters.
+            (
+                one("random_drop", "{keep: 0}"),
+                &["random_drop", "keep leaves none of 81"],
+            ),
+            (one("uniform_drop", "{keep: 1.5}"), &["1.5 is no ratio"]),
+            (one("div_prune", "{keep: 0.001}"), &["keep leaves none"]),
+            (
+                one("random_drop", "{keep: 3, sed: 1}"),
+                &["'sed'", "did you mean 'seed'?"],
+            ),
+            (one("div_prune", "{}"), &["keep"]),
+            (
+                one("fast_v", "{keep: 0.5, after_layer: 8}"),
+                &["after layer 8", "after layer 7"],
+            ),
+            (one("fast_v", "{keep: 1.5}"), &["keep is 1.5", "0.0 to 1.0"]),
+            // Two that do one thing.
+            (
+                recipe_text(
+                    &[
+                        ("token_merge", "{dominant: 4, contextual: 1}"),
+                        ("div_prune", "{keep: 4}"),
+                    ],
+                    "",
+                ),
+                &["token_merge and div_prune both", "one of them"],
+            ),
+            (
+                recipe_text(
+                    &[
+                        ("visual_prune", "{drops: [{after_layer: 2, keep: 0.5}]}"),
+                        ("fast_v", "{keep: 0.5}"),
+                    ],
+                    "",
+                ),
+                &["visual_prune and fast_v both", "in the decoder"],
+            ),
+            (
+                recipe_text(
+                    &[
+                        (
+                            "token_merge",
+                            "{dominant: 4, contextual: 1, placement: decoder}",
+                        ),
+                        ("fast_v", "{keep: 0.5, after_layer: 1}"),
+                    ],
+                    "",
+                ),
+                &["rank_layer: previous after layer 1", "drop after layer 2"],
+            ),
             // Markers that cannot be made.
             (
                 format!("{}marker: token-id\n", prune("{after_layer: 2, keep: 0.5}")),
@@ -578,8 +625,8 @@ fn only(name: &str, keep: fn(&Role) -> bool) -> Vlm {
 
 #[test]
 fn a_model_without_the_part_a_pass_works_on_is_refused() {
-    let merge = recipe_text(&[("token_merge", samples("token_merge")[0])], "");
-    let prune = recipe_text(&[("visual_prune", samples("visual_prune")[0])], "");
+    let merge = recipe_text(&[("token_merge", entry("token_merge").samples[0])], "");
+    let prune = recipe_text(&[("visual_prune", entry("visual_prune").samples[0])], "");
     for name in ["ts-sdpa-gqa", "dynamo18-mha"] {
         let blind = only(name, |r| !matches!(r, Role::Vision(_)));
         refused(
@@ -600,6 +647,14 @@ fn a_model_without_the_part_a_pass_works_on_is_refused() {
                 "marker: input",
             ],
         );
+        for pass in REGISTRY.iter().filter(|e| e.stage == Stage::Encoder) {
+            let text = recipe_text(&[(pass.name, pass.samples[0])], "");
+            refused(
+                &blind,
+                &text,
+                &[pass.name, "vision tower", "none was recognised"],
+            );
+        }
         let mute = only(name, |r| !matches!(r, Role::Decoder(_)));
         refused(
             &mute,

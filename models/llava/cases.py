@@ -199,4 +199,31 @@ MHA_PLACED = {
     ),
 }
 
-SETS = {"mha": MHA, "gqa": GQA, "demo": DEMO, "mha-placed": MHA_PLACED, "gqa-placed": GQA_PLACED}
+# What other methods do: tokens kept as they are, and FastV's drop.
+RIVALS = {
+    "random": Case("places drawn from a seed", recipe({"random_drop": {"keep": 12, "seed": 7}}), (TWO_IMAGES,)),
+    "uniform": Case("places at even steps", recipe({"uniform_drop": {"keep": 0.15}}), (ONE,)),
+    "divprune": Case("the tokens that are least alike", recipe({"div_prune": {"keep": 16}}), (ONE,)),
+    "divprune-two": Case(
+        "of two images each, and pruned", recipe({"div_prune": {"keep": 0.2}}, prune(*FALL)), (TWO_IMAGES,)
+    ),
+    "fastv": Case("one drop after two layers", recipe({"fast_v": {"keep": 0.2}}), (ONE, SECOND_IMAGE)),
+    "fastv-padded": Case(
+        "two rows of different length, after three layers",
+        recipe({"fast_v": {"after_layer": 3, "keep": 0.1}}),
+        (PADDED,),
+    ),
+    "prune-previous": Case(
+        "ranked by all text in the layer before, in steps", recipe(prune(*STEPS, rank_layer="previous")), (OTHER,)
+    ),
+}
+
+SETS = {
+    "mha": MHA,
+    "gqa": GQA,
+    "demo": DEMO,
+    "mha-placed": MHA_PLACED,
+    "gqa-placed": GQA_PLACED,
+    "mha-rivals": RIVALS,
+    "gqa-rivals": RIVALS,
+}

@@ -106,6 +106,7 @@ def play(case: Case, net, pictures: dict, tokenizer, kind=Llava, images=images) 
             "images": [list(row) for row in turn.images],
             "features_per_image": counts[0] if len(set(counts)) == 1 else counts,
             "visual_tokens": (prompt.ids == tokens.IMAGE).sum(axis=1).tolist(),
+            **({"kept": model.kept} if getattr(model, "kept", None) and names else {}),
             "merged": [{"dominant": m.dominant, "anchors": m.anchors, "members": m.members} for m in merged],
             "drops": [
                 {

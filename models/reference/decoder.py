@@ -127,7 +127,7 @@ class Decoder:
         return hidden + F.linear(gate, layer.mlp.down_proj.weight), cache
 
     def scores(self, layer: int, tokens: Tokens) -> torch.Tensor:
-        """How much the asking tokens look at every token: [B, S], by the layer that comes next.
+        """How much the asking tokens look at every token: [B, S], by `layer` on what enters it.
 
         Only the tokens processed now are keys: the cache of an earlier turn is not consulted.
         """
@@ -141,9 +141,11 @@ class Decoder:
             result.append(probs[row, asks].mean(dim=0))
         return torch.stack(result)
 
-    def _drop(self, layer: int, lose: int, tokens: Tokens, margins: Margins) -> torch.Tensor:
-        """Indices [B, S - lose] of the tokens that stay when every row loses `lose`: gone ones, then visual ones."""
-        scores = self.scores(layer, tokens)
+    def _drop(self, ranking: tuple[int, Tokens], lose: int, tokens: Tokens, margins: Margins) -> torch.Tensor:
+        """Indices [B, S - lose] of the tokens that stay when every row loses `lose`: gone ones, then visual ones.
+
+        `ranking` is the layer that ranks, and what enters it."""
+        scores = self.scores(*ranking)
         kept = []
         for row in range(scores.shape[0]):
             seen = tokens.visual[row].nonzero().flatten()
@@ -185,7 +187,7 @@ class Decoder:
         """With `placed`, gone tokens leave before the second layer, as many of each row as of any other."""
         entered, discarded = (flags.sum(dim=1).tolist() for flags in (tokens.visual, tokens.gone))
         schedule = dict(self.prune.drops) if self.prune else {}
-        cache, drops, lost, ratio = [], [], 0, 1.0
+        cache, drops, lost, ratio, before = [], [], 0, 1.0, tokens
         for index, layer in enumerate(self.model.layers):
             earlier = past[index - 1].real.shape[1] - past[index].real.shape[1] if past and index else 0
             if placed and index == 1:
@@ -204,9 +206,12 @@ class Decoder:
                 else:
                     target = min(n - int(n * schedule[index]) + g for n, g in zip(entered, discarded))
                     lose, lost = target - lost, target
-                kept, ratio = self._drop(index, lose, tokens, margins), schedule[index]
+                previous = self.prune.rank_layer == "previous"
+                ranking = (index - 1, before) if previous else (index, tokens)
+                kept, ratio = self._drop(ranking, lose, tokens, margins), schedule[index]
                 tokens, drop = self._behind(index, kept, tokens, earlier, placed)
                 drops.append(drop)
+            before = replace(tokens)
             tokens.hidden, layer_cache = self._layer(layer, tokens, past[index] if past else None)
             cache.append(layer_cache)
         return Result(self._logits(tokens.hidden[:, -1]), cache, drops)

@@ -5,27 +5,33 @@ import torch
 from . import tower
 from .decoder import Cache, Decoder, Result, entry
 from .families import Family
+from .keep import places
 from .merge import Merged, merge
-from .recipe import Merge, Prune
+from .recipe import Keep, Merge, Prune
 from .order import Margins
 
 
 class Llava:
     """A LlavaForConditionalGeneration with the two stages of a recipe (None: that stage is absent)."""
 
-    def __init__(self, net, merging: Merge | None = None, pruning: Prune | None = None):
+    def __init__(self, net, merging: Merge | Keep | None = None, pruning: Prune | None = None):
         self.net, self.merging = net, merging
         # Llama is written out; the other families run as Transformers has their layers.
         llama = net.config.text_config.model_type == "llama"
         self.decoder = (Decoder if llama else Family)(net, pruning)
         self.pruning = pruning
         self.margins = Margins()
+        self.kept: list[list[int]] = []  # of each image encoded last, where some tokens are kept as they are
 
     def image_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[Merged]]:
         """[images, 3, H, W] -> features [images, tokens, D] and how each image was merged."""
         out = tower.run(self.net, pixel_values)
         if self.merging is None:
             return tower.project(self.net, out.hidden[:, int(out.cls) :]), []
+        if isinstance(self.merging, Keep):
+            features = tower.project(self.net, out.hidden[:, int(out.cls) :])
+            self.kept = [places(image, self.merging, self.margins) for image in features]
+            return torch.stack([image[stay] for image, stay in zip(features, self.kept)]), []
         images = zip(out.hidden, out.probs, out.metric)
         merged = [merge(*image, self.merging, self.margins, out.cls) for image in images]
         features = tower.project(self.net, torch.stack([m.hidden for m in merged]))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 SELECTORS = ("attention", "uniform", "local")
 PLACEMENTS = ("encoder", "decoder")
 TEXTS = ("all", "last", "salient")
+KEEPERS = ("random_drop", "uniform_drop", "div_prune")
 
 
 def _pick(value: str, allowed: tuple[str, ...], where: str) -> str:
@@ -49,6 +50,25 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """Parameters of the passes that keep some patch tokens as they are; `how` is the pass."""
+
+    how: str
+    keep: int | float
+    seed: int = 0
+    placement = "encoder"
+
+    def __post_init__(self):
+        _pick(self.how, KEEPERS, "passes")
+        if self.keep < 0:
+            raise ValueError(f"{self.how}.keep: expected at least 0; found {self.keep}")
+
+    def count(self, patches: int) -> int:
+        """Tokens that stay of `patches`."""
+        return min(math.floor(self.keep * patches) if isinstance(self.keep, float) else self.keep, patches)
+
+
+@dataclass(frozen=True)
 class Prune:
     """Parameters of `visual_prune`; `drops` holds (layers that have run, fraction kept).
 
@@ -61,6 +81,9 @@ class Prune:
     - of the ranked, the floor(c * r') with the largest score are kept (in sequence order), the rest leave. What is
       kept is what counts as visual at the next drop: its c is floor(c * r').
 
+    `rank_layer` says whose attention ranks: the `next` layer's, or (FastV) that of the `previous` one, which has just
+    run, on what entered it.
+
     Products are rounded down in double precision, as everywhere. In a batch all rows lose as many as the row that
     may lose least, the smallest floor(c * r) - floor(c * r'); a row that so keeps more has them count as visual.
     So [0.5, 0.25] of n tokens leaves floor(n/2) - floor(floor(n/2)/2) + floor(floor(n/2)/4), about 37.5 %, and
@@ -72,11 +95,13 @@ class Prune:
     text: str = "all"
     positions: str | None = None
     rank_mask: str = "causal"
+    rank_layer: str = "next"
     ratio_base: str = "entered"
 
     def __post_init__(self):
         _pick(self.text, TEXTS, "visual_prune.text")
         _pick(self.rank_mask, ("causal", "none"), "visual_prune.rank_mask")
+        _pick(self.rank_layer, ("next", "previous"), "visual_prune.rank_layer")
         _pick(self.ratio_base, ("entered", "current"), "visual_prune.ratio_base")
         _pick(self.positions or "keep", ("renumber", "keep"), "visual_prune.positions")
         for (layer, keep), (later, less) in zip(self.drops, self.drops[1:]):
@@ -93,7 +118,7 @@ class Prune:
         return self.positions or ("keep" if mrope or placed else "renumber")
 
 
-def parse(recipe: dict) -> tuple[Merge | None, Prune | None]:
+def parse(recipe: dict) -> tuple[Merge | Keep | None, Prune | None]:
     """Reads the structure of a recipe file; `marker` and `kv` do not change what is computed."""
     merge = prune = None
     for entry in recipe["passes"]:
@@ -104,6 +129,14 @@ def parse(recipe: dict) -> tuple[Merge | None, Prune | None]:
             options = dict(options)
             drops = tuple((d["after_layer"], d["keep"]) for d in options.pop("drops"))
             prune = Prune(drops, **options)
+        elif name in KEEPERS:
+            merge = Keep(name, **options)
+        elif name == "fast_v":
+            # FastV: one drop, by what the last token paid in the layer before; positions stay.
+            drops = ((options.get("after_layer", 2), options["keep"]),)
+            positions = options.get("positions", "keep")
+            prune = Prune(drops, text="last", positions=positions, rank_layer="previous")
         else:
-            raise ValueError(f"passes: expected token_merge or visual_prune; found {name!r}")
+            known = ", ".join(("token_merge", *KEEPERS, "visual_prune", "fast_v"))
+            raise ValueError(f"passes: expected one of {known}; found {name!r}")
     return merge, prune

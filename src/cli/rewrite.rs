@@ -13,7 +13,7 @@ use crate::onnx::{
     DataMode, Layout, ModelDir, Outputs, mark_newline, patch_genai, patch_processor, serialize,
     suffixed, write_beside, write_out,
 };
-use crate::passes::{Placement, Recipe, Rewritten, TokenMerge, rewrite};
+use crate::passes::{Placement, Recipe, Rewritten, rewrite};
 
 /// Arguments of `duet rewrite`.
 #[derive(Debug, clap::Args)]
@@ -215,9 +215,9 @@ pub(super) fn outputs(
 fn crops_note(crops: Option<i64>, vlm: &Vlm, recipe: &Recipe) -> Option<&'static str> {
     crops?;
     Some(
-        match recipe.pass::<TokenMerge>().filter(|_| !recipe.placed(vlm)) {
+        match recipe.encoder_pass().filter(|_| !recipe.placed(vlm)) {
             Some(_) => {
-                "images of several crops: clients put the crops' merged tokens one after the other, the base crop's first, \
+                "images of several crops: clients put what is left of the crops' tokens one after the other, the base crop's first, \
              without newline tokens (duet run does); the processor's own count of placeholders is for unmerged crops"
             }
             None => {

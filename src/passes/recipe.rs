@@ -348,4 +348,27 @@ mod tests {
         assert!(error("version: 2\npasses: []").contains("version 2"));
         assert!(error("version: 1\nmarker: static").contains("span"));
     }
+    /// The schema has every pass of the registry, in its order, with the parameters that it reads.
+    #[test]
+    fn the_schema_follows_the_registry() {
+        let schema = include_str!("../../passes/recipe.schema.json");
+        let schema: serde_json::Value = serde_json::from_str(schema).unwrap();
+        let items = &schema["properties"]["passes"]["items"]["oneOf"];
+        let keys = |value: &serde_json::Value| -> Vec<String> {
+            value.as_object().unwrap().keys().cloned().collect()
+        };
+        let mut found: Vec<(String, Vec<String>)> = Vec::new();
+        for item in items.as_array().unwrap() {
+            let name = keys(&item["properties"]).remove(0);
+            let mut parameters = keys(&item["properties"][&name]["properties"]);
+            parameters.sort_unstable();
+            found.push((name, parameters));
+        }
+        let want = REGISTRY.iter().map(|e| {
+            let mut parameters: Vec<String> = e.keys.iter().map(|k| (*k).to_owned()).collect();
+            parameters.sort_unstable();
+            (e.name.to_owned(), parameters)
+        });
+        assert_eq!(found, want.collect::<Vec<_>>());
+    }
 }

@@ -84,7 +84,7 @@ pub(super) fn check(
             tower_check(models, tower, &feed, label, options, report)?;
         }
         if let (Some(tower), Some(pass)) = (tower, recipe.encoder_pass())
-            && tower.rows.is_none()
+            && recipe.pass::<TokenMerge>().is_none()
             && let Some(feed) = match &whole {
                 Some(feed) => Some(feed.clone()),
                 None => tower_feed(&old.model, tower, &mut rng)?,
@@ -170,12 +170,9 @@ fn selection_check(
             port(features, rank, dtype),
             port(indices, 2, DataType::Int64),
         )
-    } else if new.find(&named("kept_tokens")).is_some() {
+    } else {
         let entry = port(old.name(tower.entry), 3, tower.dtype);
         (entry, port(named("kept_tokens"), 3, tower.dtype))
-    } else {
-        // It merges, which is checked above.
-        return Ok(());
     };
     let check = format!("{label}tract: {pass}");
     compare(new, &[input], &[output], feed, &check, options, report)

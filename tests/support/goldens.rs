@@ -80,6 +80,9 @@ pub(crate) struct Turn {
     pub(crate) images: Vec<Vec<String>>,
     visual_tokens: Vec<usize>,
     merged: Vec<Merged>,
+    /// Places of tokens that are kept as they are, of each image.
+    #[serde(default)]
+    kept: Option<Vec<Vec<usize>>>,
     drops: Vec<DropPoint>,
     cache_lengths: Vec<usize>,
     cache_lengths_after_decode: Vec<usize>,
@@ -537,6 +540,10 @@ impl Goldens {
         if found.len() == want.len() {
             let apart = difference(&want.f32s().expect("features"), &found);
             outcome.features = outcome.features.max(apart);
+        }
+        if let (Some(want), Some(found)) = (&turn.kept, &encoded.chosen) {
+            outcome.sets += want.len();
+            outcome.equal("tokens kept by their features", want, found);
         }
         if turn.merged.is_empty() {
             return;

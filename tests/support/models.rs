@@ -173,6 +173,8 @@ pub(crate) struct Encoded {
     pub(crate) dominant: Option<Vec<Vec<usize>>>,
     /// Anchors of each image's contextual tokens, in output order, if it makes any.
     pub(crate) anchors: Option<Vec<Vec<usize>>>,
+    /// Places of tokens that the features decide to keep, of each image, if they do.
+    pub(crate) chosen: Option<Vec<Vec<usize>>>,
 }
 
 /// The three open parts of a model.
@@ -196,10 +198,16 @@ pub(crate) struct Pool {
 pub(crate) const DOMINANT: &str = "duet/token_merge/dominant_indices";
 pub(crate) const ANCHORS: &str = "duet/token_merge/anchor_indices";
 
+/// Places of the tokens that are kept because of their features.
+pub(crate) const CHOSEN: &str = "duet/div_prune/kept_indices";
+
 /// The name of a drop point's kept indices; drop points count from 1.
 pub(crate) fn kept_name(drop: usize) -> String {
     format!("duet/visual_prune/drop{drop}/kept_indices")
 }
+
+/// The same of FastV's.
+const FAST_V: &str = "duet/fast_v/drop1/kept_indices";
 
 /// The names of the indices kept where discarded features leave: whichever pass plans the decoder.
 pub(crate) const LEFT: [&str; 2] = [
@@ -233,6 +241,7 @@ pub(crate) fn open_decoder(vlm: &Vlm) -> Decoder {
     };
     let mut inside: Vec<String> = (1..=decoder.depth()).map(kept_name).collect();
     inside.extend(LEFT.map(str::to_owned));
+    inside.push(FAST_V.to_owned());
     for &part in &all {
         vlm.parts[part].model = probed(&vlm.parts[part].model, &inside);
     }
@@ -271,7 +280,7 @@ impl Pool {
             .visions
             .entry(contents(&part.model))
             .or_insert_with(|| {
-                let inside = [DOMINANT.to_owned(), ANCHORS.to_owned()];
+                let inside = [DOMINANT, ANCHORS, CHOSEN].map(str::to_owned);
                 Rc::new(RefCell::new(open(
                     &probed(&part.model, &inside),
                     &part.file,
@@ -333,6 +342,7 @@ impl Runner {
                 .collect(),
             dominant: indices(DOMINANT),
             anchors: indices(ANCHORS),
+            chosen: indices(CHOSEN),
         }
     }
 
@@ -410,7 +420,9 @@ pub(crate) fn kept(output: &StepOutput) -> Vec<Vec<Vec<usize>>> {
         .collect();
     for drop in 1.. {
         let name = kept_name(drop);
-        let Some((_, value)) = output.extra.iter().find(|(n, _)| *n == name) else {
+        let mut extra = output.extra.iter();
+        let found = extra.find(|(n, _)| *n == name || drop == 1 && n == FAST_V);
+        let Some((_, value)) = found else {
             return all;
         };
         all.push(index_rows(&value.to_tensor().expect("indices")));
