@@ -182,11 +182,15 @@ fn read(space: &Space, recipe: &str) -> Result<MakeUp, String> {
 /// # Errors
 /// `first` is no recipe, or nothing fits.
 pub fn make_ups(space: &Space, budget: f64, first: Option<&str>) -> Result<Vec<MakeUp>, String> {
-    let mut found: Vec<MakeUp> = first
-        .map(|text| read(space, text))
-        .transpose()?
-        .into_iter()
-        .collect();
+    let first = first.map(|text| read(space, text)).transpose()?;
+    // Of other passes nothing is read here, and so nothing that they leave out.
+    if let Some(other) = first.as_ref().filter(|first| first.average > budget) {
+        return Err(format!(
+            "only token_merge and visual_prune have make-ups to search; without a search the recipe is\n{}",
+            other.recipe
+        ));
+    }
+    let mut found: Vec<MakeUp> = first.into_iter().collect();
     for schedule in SCHEDULES {
         let drops = drops(schedule, space.layers);
         let more = match space.merges {
@@ -388,6 +392,11 @@ mod tests {
     fn what_cannot_be_spent_is_an_error() {
         assert!(make_ups(&LLAVA, 0.1, None).unwrap_err().contains("0.10"));
         assert!(make_ups(&LLAVA, 192.0, Some("passes: []")).is_err());
+        let other = make_ups(&LLAVA, 192.0, Some("version: 1\npasses: []")).unwrap_err();
+        assert!(
+            other.contains("only token_merge and visual_prune"),
+            "{other}"
+        );
         let shallow = Space { layers: 1, ..LLAVA };
         let found = make_ups(&shallow, 100.0, None).unwrap();
         assert!(found.iter().all(|m| m.drops.is_empty()), "{found:?}");

@@ -34,7 +34,10 @@ pub(in crate::cli) struct Task<'a> {
 }
 
 pub(super) fn run(arguments: &AskArguments, global: &Global) -> anyhow::Result<Outcome> {
-    let set = DataSet::open(&arguments.dataset)?;
+    let Some(dataset) = &arguments.dataset else {
+        bail!("name a data set (--dataset)");
+    };
+    let set = DataSet::open(dataset)?;
     let clusters = set.select(arguments.limit, arguments.shard);
     let others = arguments.answers.iter().map(|file| from_file(file, &set));
     let others = others.collect::<anyhow::Result<Vec<_>>>()?;

@@ -19,7 +19,7 @@ pub(super) struct Arguments {
     #[command(subcommand)]
     other: Option<Other>,
     #[command(flatten)]
-    ask: Option<AskArguments>,
+    ask: AskArguments,
 }
 
 #[derive(Debug, clap::Subcommand)]
@@ -38,7 +38,7 @@ struct AskArguments {
     models: Vec<PathBuf>,
     /// Data set: a directory of dataset.json, questions.jsonl and pictures (docs/eval.md)
     #[arg(long, value_name = "DIR", required = true)]
-    dataset: PathBuf,
+    dataset: Option<PathBuf>,
     /// Answers of another program, scored like a model's: JSON lines with id and answer; may be repeated
     #[arg(long, value_name = "FILE")]
     answers: Vec<PathBuf>,
@@ -110,10 +110,9 @@ fn percent(text: &str) -> Result<f64, String> {
 }
 
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
-    match (&arguments.other, &arguments.ask) {
-        (Some(Other::Merge(merge)), _) => merge::run(merge, global),
-        (Some(Other::Convert(convert)), _) => convert::run(convert, global),
-        (None, Some(ask)) => ask::run(ask, global),
-        (None, None) => anyhow::bail!("name models and --dataset"),
+    match &arguments.other {
+        Some(Other::Merge(merge)) => merge::run(merge, global),
+        Some(Other::Convert(convert)) => convert::run(convert, global),
+        None => ask::run(&arguments.ask, global),
     }
 }

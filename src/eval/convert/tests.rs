@@ -49,7 +49,6 @@ fn line(of: &[(&str, &str)]) -> String {
 
 /// Two questions about one image, and one that people asked in other letters.
 fn textvqa() -> Place {
-    let ten = |answers: [&str; 10]| answers;
     let item = |id: u64, image: &str, question: &str, answers: [&str; 10]| {
         json!({
             "question": question, "image_id": image, "image_classes": ["Watch"], "image_width": 1024,
@@ -58,12 +57,12 @@ fn textvqa() -> Place {
     };
     let nine = "181f00d3ee2b2076";
     let data = [
-        item(34602, nine, "what is the time?", ten(["10:08"; 10])),
+        item(34602, nine, "what is the time?", ["10:08"; 10]),
         item(
             34603,
             nine,
             "what brand of watch is that?",
-            ten([
+            [
                 "nug0",
                 "nug0",
                 "hug0",
@@ -74,13 +73,13 @@ fn textvqa() -> Place {
                 "nug0",
                 "nug0",
                 "unanswerable",
-            ]),
+            ],
         ),
         item(
             34604,
             "97b1112b17015396",
             "Whats the lowest number yard line that you can see?",
-            ten(["30"; 10]),
+            ["30"; 10],
         ),
     ];
     let set = json!({ "dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1", "data": data });
