@@ -3,6 +3,7 @@
 //! Results go to stdout, progress and logs to stderr. Exit codes: 0 success, 1 a
 //! check that failed, 2 usage or input error.
 
+mod clients;
 mod counts;
 mod demo;
 mod diff;
