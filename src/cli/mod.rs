@@ -4,6 +4,7 @@
 //! check that failed, 2 usage or input error.
 
 mod calibrate;
+mod clients;
 mod counts;
 mod demo;
 mod diff;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{anyhow, bail};
 use serde_json::json;
 
-use super::{Global, ModelArgument, Outcome, counts, family, load, print_json, style};
+use super::{Global, ModelArgument, Outcome, clients, counts, family, load, print_json, style};
 use crate::arch::{Part, Role, Vlm};
 use crate::ir::cone::holder_of;
 use crate::ir::{Model, TensorData, ValueId, verify};
@@ -13,7 +13,7 @@ use crate::onnx::{
     DataMode, Layout, ModelDir, Outputs, mark_newline, patch_genai, patch_processor, serialize,
     suffixed, write_beside, write_out,
 };
-use crate::passes::{Placement, Recipe, Rewritten, rewrite};
+use crate::passes::{KvLayout, Placement, Recipe, Rewritten, rewrite};
 
 /// Arguments of `duet rewrite`.
 #[derive(Debug, clap::Args)]
@@ -103,14 +103,15 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         }
         _ => bail!("name one target: --out DIR or --beside SUFFIX"),
     };
+    let beside = arguments.beside.is_some();
+    let clients = clients::clients(dir, &done, &recipe, beside, crops.is_some());
+    clients::lines(&clients)
+        .iter()
+        .for_each(|line| global.say(line));
     if arguments.json {
-        print_json(&document(
-            &done,
-            &recipe,
-            &arguments.recipe,
-            crops,
-            &written,
-        ))?;
+        let mut document = document(&done, &recipe, &arguments.recipe, crops, &written);
+        document["clients"] = clients.iter().map(clients::Client::json).collect();
+        print_json(&document)?;
     }
     Ok(Outcome::Done)
 }
@@ -195,6 +196,7 @@ pub(super) fn outputs(
         patch("config.json", &|text| mark_newline(text, width))?;
     }
     if dir.layout == Layout::GenAi {
+        let padded = recipe.context.kv == KvLayout::Padded;
         let renamed = |file: &Path| {
             let changed = done
                 .changes
@@ -205,7 +207,7 @@ pub(super) fn outputs(
                 .map(|suffix| suffixed(file, suffix))
         };
         patch("genai_config.json", &|text| {
-            patch_genai(text, width, &renamed)
+            patch_genai(text, width, padded, &renamed)
         })?;
     }
     Ok(outputs)

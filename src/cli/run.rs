@@ -138,7 +138,8 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
                 messages.push(Message::assistant(last.text.clone()));
                 messages.push(Message::user(0, question.as_str()));
                 let prepared = pipeline.prepare_follow_up(&last, &messages, &[])?;
-                let next = pipeline.generate(&prepared, Some(&last.cache), &options, &mut on_token)?;
+                let next =
+                    pipeline.generate(&prepared, Some(&last.cache), &options, &mut on_token)?;
                 answers.push(std::mem::replace(&mut last, next));
             }
             answers.push(last);

@@ -183,17 +183,30 @@ mod tests {
         let share = Share::new(ratio);
         let some: Vec<i64> = (0..200).map(|_| (random(state) >> 40) as i64).collect();
         let far = (1i64 << COUNT_BITS) - 1;
-        let multiples = (1..=400).map(|k| k * share.q).chain((1..=40).map(|k| far / share.q / k * share.q));
+        let multiples = (1..=400)
+            .map(|k| k * share.q)
+            .chain((1..=40).map(|k| far / share.q / k * share.q));
         let counts = (0..2500).chain(some).chain(multiples).chain([far]);
         for n in counts.filter(|n| *n <= far) {
-            assert_eq!(share.of(n), in_doubles(n, ratio), "{n} of {ratio:?}, {share:?}");
+            assert_eq!(
+                share.of(n),
+                in_doubles(n, ratio),
+                "{n} of {ratio:?}, {share:?}"
+            );
         }
     }
 
     #[test]
     fn integers_give_what_doubles_give() {
         assert_eq!(in_doubles(100, 0.29), 28);
-        assert_eq!(Share::new(0.5), Share { p: 1, q: 2, bounds: Vec::new() });
+        assert_eq!(
+            Share::new(0.5),
+            Share {
+                p: 1,
+                q: 2,
+                bounds: Vec::new()
+            }
+        );
         assert_eq!((Share::new(0.0).of(99), Share::new(1.0).of(99)), (0, 99));
         assert_eq!((Share::new(0.29).of(100), Share::new(0.7).of(10)), (28, 7));
         let mut state = 1;

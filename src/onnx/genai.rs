@@ -122,7 +122,9 @@ fn filenames(config: &Value) -> Vec<(String, String)> {
 /// GenAI allocates image features and embeddings by `model.decoder.hidden_size`,
 /// so with a marker channel, which makes these tensors one wider, it becomes
 /// `width + 1`. (In GenAI 0.18, `src/models/multi_modal_features.cpp` and
-/// `embeddings.cpp`; besides these only speculative decoding reads it.)
+/// `embeddings.cpp`; besides these only speculative decoding reads it.) With caches that the graph fills up to one
+/// length (`padded`), `search.past_present_share_buffer` becomes false: a shared buffer is of the longest answer's
+/// length from the beginning, and only the attention operator that owns it knows how much of it holds something.
 /// `renamed` maps file names to those that the config is to name instead.
 ///
 /// # Errors
@@ -130,6 +132,7 @@ fn filenames(config: &Value) -> Vec<(String, String)> {
 pub fn patch_genai(
     text: &str,
     marked_width: Option<i64>,
+    padded: bool,
     renamed: &dyn Fn(&Path) -> Option<PathBuf>,
 ) -> Result<Option<String>, String> {
     let mut config: Value = serde_json::from_str(text).map_err(|e| e.to_string())?;
@@ -143,6 +146,9 @@ pub fn patch_genai(
             ));
         }
         *stated = (width + 1).into();
+    }
+    if padded && let Some(shared) = config.pointer_mut("/search/past_present_share_buffer") {
+        *shared = false.into();
     }
     rename(&mut config, renamed);
     if config == before {
@@ -182,18 +188,33 @@ mod tests {
     #[test]
     fn only_the_width_changes_and_only_with_a_marker_channel() {
         let keep = |_: &Path| None;
-        assert_eq!(patch_genai(TEXT, None, &keep).unwrap(), None);
-        let text = patch_genai(TEXT, Some(32), &keep).unwrap().unwrap();
+        assert_eq!(patch_genai(TEXT, None, false, &keep).unwrap(), None);
+        let text = patch_genai(TEXT, Some(32), false, &keep).unwrap().unwrap();
         let after: Value = serde_json::from_str(&text).unwrap();
         let mut want: Value = serde_json::from_str(TEXT).unwrap();
         want["model"]["decoder"]["hidden_size"] = 33.into();
         assert_eq!(after, want);
-        let error = patch_genai(TEXT, Some(48), &keep).unwrap_err();
+        let error = patch_genai(TEXT, Some(48), false, &keep).unwrap_err();
         assert!(
             error.contains("is 32") && error.contains("48 wide"),
             "{error}"
         );
-        assert!(patch_genai("{", None, &keep).is_err());
+        assert!(patch_genai("{", None, false, &keep).is_err());
+    }
+
+    #[test]
+    fn padded_caches_share_no_buffer() {
+        let keep = |_: &Path| None;
+        let search = r#", "search": {"past_present_share_buffer": true, "max_length": 9}}"#;
+        let text = TEXT.strip_suffix('}').unwrap().to_owned() + search;
+        let after = patch_genai(&text, None, true, &keep).unwrap().unwrap();
+        let after: Value = serde_json::from_str(&after).unwrap();
+        assert_eq!(
+            after["search"],
+            serde_json::json!({"past_present_share_buffer": false, "max_length": 9})
+        );
+        assert_eq!(patch_genai(&text, None, false, &keep).unwrap(), None);
+        assert_eq!(patch_genai(TEXT, None, true, &keep).unwrap(), None);
     }
 
     #[test]
@@ -201,7 +222,7 @@ mod tests {
         let renamed = |p: &Path| {
             (p != Path::new("embedding.onnx")).then(|| super::super::output::suffixed(p, "duet"))
         };
-        let text = patch_genai(TEXT, None, &renamed).unwrap().unwrap();
+        let text = patch_genai(TEXT, None, false, &renamed).unwrap().unwrap();
         let after: Value = serde_json::from_str(&text).unwrap();
         let names: Vec<String> = filenames(&after).into_iter().map(|(_, n)| n).collect();
         assert_eq!(

@@ -37,7 +37,9 @@ pub(super) fn refused(vlm: &Vlm, context: &Context) -> Option<String> {
     if context.kv != KvLayout::Padded {
         return None;
     }
-    let (index, _) = vlm.decoders().find(|(_, d)| d.layers.iter().any(|l| l.present.is_none()))?;
+    let (index, _) = vlm
+        .decoders()
+        .find(|(_, d)| d.layers.iter().any(|l| l.present.is_none()))?;
     Some(format!(
         "{}: kv: padded is about caches, and this decoder gives none; use kv: ragged",
         vlm.parts[index].label()
@@ -47,8 +49,14 @@ pub(super) fn refused(vlm: &Vlm, context: &Context) -> Option<String> {
 /// First layers of the stages behind drop points, in order.
 fn stages(vlm: &Vlm, recipe: &Recipe) -> Vec<usize> {
     let placed = recipe.pass::<TokenMerge>().is_some() && recipe.placed(vlm);
-    let drops = recipe.pass::<VisualPrune>().map(|p| p.drops.iter().map(|d| d.after_layer));
-    let mut stages: Vec<usize> = placed.then_some(1).into_iter().chain(drops.into_iter().flatten()).collect();
+    let drops = recipe
+        .pass::<VisualPrune>()
+        .map(|p| p.drops.iter().map(|d| d.after_layer));
+    let mut stages: Vec<usize> = placed
+        .then_some(1)
+        .into_iter()
+        .chain(drops.into_iter().flatten())
+        .collect();
     stages.dedup();
     stages
 }
@@ -89,7 +97,10 @@ pub(super) fn plan(vlm: &Vlm, recipe: &Recipe, outputs: &[Outputs]) -> Vec<(usiz
     let decoder = |place: &Outputs| vlm.decoders().find(|(part, _)| *part == place.part);
     let plans = outputs.iter().filter_map(|place| {
         let (part, decoder) = decoder(place)?;
-        Some((part, decoder_plan(&vlm.parts[part].model, decoder, place, &stages)))
+        Some((
+            part,
+            decoder_plan(&vlm.parts[part].model, decoder, place, &stages),
+        ))
     });
     plans.collect()
 }
@@ -106,7 +117,10 @@ fn decoder_plan(model: &Model, decoder: &Decoder, place: &Outputs, stages: &[usi
         if let Some((key, _)) = decoder.layers[first].past {
             let filled = count_filler(&mut patch, key);
             let layers = decoder.layers[first..end].iter();
-            for (past, like) in layers.filter_map(|l| l.past).flat_map(|p| pair(p, past_of_all)) {
+            for (past, like) in layers
+                .filter_map(|l| l.past)
+                .flat_map(|p| pair(p, past_of_all))
+            {
                 let length = patch.size_of(past, 2);
                 let rest = patch.slice(past, filled, length, 2);
                 patch.rewire_all(past, rest);
@@ -145,7 +159,10 @@ fn decoder_plan(model: &Model, decoder: &Decoder, place: &Outputs, stages: &[usi
 }
 
 /// Key and value, each with that of the full cache.
-fn pair(own: (ValueId, ValueId), full: Option<(ValueId, ValueId)>) -> [(ValueId, Option<ValueId>); 2] {
+fn pair(
+    own: (ValueId, ValueId),
+    full: Option<(ValueId, ValueId)>,
+) -> [(ValueId, Option<ValueId>); 2] {
     [(own.0, full.map(|f| f.0)), (own.1, full.map(|f| f.1))]
 }
 
@@ -153,12 +170,19 @@ fn pair(own: (ValueId, ValueId), full: Option<(ValueId, ValueId)>) -> [(ValueId,
 fn kind(model: &Model, cache: ValueId) -> Option<Vec<Dim>> {
     let shape = model.value(cache).ty.as_ref()?.shape()?;
     let fixed = [shape.get(1)?, shape.get(3)?];
-    fixed.iter().all(|d| d.known().is_some()).then(|| fixed.map(Clone::clone).to_vec())
+    fixed
+        .iter()
+        .all(|d| d.known().is_some())
+        .then(|| fixed.map(Clone::clone).to_vec())
 }
 
 /// Columns of filler in a past key `[b, h, P, d]`: int64 `[1]`. All rows and heads have as many.
 fn count_filler(patch: &mut Patch<'_>, key: ValueId) -> Size {
-    let (zeros, ones, axes) = (patch.i64s(&[0, 0]), patch.i64s(&[1, 1]), patch.i64s(&[0, 1]));
+    let (zeros, ones, axes) = (
+        patch.i64s(&[0, 0]),
+        patch.i64s(&[1, 1]),
+        patch.i64s(&[0, 1]),
+    );
     let one = patch.op("Slice", &[key, zeros, ones, axes]);
     let one = patch.cast(one, DataType::Float);
     let filler = patch.f32(FILLER);
@@ -167,7 +191,12 @@ fn count_filler(patch: &mut Patch<'_>, key: ValueId) -> Size {
     let columns = patch.reduce("ReduceMin", same, &[3], false);
     let columns = patch.reshape(columns, &[-1]);
     // (No sum is taken over nothing.)
-    let none = patch.constant(Tensor::raw("", DataType::Float, vec![1], 0f32.to_le_bytes().to_vec()));
+    let none = patch.constant(Tensor::raw(
+        "",
+        DataType::Float,
+        vec![1],
+        0f32.to_le_bytes().to_vec(),
+    ));
     let columns = patch.concat(&[none, columns], 0);
     let count = patch.reduce_sum(columns, &[0], true);
     Size::Value(patch.cast(count, DataType::Int64))
@@ -228,7 +257,11 @@ fn replace(patch: &mut Patch<'_>, old: ValueId, new: ValueId, like: Option<Value
 
 /// `ty`, as long in `axis` as the file says that `like` is.
 fn as_long(model: &Model, ty: ValueType, like: Option<ValueId>, axis: usize) -> ValueType {
-    let ValueType::Tensor { dtype, shape: Some(mut dims) } = ty else {
+    let ValueType::Tensor {
+        dtype,
+        shape: Some(mut dims),
+    } = ty
+    else {
         return ty;
     };
     let like = like.and_then(|v| model.value(v).ty.as_ref()?.shape()?.get(axis).cloned());

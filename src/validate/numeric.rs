@@ -8,7 +8,9 @@ use super::report::Report;
 use super::rows::RowPair;
 use super::scenario::{Frame, Layout, Scenario, Seeded, lay_out, standard};
 use super::tally::Tally;
-use super::{ValidateError, decoders, embed, padded, probe, rows, scenario, second, structure, whole};
+use super::{
+    ValidateError, decoders, embed, padded, probe, rows, scenario, second, structure, whole,
+};
 use crate::arch::{Decoder, DecoderFiles, FileSet, Role, Vlm};
 use crate::ir::{DataType, Model};
 use crate::passes::{KvLayout, Marker, Recipe, TextQueries};

@@ -6,9 +6,7 @@ use crate::runtime::Value;
 
 /// What the key caches of each layer hold besides filler, if all have one length and filler lies in front, in all rows and
 /// heads alike; else nothing, which is no decoder's lengths.
-pub(super) fn held<'k>(
-    keys: impl Iterator<Item = &'k Value>,
-) -> Result<Vec<usize>, ValidateError> {
+pub(super) fn held<'k>(keys: impl Iterator<Item = &'k Value>) -> Result<Vec<usize>, ValidateError> {
     let mut lengths = Vec::new();
     let mut whole = None;
     for key in keys {

@@ -19,7 +19,11 @@ export async function run(job, models) {
   const processor = await AutoProcessor.from_pretrained(job.model);
   const sessions = {};
   for (const module of MODULES) {
-    sessions[module] = await ort.InferenceSession.create(`${models}${job.model}/onnx/${module}.onnx`);
+    // A browser has no folder to look for data in.
+    const data = job.external.includes(module) && typeof process == "undefined";
+    const file = `${models}${job.model}/onnx/${module}.onnx`;
+    const externalData = data ? [{ path: `${module}.onnx_data`, data: `${file}_data` }] : undefined;
+    sessions[module] = await ort.InferenceSession.create(file, { externalData });
   }
   const loop = new Loop(sessions, processor, job);
   const answers = {};

@@ -20,6 +20,20 @@ from tokenizers import Tokenizer
 IMAGE = "<image>"
 
 
+def pixels_of(pictures: list[str], settings: dict) -> np.ndarray:
+    """Pixel values of pictures of the model's own size, [pictures, 3, side, side]."""
+    side = settings["crop_size"]["height"]
+    mean, std = (np.array(settings[f"image_{name}"], np.float32) for name in ("mean", "std"))
+    values = []
+    for picture in pictures:
+        image = Image.open(picture).convert("RGB")
+        if image.size != (side, side):
+            raise ValueError(f"{picture} is {image.size}; this client resizes nothing, expected {side} x {side}")
+        scaled = np.asarray(image, np.float32) * np.float32(settings["rescale_factor"])
+        values.append(((scaled - mean) / std).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.stack(values))
+
+
 class Model:
     def __init__(self, folder: Path, loop: str, tokens: int) -> None:
         self.session = {
@@ -35,16 +49,8 @@ class Model:
         self.loop, self.tokens = loop, tokens
 
     def see(self, pictures: list[str]) -> np.ndarray:
-        """Features of pictures of the model's own size, [tokens, width] each."""
-        side = self.pixels["crop_size"]["height"]
-        mean, std = (np.array(self.pixels[f"image_{name}"], np.float32) for name in ("mean", "std"))
-        values = []
-        for picture in pictures:
-            image = Image.open(picture).convert("RGB")
-            if image.size != (side, side):
-                raise ValueError(f"{picture} is {image.size}; this client resizes nothing, expected {side} x {side}")
-            values.append(((np.asarray(image, np.float32) * self.pixels["rescale_factor"] - mean) / std).transpose(2, 0, 1))
-        return self.session["vision_encoder"].run(None, {"pixel_values": np.stack(values)})[0]
+        """Features of pictures, [tokens, width] each."""
+        return self.session["vision_encoder"].run(None, {"pixel_values": pixels_of(pictures, self.pixels)})[0]
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         return self.session["embed_tokens"].run(None, {"input_ids": ids})[0]

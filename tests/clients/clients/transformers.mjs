@@ -3,7 +3,6 @@
 
 import { AutoProcessor, AutoModelForImageTextToText, RawImage, Tensor, cat, env } from "@huggingface/transformers";
 
-export const name = "transformers.js";
 export const version = () => `transformers.js ${env.version}`;
 
 /// Answers every case of a job. `models` is the folder or address that the model's directory is in.
@@ -12,7 +11,10 @@ export async function run(job, models, settings = {}) {
   env.allowLocalModels = true;
   env.localModelPath = models;
   env.useBrowserCache = false;
-  const model = await AutoModelForImageTextToText.from_pretrained(job.model, { dtype: "fp32", ...settings });
+  // Files whose weights lie beside them, as a model's "transformers.js_config" would say.
+  const use_external_data_format = Object.fromEntries(job.external.map((module) => [module, true]));
+  const options = { dtype: "fp32", use_external_data_format, ...settings };
+  const model = await AutoModelForImageTextToText.from_pretrained(job.model, options);
   const processor = await AutoProcessor.from_pretrained(job.model);
   const client = new Client(model, processor, job.tokens);
   const answers = {};

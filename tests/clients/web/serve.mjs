@@ -4,9 +4,8 @@
 // JOBS.json is a list of {client, job}; models and pictures are given by their paths, and served from there.
 
 import { spawn } from "node:child_process";
-import { createReadStream, mkdtempSync, readFileSync, rmSync, statSync } from "node:fs";
+import { createReadStream, mkdtempSync, readFileSync, statSync } from "node:fs";
 import { createServer } from "node:http";
-import { tmpdir } from "node:os";
 import { basename, dirname, extname, join, normalize } from "node:path";
 import { fileURLToPath } from "node:url";
 
@@ -38,17 +37,15 @@ function path(url) {
 
 const answers = [];
 let browser;
-const profile = mkdtempSync(join(tmpdir(), "duet-chromium-"));
+// Beside the copy of this script that the tests make, and removed with it.
+const profile = mkdtempSync(join(here, "profile-"));
 let finished = false;
 function end(code, problem) {
   if (finished) return;
   finished = true;
   if (problem) process.stderr.write(problem + "\n");
-  browser?.on("exit", () => {
-    rmSync(profile, { recursive: true, force: true, maxRetries: 5 });
-    process.stdout.write(JSON.stringify(answers) + "\n", () => process.exit(code));
-  });
   browser?.kill();
+  process.stdout.write(JSON.stringify(answers) + "\n", () => process.exit(code));
 }
 
 const server = createServer((request, response) => {
