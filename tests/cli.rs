@@ -385,13 +385,14 @@ fn inspect_reports_the_same_structure_for_every_export_of_a_model() {
 
 #[test]
 fn the_demo_holds_what_it_shows() {
-    let result = duet(&["demo", "--runs", "1"]);
+    let result = duet(&["demo", "--runs", "1", "--limit", "120"]);
     assert_eq!(code(&result), 0, "{}{}", stdout(&result), stderr(&result));
     let shown = stdout(&result);
     for expected in [
-        "576 patch tokens → 202",
-        "126.25",
-        "78.1 % fewer",
+        "196 patch tokens → 35",
+        "21.75",
+        "88.9 %",
+        "accuracy",
         "valid:",
         "0 failed",
         "prefill",
@@ -428,6 +429,7 @@ fn built_in_recipes_are_the_files_of_the_passes_folder_and_meet_their_budgets() 
         // What the families' budgets are stated for: images that enter together, patches of one, CLS, layers.
         let (images, patches, cls, layers) = match name {
             "demo" => (1, 576, true, 16),
+            n if n.starts_with("tiles-") => (1, 196, true, 12),
             n if n.starts_with("llava-1.5-") => (1, 576, true, 32),
             n if n.starts_with("llava-next-") => (5, 576, true, 32),
             n if n.starts_with("llava-onevision-") => (5, 729, false, 28),
@@ -447,6 +449,9 @@ fn built_in_recipes_are_the_files_of_the_passes_folder_and_meet_their_budgets() 
             "llava-1.5-192" => 191.75,
             "demo" | "llava-1.5-128" => 126.25,
             "llava-1.5-64" => 63.75,
+            "tiles-65" => 65.0,
+            "tiles-43" => 43.75,
+            "tiles-21" => 21.75,
             // All, a half, a quarter, an eighth, for a quarter of the layers each.
             "llava-next-prune" => 2880.0 * 1.875 / 4.0,
             "llava-next-640" => 300.0,

@@ -1,14 +1,19 @@
-//! `duet demo`: the main job, start to end, on the model that ships.
+//! `duet demo`: the main job, start to end, on the model that ships: real questions about real pictures, before and
+//! after.
 
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use include_dir::{Dir, include_dir};
 
-use super::counts::{average, percent_fewer, tokens_by_layer};
+use super::counts::{average, tokens_by_layer};
+use super::eval::ask::{Task, ask};
 use super::rewrite::outputs;
 use super::{Engine, Global, Outcome, load, run::millis, style};
+use crate::eval::table::Bootstrap;
+use crate::eval::{Contestant, DataSet, render, tabulate};
 use crate::onnx::{DataMode, write_out};
 use crate::passes::rewrite;
 use crate::runtime::{
@@ -19,9 +24,12 @@ use crate::validate::{Options, check};
 /// Arguments of `duet demo`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// Recipe: a built-in name or a YAML file
-    #[arg(long, default_value = "demo", value_name = "NAME_OR_FILE")]
-    recipe: String,
+    /// Recipe: a built-in name or a YAML file; may be repeated
+    #[arg(long, value_name = "NAME_OR_FILE", default_values = RECIPES)]
+    recipe: Vec<String>,
+    /// Ask the first N questions only (no picture's questions are cut in two)
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
     /// Timed runs of each model, interleaved
     #[arg(long, default_value_t = 9, value_name = "N")]
     runs: usize,
@@ -29,30 +37,16 @@ pub(super) struct Arguments {
     engine: Engine,
 }
 
-macro_rules! bundled {
-    ($($name:literal),* $(,)?) => {
-        &[$(($name, include_bytes!(concat!("../../models/llava/fixtures/demo/", $name)))),*]
-    };
-}
+/// DUET-VLM's three budgets of LLaVA-1.5, in proportion.
+const RECIPES: [&str; 3] = ["tiles-65", "tiles-43", "tiles-21"];
 
-/// The bundled model: a small LLaVA-1.5 of random weights with the real image
-/// geometry (336 px, 576 patches), exported by PyTorch.
-const MODEL: &[(&str, &[u8])] = bundled!(
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "onnx/vision_encoder.onnx",
-    "onnx/embed_tokens.onnx",
-    "onnx/decoder_model_merged.onnx",
-);
+/// The bundled model: a small LLaVA-1.5 that was trained for the project (models/vqa), exported by PyTorch.
+static MODEL: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/models/vqa/llava");
+/// Pictures that it has not seen, and questions about them.
+static TEST: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/models/vqa/test");
 
-const PICTURE: &[u8] = include_bytes!("../../models/llava/images/street.png");
-const QUESTION: &str = "What is it?";
+/// Pictures whose questions are shown.
+const SHOWN: usize = 2;
 
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
     runtime::ensure(&mut |line| global.say(line))?;
@@ -61,11 +55,11 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         engine.threads = 2;
     }
     let work = tempfile::tempdir().context("a temporary directory for the demonstration")?;
-    let (base, new) = (work.path().join("llava"), work.path().join("llava-duet"));
-    for (name, contents) in MODEL {
-        let path = base.join(name);
-        std::fs::create_dir_all(path.parent().unwrap_or(&base))?;
-        std::fs::write(&path, contents)?;
+    let (base, test) = (work.path().join("llava"), work.path().join("test"));
+    for (from, to) in [(&MODEL, &base), (&TEST, &test)] {
+        std::fs::create_dir(to)?;
+        from.extract(to)
+            .with_context(|| format!("unpacking into {}", to.display()))?;
     }
 
     heading("1. What was recognised");
@@ -90,55 +84,94 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     }
 
     heading("2. What was inserted");
-    let recipe = load::recipe(&arguments.recipe)?;
-    let original = vlm.clone();
-    let started = Instant::now();
-    let done = rewrite(vlm, &recipe)?;
-    write_out(
-        &dir,
-        &outputs(&dir, &done, &recipe, None)?,
-        &new,
-        DataMode::Copy,
-    )?;
-    let took = started.elapsed();
-    for (pass, summary) in &done.summaries {
-        anstream::println!("  {}{pass:<13}{}  {summary}", style::NEW, style::RESET);
-        for change in done.changes.iter().filter(|c| c.pass == *pass) {
-            let file = done.vlm.parts[change.part].label();
-            anstream::println!("                 {file}: {} nodes", change.inserted);
+    let mut models = vec![base.clone()];
+    let mut rewritten = Vec::new();
+    for name in &arguments.recipe {
+        let recipe = load::recipe(name)?;
+        let stem = Path::new(name).file_stem().unwrap_or_default();
+        let out = work.path().join(stem);
+        let started = Instant::now();
+        let done = rewrite(vlm.clone(), &recipe)?;
+        write_out(
+            &dir,
+            &outputs(&dir, &done, &recipe, None)?,
+            &out,
+            DataMode::Copy,
+        )?;
+        let took = started.elapsed();
+        anstream::println!("  {}", stem.to_string_lossy());
+        for (pass, summary) in &done.summaries {
+            anstream::println!("    {}{pass:<13}{}  {summary}", style::NEW, style::RESET);
         }
+        let inserted: usize = done.changes.iter().map(|c| c.inserted).sum();
+        anstream::println!(
+            "    {inserted} nodes; rewritten and written in {:.1} ms",
+            millis(took)
+        );
+        models.push(out);
+        rewritten.push((recipe, done));
     }
-    anstream::println!("  rewritten and written in {:.1} ms", millis(took));
 
     heading("3. Visual tokens, layer by layer");
-    if let Some((before, after)) = tokens_by_layer(&original, &recipe) {
-        let mut rows = vec![vec!["layer".into(), "before".into(), "after".into()]];
-        for (layer, (b, a)) in before.iter().zip(&after).enumerate() {
-            rows.push(vec![(layer + 1).to_string(), b.to_string(), a.to_string()]);
+    let names: Vec<String> = models.iter().map(|m| name_of(m)).collect();
+    let mut columns = Vec::new();
+    for (recipe, _) in &rewritten {
+        if let Some((before, after)) = tokens_by_layer(&vlm, recipe) {
+            if columns.is_empty() {
+                columns.push(before);
+            }
+            columns.push(after);
         }
-        let (b, a) = (average(&before), average(&after));
-        rows.push(vec!["average".into(), format!("{b:.2}"), format!("{a:.2}")]);
-        anstream::print!("{}", style::table(&rows));
-        anstream::println!("  {}", percent_fewer(1.0 - a / b));
     }
+    layers(&names, &columns);
 
-    heading("4. Does it compute what the method says?");
+    heading("4. Do they compute what the method says?");
     global
         .say("  comparing with the unmodified model run layer by layer around an ndarray oracle …");
     let options = Options {
         session: engine.options(),
         seed: 0,
     };
-    let report = check(&original, &done.vlm, &recipe, &options, &mut |step| {
-        global.detail(step)
-    })?;
-    super::validate::print(&report);
+    let mut passed = true;
+    for ((recipe, done), name) in rewritten.iter().zip(&names[1..]) {
+        let report = check(&vlm, &done.vlm, recipe, &options, &mut |step| {
+            global.detail(step)
+        })?;
+        passed &= report.passed();
+        anstream::println!("  {name}");
+        super::validate::print(&report);
+    }
 
-    heading("5. Side by side");
-    let heads = original.decoders().next();
+    heading("5. Questions about pictures that the model has not seen");
+    let set = DataSet::open(&test)?;
+    let clusters = set.select(arguments.limit, None);
+    let task = Task {
+        set: &set,
+        clusters: &clusters,
+        shard: None,
+        max_new_tokens: set.max_new_tokens,
+        variant: None,
+        engine: &engine,
+        out: None,
+    };
+    let answered = ask(&task, &models, &names, global)?;
+    questions(&set, &clusters, &answered);
+    let table = tabulate(&set, &clusters, &answered, Bootstrap::default())?;
+    for part in render::rows(&table) {
+        anstream::println!("\n{}", style::table(&part));
+    }
+    anstream::println!(
+        "  {}{}{}",
+        style::DIM,
+        render::caption(&table),
+        style::RESET
+    );
+
+    heading("6. Side by side");
+    let heads = vlm.decoders().next();
     let heads = heads.and_then(|(_, d)| load::heads_of((d.kv_heads, d.head_dim)));
-    side_by_side(&base, &new, heads, arguments.runs.max(1), &engine)?;
-    Ok(if report.passed() {
+    side_by_side(&models, &names, (&set, &clusters), heads, arguments.runs.max(1), &engine)?;
+    Ok(if passed {
         Outcome::Done
     } else {
         Outcome::Failed
@@ -149,15 +182,71 @@ fn heading(text: &str) {
     anstream::println!("\n{}{text}{}", style::HEAD, style::RESET);
 }
 
-/// Runs both models in turns on the same picture and question.
+fn name_of(model: &Path) -> String {
+    model
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
+}
+
+/// Tokens by layer: a column for each model.
+fn layers(names: &[String], columns: &[Vec<i64>]) {
+    let mut rows = vec![vec!["layer".to_owned()]];
+    rows[0].extend(names.iter().cloned());
+    let Some(first) = columns.first() else { return };
+    for layer in 0..first.len() {
+        let mut row = vec![(layer + 1).to_string()];
+        row.extend(columns.iter().map(|c| c[layer].to_string()));
+        rows.push(row);
+    }
+    let mut means = vec!["average".to_owned()];
+    means.extend(columns.iter().map(|c| format!("{:.2}", average(c))));
+    rows.push(means);
+    let mut fewer = vec!["fewer".to_owned()];
+    fewer.extend(
+        columns
+            .iter()
+            .map(|c| format!("{:.1} %", 100.0 * (1.0 - average(c) / average(first)))),
+    );
+    rows.push(fewer);
+    anstream::print!("{}", style::table(&rows));
+}
+
+/// The questions about the first pictures with what each model answers.
+fn questions(set: &DataSet, clusters: &[usize], models: &[Contestant]) {
+    let mut rows = vec![vec![
+        "picture".to_owned(),
+        "question".into(),
+        "right".into(),
+    ]];
+    rows[0].extend(models.iter().map(|m| m.name.clone()));
+    let shown = clusters.iter().take(SHOWN).map(|c| &set.clusters[*c]);
+    for question in shown.flat_map(|c| c.questions.iter().map(|q| &set.questions[*q])) {
+        let mut row = vec![
+            question.images.join(", "),
+            question.text.clone(),
+            question.answers.join(", "),
+        ];
+        row.extend(models.iter().map(|m| {
+            let answer = m.answers.get(&question.id);
+            answer.map_or(String::new(), |a| a.answer.clone())
+        }));
+        rows.push(row);
+    }
+    anstream::print!("{}", style::table(&rows));
+}
+
+/// Runs all models in turns on the same picture and question.
 fn side_by_side(
-    base: &Path,
-    new: &Path,
+    models: &[PathBuf],
+    names: &[String],
+    (set, clusters): (&DataSet, &[usize]),
     heads: Option<CacheHeads>,
     runs: usize,
     engine: &Engine,
 ) -> anyhow::Result<()> {
-    let open = |dir: &Path| -> anyhow::Result<VlmPipeline> {
+    let open = |dir: &PathBuf| -> anyhow::Result<VlmPipeline> {
         let file = |name: &str| dir.join("onnx").join(format!("{name}.onnx"));
         let files = VlmFiles {
             vision_encoder: file("vision_encoder"),
@@ -168,77 +257,67 @@ fn side_by_side(
         let options = engine.options();
         Ok(VlmPipeline::open_with_heads(&files, &options, heads)?)
     };
-    let mut models = [open(base)?, open(new)?];
-    let picture = [Pixels::decode(PICTURE, "street.png")?];
-    let messages = [Message::user(1, QUESTION)];
+    let mut open = models.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
+    let asked = clusters.first().and_then(|c| set.clusters[*c].questions.first());
+    let asked = &set.questions[*asked.context("the data set has no question")?];
+    let picture = asked.images.iter().map(|i| Pixels::open(set.root.join(i)));
+    let picture = picture.collect::<Result<Vec<_>, _>>()?;
+    let messages = [Message::user(picture.len(), set.prompt(asked))];
     let options = GenerateOptions {
         max_new_tokens: 16,
         ignore_eos: true,
         ..Default::default()
     };
-    let mut seen: [Vec<Generation>; 2] = [Vec::new(), Vec::new()];
+    let mut seen: Vec<Vec<Generation>> = vec![Vec::new(); open.len()];
     for round in 0..=runs {
-        for (model, answers) in models.iter_mut().zip(&mut seen) {
+        for (model, answers) in open.iter_mut().zip(&mut seen) {
             let prepared = model.prepare(&messages, &picture)?;
-            let answer =
-                model.generate(
-                    &prepared,
-                    None,
-                    &options,
-                    &mut |_| ControlFlow::Continue(()),
-                )?;
+            let answer = model.generate(&prepared, None, &options, &mut |_| {
+                ControlFlow::Continue(())
+            })?;
             // The first round warms up.
             if round > 0 {
                 answers.push(answer);
             }
         }
     }
+    let row = |what: &str, cell: &dyn Fn(&[Generation]) -> String| {
+        let mut row = vec![what.to_owned()];
+        row.extend(seen.iter().map(|answers| cell(answers)));
+        row
+    };
     let median = |answers: &[Generation], of: fn(&Generation) -> Duration| {
         let mut times: Vec<Duration> = answers.iter().map(of).collect();
         times.sort();
         millis(times[times.len() / 2])
     };
-    let time = |name: &str, of: fn(&Generation) -> Duration| {
-        let (b, a) = (median(&seen[0], of), median(&seen[1], of));
-        vec![
-            name.into(),
-            format!("{b:.2} ms"),
-            format!("{a:.2} ms"),
-            format!("{:.2}×", b / a),
-        ]
+    let time = |what: &str, of: fn(&Generation) -> Duration| {
+        let first = median(&seen[0], of);
+        row(what, &|answers| {
+            let own = median(answers, of);
+            format!("{own:.2} ms  {:.2}×", first / own)
+        })
     };
-    let (b, a) = (&seen[0][0], &seen[1][0]);
-    let bytes = |g: &Generation| style::bytes(g.cache_bytes as u64);
-    let ratio = b.cache_bytes as f64 / a.cache_bytes as f64;
-    let mut rows = vec![
-        vec![
-            String::new(),
-            "before".into(),
-            "after".into(),
-            "ratio".into(),
-        ],
-        vec![
-            "visual tokens in".into(),
-            b.visual_tokens.to_string(),
-            a.visual_tokens.to_string(),
-            String::new(),
-        ],
+    let mut head = vec![String::new()];
+    head.extend(names.iter().cloned());
+    let first = seen[0][0].cache_bytes as f64;
+    let rows = [
+        head,
+        row("visual tokens in", &|a| a[0].visual_tokens.to_string()),
         time("vision encoder", |g| g.timing.vision),
         time("prefill", |g| g.timing.prefill),
         time("decode step", |g| {
             let steps = &g.timing.decode;
             steps.iter().sum::<Duration>() / u32::try_from(steps.len().max(1)).unwrap_or(1)
         }),
+        row("cache", &|a| {
+            let bytes = a[0].cache_bytes;
+            format!("{}  {:.2}×", style::bytes(bytes as u64), first / bytes as f64)
+        }),
     ];
-    rows.push(vec![
-        "cache".into(),
-        bytes(b),
-        bytes(a),
-        format!("{ratio:.2}×"),
-    ]);
     anstream::print!("{}", style::table(&rows));
     anstream::println!(
-        "  {}medians of {runs} interleaved runs, {} threads; weights are random, so the answers mean nothing{}",
+        "  {}medians of {runs} interleaved runs, {} threads{}",
         style::DIM,
         engine.threads,
         style::RESET

@@ -24,6 +24,9 @@ macro_rules! recipes {
 /// Recipes that ship with the program: the files of `passes/`.
 pub(super) const RECIPES: &[(&str, &str)] = recipes![
     "demo",
+    "tiles-65",
+    "tiles-43",
+    "tiles-21",
     "llava-1.5-192",
     "llava-1.5-128",
     "llava-1.5-64",
