@@ -24,6 +24,7 @@ use support::models::{
     CHOSEN, Pool, Runner, WHOLE, fixture, index_rows, parts_at, recipe, recipe_text, rewritten,
     root, set_of, sizes, whole_fixture,
 };
+use support::packed::unpacked;
 use support::parts::{border, part, run_part};
 use support::reports::{failures, validated};
 
@@ -195,7 +196,8 @@ fn clips_are_chosen_from_frame_by_frame() {
 #[test]
 fn crops_are_chosen_from_one_by_one() {
     for name in ["llava-next", "llava-onevision"] {
-        let base = parts_at(&root().join("models/llava_next/fixtures").join(name));
+        let folder = root().join("models/llava_next/fixtures").join(name);
+        let base = parts_at(&unpacked(&folder));
         valid(
             name,
             &base,

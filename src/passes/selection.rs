@@ -31,8 +31,8 @@ pub(super) trait Selection: std::fmt::Debug + 'static {
     /// Places of the `keep` tokens that stay of `all`, ascending, where they are the same for every image.
     fn places(&self, all: i64, keep: i64) -> Option<Vec<i64>>;
 
-    /// Chooses among the tokens of each image, `of` so many so many, where [`places`](Self::places) does not: int64
-    /// `[n, keep]`, ascending. `features`: fp32 `[n, all, D]`; `of`: (all, keep).
+    /// Chooses `of` = (all, keep) the tokens of each image, where [`places`](Self::places) does not: int64 `[n, keep]`,
+    /// ascending. `features`: fp32 `[n, all, D]`.
     fn choose(&self, patch: &mut Patch<'_>, features: ValueId, of: (i64, i64)) -> Option<ValueId>;
 
     /// How, for people: `at random (seed 0)`.

@@ -76,11 +76,16 @@ fn distances(features: ArrayView2<'_, f32>) -> Array2<f32> {
         .outer_iter()
         .map(|row| dot(row, row).sqrt().max(1e-12))
         .collect();
-    Array2::from_shape_fn((rows, rows), |(i, j)| {
-        // In one order, so that the matrix is symmetric to the bit.
-        let (i, j) = (i.min(j), i.max(j));
-        (1.0 - dot(features.row(i), features.row(j)) / (norms[i] * norms[j])) as f32
-    })
+    let mut all = Array2::zeros((rows, rows));
+    for i in 0..rows {
+        for j in i..rows {
+            let cosine = dot(features.row(i), features.row(j)) / (norms[i] * norms[j]);
+            let distance = (1.0 - cosine) as f32;
+            all[[i, j]] = distance;
+            all[[j, i]] = distance;
+        }
+    }
+    all
 }
 
 /// Places of the `keep` rows of `features` `[N, D]` that are least alike, in the order in which they are chosen: first

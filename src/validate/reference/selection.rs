@@ -145,18 +145,19 @@ impl Choosing {
         ranking: Option<Ranking<'_>>,
     ) -> Result<(Array2<f32>, usize), ValidateError> {
         let patches = features.slice(ndarray::s![self.first.., ..]);
-        let mut order = oracle::diverse(patches, self.keep)?;
-        let mut near_ties = 0;
         let found = ranking.and_then(|r| Some((r.scores.get(image)?, r.tolerance)));
-        if let Some((found, tolerance)) = found {
-            let found: Vec<usize> = found.iter().map(|i| *i as usize).collect();
-            if found.len() == order.len()
-                && let Some(moved) = oracle::diverse_along(patches, &found, tolerance.0)?
-            {
-                near_ties = moved;
-                order = found;
+        let followed = match found {
+            Some((found, tolerance)) if found.len() == self.keep => {
+                let found: Vec<usize> = found.iter().map(|i| *i as usize).collect();
+                let moved = oracle::diverse_along(patches, &found, tolerance.0)?;
+                moved.map(|moved| (found, moved))
             }
-        }
+            _ => None,
+        };
+        let (mut order, near_ties) = match followed {
+            Some(followed) => followed,
+            None => (oracle::diverse(patches, self.keep)?, 0),
+        };
         order.sort_unstable();
         Ok((patches.select(Axis(0), &order), near_ties))
     }

@@ -31,7 +31,9 @@ pub struct ReferenceVision {
     tower: VisionTower,
     session: Session,
     names: Names,
-    probes: Probes,
+    /// Where the attention is looked at: not where the features decide, which are then what the
+    /// graph gives when nothing else is asked of it.
+    probes: Option<Probes>,
     merge: Option<(MergeParams, Session)>,
     /// A choice among tokens, and the projector where that works on what is left.
     choosing: Option<(Choosing, Session)>,
@@ -65,7 +67,13 @@ impl ReferenceVision {
         let merge = fewer.and_then(Fewer::merge);
         let placed = merge.filter(|(_, p)| *p == Placement::Decoder);
         let slots = placed.and_then(|_| usize::try_from(tower.features_per_image()?).ok());
-        let (probed, probes) = Probes::new(model, tower, &[tower.hidden, tower.entry])?;
+        let (probed, probes) = match fewer.is_some_and(Fewer::by_features) {
+            true => (model.clone(), None),
+            false => {
+                let (probed, probes) = Probes::new(model, tower, &[tower.hidden, tower.entry])?;
+                (probed, Some(probes))
+            }
+        };
         let session = probe::open(&probed, "reference vision encoder", options)?;
         let projector = || -> Result<Session, ValidateError> {
             let unknown = |rank| vec![Dim::Unknown; rank];
@@ -194,8 +202,11 @@ impl ReferenceVision {
         let hidden = rank3(out.get(&self.names.hidden)?)?;
         let entry = rank3(out.get(&self.names.entry)?)?;
         let (_, tokens, _) = hidden.dim();
-        let (query, key) = self.probes.heads(&out, &self.tower, images, tokens)?;
-        let masks = self.probes.masks(&out, &self.tower, images, tokens)?;
+        let probes = self.probes.as_ref();
+        let probes =
+            probes.ok_or_else(|| ValidateError::Model("no attention was probed".into()))?;
+        let (query, key) = probes.heads(&out, &self.tower, images, tokens)?;
+        let masks = probes.masks(&out, &self.tower, images, tokens)?;
         #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]
         let scale = self.tower.site.scale() as f32;
         let (mut tokens, mut merged, mut near_ties) = (Vec::new(), Vec::new(), 0);
