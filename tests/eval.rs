@@ -388,6 +388,54 @@ fn answers_of_another_program_are_compared_question_by_question() {
     );
 }
 
+/// What `--beside` wrote lies in the same directory as what it was made of.
+#[test]
+fn variants_of_a_directory_are_compared() {
+    let place = place();
+    place.configs("both");
+    for part in commands::PARTS {
+        place.put(
+            &commands::part("ts-sdpa-gqa", part),
+            &format!("both/onnx/{part}.onnx"),
+        );
+    }
+    let ran = place.rewrite("both", &["--beside", "duet"]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let (both, set) = (place.at("both"), place.at("set"));
+    let mut arguments = vec![
+        "eval",
+        &both,
+        &both,
+        "--dataset",
+        &set,
+        "--threads",
+        "1",
+        "--json",
+    ];
+    arguments.extend(["--variant", "default", "--variant", "duet"]);
+    let table = duet(&arguments).json();
+    assert_eq!(table["models"][0]["name"], "both-default");
+    assert_eq!(table["models"][1]["name"], "both-duet");
+    let apart = eval(&place, &["--json"]).json();
+    for model in 0..2 {
+        for key in ["visual_tokens", "all", "types"] {
+            assert_eq!(
+                table["models"][model][key], apart["models"][model][key],
+                "{key}"
+            );
+        }
+    }
+    arguments.extend(["--variant", "duet"]);
+    let ran = duet(&arguments);
+    assert_eq!(ran.code, 2);
+    assert!(
+        ran.stderr
+            .contains("--variant is given 3 times for 2 models"),
+        "{}",
+        ran.stderr
+    );
+}
+
 #[test]
 fn a_model_that_fails_names_the_question_and_keeps_the_answers_so_far() {
     let place = place();

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow, bail};
 use serde_json::{Value, json};
 
-use super::eval::ask::{Task, ask};
+use super::eval::ask::{Named, Task, ask};
 use super::{Engine, Global, load, rewrite, style};
 use crate::eval::halving::{Reached, Standing, rounds, search};
 use crate::eval::statistics::Random;
@@ -228,7 +228,6 @@ impl Trial<'_> {
             clusters: &left,
             shard: None,
             max_new_tokens: self.set.max_new_tokens,
-            variant: None,
             engine: self.engine,
             out: None,
         };
@@ -236,12 +235,12 @@ impl Trial<'_> {
             quiet: true,
             verbose: 0,
         };
-        let name = model
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
-        let found = ask(&task, &[model.to_owned()], &[name], &quiet)?;
+        let named = Named {
+            path: model.to_owned(),
+            variant: None,
+            name: model.display().to_string(),
+        };
+        let found = ask(&task, &[named], &quiet)?;
         Ok(found
             .into_iter()
             .next()

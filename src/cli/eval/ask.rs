@@ -27,10 +27,17 @@ pub(in crate::cli) struct Task<'a> {
     pub(in crate::cli) clusters: &'a [usize],
     pub(in crate::cli) shard: Option<Shard>,
     pub(in crate::cli) max_new_tokens: usize,
-    pub(in crate::cli) variant: Option<&'a str>,
     pub(in crate::cli) engine: &'a Engine,
     /// Where answers go.
     pub(in crate::cli) out: Option<&'a Path>,
+}
+
+/// A model as it was named.
+pub(in crate::cli) struct Named {
+    pub(in crate::cli) path: PathBuf,
+    pub(in crate::cli) variant: Option<String>,
+    /// For tables and files.
+    pub(in crate::cli) name: String,
 }
 
 pub(super) fn run(arguments: &AskArguments, global: &Global) -> anyhow::Result<Outcome> {
@@ -49,12 +56,14 @@ pub(super) fn run(arguments: &AskArguments, global: &Global) -> anyhow::Result<O
         clusters: &clusters,
         shard: arguments.shard,
         max_new_tokens: arguments.max_new_tokens.unwrap_or(set.max_new_tokens),
-        variant: arguments.variant.as_deref(),
         engine: &arguments.engine,
         out: arguments.out.as_deref(),
     };
-    let names = names(&arguments.models, task.variant);
-    let mut models = ask(&task, &arguments.models, &names, global)?;
+    let mut models = ask(
+        &task,
+        &named(&arguments.models, &arguments.variant)?,
+        global,
+    )?;
     models.extend(others);
     distinct(&models)?;
     let table = tabulate(&set, &clusters, &models, arguments.shown.bootstrap())?;
@@ -79,8 +88,7 @@ struct Candidate {
 /// Asks every model what it has not answered yet. All files are opened and compared before the first model runs.
 pub(in crate::cli) fn ask(
     task: &Task<'_>,
-    models: &[PathBuf],
-    names: &[String],
+    models: &[Named],
     global: &Global,
 ) -> anyhow::Result<Vec<Contestant>> {
     let questions = || {
@@ -88,8 +96,8 @@ pub(in crate::cli) fn ask(
         clusters.flat_map(|c| c.questions.iter().map(|q| &task.set.questions[*q]))
     };
     let mut candidates = Vec::with_capacity(models.len());
-    for (place, (path, name)) in models.iter().zip(names).enumerate() {
-        candidates.push(candidate(task, path, name, place)?);
+    for (place, model) in models.iter().enumerate() {
+        candidates.push(candidate(task, model, place)?);
     }
     let total = questions().count() * candidates.len();
     let answered = |c: &Candidate| questions().filter(|q| c.known.contains_key(&q.id)).count();
@@ -114,8 +122,9 @@ pub(in crate::cli) fn ask(
     Ok(contestants)
 }
 
-fn candidate(task: &Task<'_>, path: &Path, name: &str, place: usize) -> anyhow::Result<Candidate> {
-    let (dir, model) = load::runnable(path, task.variant)?;
+fn candidate(task: &Task<'_>, named: &Named, place: usize) -> anyhow::Result<Candidate> {
+    let name = named.name.as_str();
+    let (dir, model) = load::runnable(&named.path, named.variant.as_deref())?;
     let digest = digest::of(&dir.root, &model)?;
     let header = Header::new(
         ModelId {
@@ -260,8 +269,33 @@ pub(super) fn distinct(models: &[Contestant]) -> anyhow::Result<()> {
     }
 }
 
-/// Names of models for tables and files: the last part of each path that tells them apart.
-pub(super) fn names(models: &[PathBuf], variant: Option<&str>) -> Vec<String> {
+/// Models with their variants: one for all, or one for each.
+fn named(models: &[PathBuf], variants: &[String]) -> anyhow::Result<Vec<Named>> {
+    let variant = |index: usize| match variants {
+        [one] => Some(one.clone()),
+        several => several.get(index).cloned(),
+    };
+    if variants.len() > 1 && variants.len() != models.len() {
+        bail!(
+            "--variant is given {} times for {} models; expected one for all of them, or one for each",
+            variants.len(),
+            models.len()
+        );
+    }
+    let variants: Vec<Option<String>> = (0..models.len()).map(variant).collect();
+    let names = names(models, &variants);
+    let all = models.iter().zip(variants).zip(names);
+    Ok(all
+        .map(|((path, variant), name)| Named {
+            path: path.clone(),
+            variant,
+            name,
+        })
+        .collect())
+}
+
+/// Names of models for tables and files: the last parts of each path that tell them apart, and the variant.
+fn names(models: &[PathBuf], variants: &[Option<String>]) -> Vec<String> {
     let whole: Vec<Vec<String>> = models
         .iter()
         .map(|path| {
@@ -276,18 +310,21 @@ pub(super) fn names(models: &[PathBuf], variant: Option<&str>) -> Vec<String> {
         .collect();
     let mut used: BTreeMap<String, usize> = BTreeMap::new();
     let tail = |parts: &[String], n: usize| parts[parts.len().saturating_sub(n)..].join("-");
-    whole
-        .iter()
-        .map(|parts| {
+    let name = |index: usize, n: usize| match &variants[index] {
+        Some(variant) => format!("{}-{}", tail(&whole[index], n), plain(variant)),
+        None => tail(&whole[index], n),
+    };
+    (0..whole.len())
+        .map(|index| {
             let alone = |n: &usize| {
-                let own = tail(parts, *n);
-                whole.iter().filter(|other| tail(other, *n) == own).count() == 1
+                let own = name(index, *n);
+                (0..whole.len())
+                    .filter(|other| name(*other, *n) == own)
+                    .count()
+                    == 1
             };
-            let n = (1..=parts.len()).find(alone).unwrap_or(1);
-            let mut name = tail(parts, n);
-            if let Some(variant) = variant {
-                name = format!("{name}-{}", plain(variant));
-            }
+            let n = (1..=whole[index].len()).find(alone).unwrap_or(1);
+            let name = name(index, n);
             let times = used.entry(name.clone()).or_default();
             *times += 1;
             match *times {
@@ -321,9 +358,19 @@ mod tests {
         ];
         let paths: Vec<PathBuf> = paths.iter().map(PathBuf::from).collect();
         assert_eq!(
-            names(&paths, None),
+            names(&paths, &[const { None }; 5]),
             ["base", "a-duet", "b-duet", "base-2", "file"]
         );
-        assert_eq!(names(&paths[..1], Some("q4")), ["base-q4"]);
+        let found = |variants: &[&str]| {
+            let variants: Vec<String> = variants.iter().map(|v| (*v).to_owned()).collect();
+            let found = named(&[paths[0].clone(), paths[3].clone()], &variants);
+            found.map(|all| all.into_iter().map(|n| n.name).collect::<Vec<_>>())
+        };
+        assert_eq!(found(&["q4"]).unwrap(), ["base-q4", "base-q4-2"]);
+        assert_eq!(
+            found(&["default", "duet"]).unwrap(),
+            ["base-default", "base-duet"]
+        );
+        assert!(found(&["a", "b", "c"]).is_err());
     }
 }

@@ -52,8 +52,10 @@ struct AskArguments {
     #[arg(long, value_name = "I/N", value_parser = Shard::parse, requires = "out")]
     shard: Option<Shard>,
     /// Precision of the files to use (fp16, q4, default, …), or the suffix of an earlier --beside
+    ///
+    /// One for all models, or one for each: `duet eval DIR DIR --variant default --variant duet`.
     #[arg(long, value_name = "NAME")]
-    variant: Option<String>,
+    variant: Vec<String>,
     /// Tokens of an answer at most, instead of what the data set says
     #[arg(long, value_name = "N", value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
     max_new_tokens: Option<usize>,
