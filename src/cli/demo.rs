@@ -9,7 +9,7 @@ use anyhow::Context;
 use include_dir::{Dir, include_dir};
 
 use super::counts::{average, tokens_by_layer};
-use super::eval::ask::{Task, ask};
+use super::eval::ask::{Named, Task, ask};
 use super::rewrite::outputs;
 use super::{Engine, Global, Outcome, load, run::millis, style};
 use crate::eval::table::Bootstrap;
@@ -150,11 +150,19 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         clusters: &clusters,
         shard: None,
         max_new_tokens: set.max_new_tokens,
-        variant: None,
         engine: &engine,
         out: None,
     };
-    let answered = ask(&task, &models, &names, global)?;
+    let named: Vec<Named> = models
+        .iter()
+        .zip(&names)
+        .map(|(path, name)| Named {
+            path: path.clone(),
+            variant: None,
+            name: name.clone(),
+        })
+        .collect();
+    let answered = ask(&task, &named, global)?;
     questions(&set, &clusters, &answered);
     let table = tabulate(&set, &clusters, &answered, Bootstrap::default())?;
     for part in render::rows(&table) {
