@@ -422,7 +422,9 @@ pub(super) fn pair(question: &Question) -> &str {
 
 /// Questions by what they see; a question about nothing stands alone, but for a group's.
 pub(super) fn clusters(questions: &[Question]) -> Vec<Cluster> {
-    let mut known: HashMap<(&[String], Option<&str>, Option<&str>), usize> = HashMap::new();
+    /// Images, clip, group of questions about nothing.
+    type About<'a> = (&'a [String], Option<&'a str>, Option<&'a str>);
+    let mut known: HashMap<About<'_>, usize> = HashMap::new();
     let mut clusters: Vec<Cluster> = Vec::new();
     for (index, question) in questions.iter().enumerate() {
         let blind = question.images.is_empty() && question.video.is_none();

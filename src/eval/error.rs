@@ -42,7 +42,7 @@ pub enum EvalError {
         /// The question's id.
         id: String,
         /// What the runtime says.
-        source: RuntimeError,
+        source: Box<RuntimeError>,
     },
     /// What was given does not go together.
     #[error("{0}")]

@@ -86,7 +86,11 @@ impl Runner {
         };
         let failed = |question: &Question| {
             let (model, id) = (name.to_owned(), question.id.clone());
-            move |source| EvalError::Question { model, id, source }
+            move |source: RuntimeError| EvalError::Question {
+                model,
+                id,
+                source: Box::new(source),
+            }
         };
         let options = GenerateOptions {
             max_new_tokens,
