@@ -7,7 +7,8 @@
 //! ```
 //!
 //! After layer K (2 as published) ⌊keep·n⌋ of the n visual tokens stay: those to which the last token of the prompt
-//! paid most attention in layer K itself, averaged over its heads. They keep their order and their positions.
+//! paid most attention in layer K itself, averaged over its heads. They keep their order and their positions (contiguous
+//! ones in a decoder that computes positions itself and cannot be told).
 //!
 //! This is `visual_prune` with `text: last`, `rank_layer: previous` and `positions: keep`. `visual_prune` alone ranks by
 //! what the *next* layer would pay; FastV's layer has run, on what entered it, and so needs no projections of its own.
@@ -70,7 +71,8 @@ impl From<Parameters> for FastV {
             prune: VisualPrune {
                 drops: vec![drop],
                 text: TextQueries::Last,
-                positions: Some(parameters.positions.unwrap_or(Positions::Keep)),
+                positions: parameters.positions,
+                keeps_if_told: true,
                 rank_mask: RankMask::Causal,
                 rank_layer: RankLayer::Previous,
                 ratio_base: RatioBase::Entered,
@@ -132,7 +134,7 @@ mod tests {
             keep: 0.5,
         };
         assert_eq!(pruning.prune.drops, [drop]);
-        assert_eq!(pruning.prune.positions, Some(Positions::Keep));
+        assert!(pruning.prune.keeps_if_told && pruning.prune.positions.is_none());
         // Half of 576 tokens from the third layer on, as in the paper's title.
         assert_eq!(recipe.tokens_per_layer(576, 4), [576, 576, 288, 288]);
         assert!(parse("{}").unwrap_err().contains("keep"));

@@ -192,7 +192,15 @@ impl<S: Selection> Pass for S {
 
     fn ensures(&self, vlm: &Vlm, _: &Context) -> Result<(), PassError> {
         for (index, tower) in vlm.towers() {
-            let want = tower.candidates().map(|all| kept(self, all));
+            let Some(all) = tower.candidates() else {
+                continue;
+            };
+            let keep = kept(self, all);
+            if tower.features_index.is_none() && self.places(all, keep).is_none() {
+                // Inside a whole model the features stay, and others go on in their place.
+                continue;
+            }
+            let want = Some(keep);
             fewer::says(vlm, (index, tower), want).map_err(|problem| PassError::Ensures {
                 pass: S::ENTRY.name,
                 file: vlm.parts[index].label(),

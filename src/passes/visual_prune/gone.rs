@@ -43,6 +43,7 @@ pub(in crate::passes) fn plan(
         drops: Vec::new(),
         text: TextQueries::All,
         positions: None,
+        keeps_if_told: false,
         rank_mask: RankMask::Causal,
         rank_layer: RankLayer::Next,
         ratio_base: RatioBase::Entered,

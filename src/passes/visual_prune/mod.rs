@@ -144,6 +144,9 @@ pub struct VisualPrune {
     /// [`positions_of`](Self::positions_of).
     #[serde(default)]
     pub positions: Option<Positions>,
+    /// Whether positions that are left out are kept wherever a decoder can be told so (FastV).
+    #[serde(skip)]
+    pub keeps_if_told: bool,
     /// Which keys an asking token weighs.
     #[serde(default)]
     pub rank_mask: RankMask,
@@ -178,8 +181,14 @@ impl VisualPrune {
     /// What happens to the positions of tokens that stay in `decoder`: what the
     /// recipe says, or [what the method does there](default_positions).
     pub fn positions_of(&self, decoder: &Decoder, placed: bool) -> Positions {
-        self.positions
-            .unwrap_or_else(|| default_positions(decoder, placed))
+        // An attention that counts positions itself can be given kept ones.
+        let counts = || decoder.layers.iter().all(|l| l.rotary.is_some());
+        let told = || decoder.position_ids.is_some() || counts();
+        match self.positions {
+            Some(positions) => positions,
+            None if self.keeps_if_told && told() => Positions::Keep,
+            None => default_positions(decoder, placed),
+        }
     }
 
     fn check(&self) -> Result<(), String> {

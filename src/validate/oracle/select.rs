@@ -190,16 +190,16 @@ mod tests {
 
     #[test]
     fn the_least_alike_are_chosen_one_after_the_other() {
-        // Angles 0°, 10°, 90°, 100°, 200°: the last has the farthest nearest neighbour.
+        // Angles 0°, 10°, 88°, 100°, 200°: the last has the farthest nearest neighbour.
         let at = |degrees: f32| degrees.to_radians().sin_cos();
-        let rows: Vec<[f32; 2]> = [0.0, 10.0, 90.0, 100.0, 200.0]
+        let rows: Vec<[f32; 2]> = [0.0, 10.0, 88.0, 100.0, 200.0]
             .map(|d| {
                 let (s, c) = at(d);
                 [c * (d + 1.0), s * (d + 1.0)]
             })
             .to_vec();
         let features = Array2::from(rows);
-        // From 200°: 10° is 170° away, then 90° and 100° are 80° and 90° from 10°, 110° and 100° from 200°.
+        // From 200°, 10° is 170° away; 100° then is 90° from 10°; and 88° 12° from 100°, 0° 10° from 10°.
         let order = diverse(features.view(), 4).unwrap();
         assert_eq!(order, [4, 1, 3, 2]);
         assert_eq!(
@@ -207,8 +207,8 @@ mod tests {
             Some(0)
         );
         assert_eq!(
-            diverse_along(features.view(), &[4, 0, 3], 0.03).unwrap(),
-            Some(2)
+            diverse_along(features.view(), &[4, 0, 3], 0.05).unwrap(),
+            Some(1)
         );
         assert_eq!(
             diverse_along(features.view(), &[4, 0, 3], 1e-4).unwrap(),
