@@ -201,6 +201,7 @@ class Client:
 
 PADDED = "transformers.js sees padding as text in decode steps with pictures, in unmodified models too"
 SINGLE = "one prompt at a time"
+UNSHARED = "with pictures GenAI goes on from a cache only in a shared buffer, which padded caches are not for"
 TOGETHER = "GenAI allocates features of rank 3 as [images, tokens of all images], for unmodified models too"
 CLIENTS = [
     Client("transformers.js", "transformers", "node", {"padded": PADDED}),
@@ -211,7 +212,7 @@ CLIENTS = [
     Client(LOOP, "plain", "python", more={"loop": "card"}, left_out={"padded": "a mask of ones tells no padding", "padded text": "a mask of ones tells no padding"}),
     Client("AutoProcessor + onnxruntime", "examples/generate.py", "example", dict.fromkeys(["turns", "batch", "padded", "padded text"], SINGLE)),
     Client("examples/generate.mjs", "examples/generate.mjs", "example", dict.fromkeys(["turns", "batch", "padded", "padded text", "two images"], SINGLE)),
-    Client(GENAI, "genai", "python", {**dict.fromkeys(["batch", "padded", "padded text"], SINGLE), "two images": TOGETHER}),
+    Client(GENAI, "genai", "python", {**dict.fromkeys(["batch", "padded", "padded text"], SINGLE), "two images": TOGETHER, "turns": UNSHARED}),
 ]  # fmt: skip
 
 
