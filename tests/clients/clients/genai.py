@@ -40,7 +40,9 @@ class Model:
         inputs = genai.NamedTensors()
         side = self.settings["crop_size"]["height"]
         # (Without pixels GenAI takes the embedding graph to want features of rank 2.)
-        inputs["pixel_values"] = pixels_of(images, self.settings) if images else np.zeros((1, 3, side, side), np.float32)
+        inputs["pixel_values"] = (
+            pixels_of(images, self.settings) if images else np.zeros((1, 3, side, side), np.float32)
+        )
         inputs["num_image_tokens"] = np.array([self.features * len(images)], np.int64)
         generator.set_inputs(inputs)
         generator.append_tokens(self.prompt(turn))
