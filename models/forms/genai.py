@@ -133,14 +133,16 @@ def vision_language(form: Form, folder: Path, net) -> None:
     ids = torch.randint(5, tokens.VOCAB, (2, size.patches + 6), generator=generator)
     ids[:, 3 : 3 + size.patches] = tokens.IMAGE
     sequence = {0: "batch_size", 1: "sequence_length"}
+    # GenAI's own generator runs a step without images on features of no tokens; other clients on those of no image,
+    # and then the graph may state how many tokens an image has. There is a form of either.
+    features = {0: "num_images"} | ({1: "num_image_tokens"} if form.precision == "fp32" else {})
     embedding = Part(
         "embedding",
         Embedding(net),
         (ids, torch.randn(2, size.patches, size.width, generator=generator)),
         ["input_ids", "image_features"],
         ["inputs_embeds"],
-        # GenAI runs a step without images on features of no tokens.
-        {"input_ids": sequence, "image_features": {0: "num_images", 1: "num_image_tokens"}, "inputs_embeds": sequence},
+        {"input_ids": sequence, "image_features": features, "inputs_embeds": sequence},
     )
     for part in (vision, embedding):
         export_part(part, TORCHSCRIPT, folder)

@@ -26,38 +26,36 @@ class Model:
         # Tokens of an image: what its vision encoder says, or what the processor's config counts.
         self.features, self.tokens = job["features"], job["tokens"]
 
-    def prompt(self, turn: dict, further: bool) -> np.ndarray:
+    def prompt(self, turn: dict) -> np.ndarray:
         chat = f"USER: {''.join(IMAGE + chr(10) for _ in turn['images'])}{turn['prompt']} ASSISTANT:"
-        ids = self.tokenizer.encode(" " + chat if further else chat, add_special_tokens=not further).ids
+        ids = self.tokenizer.encode(chat).ids
         image = self.config["image_token_id"]
         return np.array([[j for i in ids for j in [i] * (self.features if i == image else 1)]], np.int32)
 
-    def conversation(self, turns: list[dict]) -> list[list[int]]:
+    def answer(self, turn: dict) -> list[int]:
         parameters = genai.GeneratorParams(self.model)
         parameters.set_search_options(max_length=self.config["context_length"], do_sample=False)
         generator = genai.Generator(self.model, parameters)
-        images = turns[0]["images"]
+        images = turn["images"]
         inputs = genai.NamedTensors()
         side = self.settings["crop_size"]["height"]
         # (Without pixels GenAI takes the embedding graph to want features of rank 2.)
-        inputs["pixel_values"] = pixels_of(images, self.settings) if images else np.zeros((1, 3, side, side), np.float32)
+        inputs["pixel_values"] = (
+            pixels_of(images, self.settings) if images else np.zeros((1, 3, side, side), np.float32)
+        )
         inputs["num_image_tokens"] = np.array([self.features * len(images)], np.int64)
         generator.set_inputs(inputs)
-        answers = []
-        for number, turn in enumerate(turns):
-            # The last token of an answer is chosen and not yet run; GenAI runs it with what follows.
-            generator.append_tokens(self.prompt(turn, number > 0))
-            answer: list[int] = []
-            while len(answer) < self.tokens and answer[-1:] != [self.config["eos_token_id"]]:
-                generator.generate_next_token()
-                answer.append(int(generator.get_next_tokens()[0]))
-            answers.append(answer)
-        return answers
+        generator.append_tokens(self.prompt(turn))
+        answer: list[int] = []
+        while len(answer) < self.tokens and answer[-1:] != [self.config["eos_token_id"]]:
+            generator.generate_next_token()
+            answer.append(int(generator.get_next_tokens()[0]))
+        return answer
 
 
 def answers(job: dict) -> dict:
     model = Model(job)
-    given = {case["name"]: model.conversation(case["turns"]) for case in job["cases"]}
+    given = {case["name"]: [model.answer(*case["turns"])] for case in job["cases"]}
     return {"version": f"onnxruntime-genai {genai.__version__}", "answers": given}
 
 

@@ -44,7 +44,11 @@ class Model:
         self.caches = [i for i in self.decoder.get_inputs() if i.name.startswith("past_key_values")]
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         config = json.loads((folder / "config.json").read_text())
-        self.image_token, self.eos, self.pad = config["image_token_index"], config["eos_token_id"], config["pad_token_id"]
+        self.image_token, self.eos, self.pad = (
+            config["image_token_index"],
+            config["eos_token_id"],
+            config["pad_token_id"],
+        )
         self.pixels = json.loads((folder / "preprocessor_config.json").read_text())
         self.loop, self.tokens = loop, tokens
 
@@ -66,7 +70,9 @@ class Model:
         expanded = [[i] * features.shape[1] if i == self.image_token else [i] for i in ids]
         return sum(expanded, []), features.reshape(-1, features.shape[-1])
 
-    def generate(self, rows: list[list[int]], features: np.ndarray | None, past: list[np.ndarray] | None, seen: np.ndarray | None):
+    def generate(
+        self, rows: list[list[int]], features: np.ndarray | None, past: list[np.ndarray] | None, seen: np.ndarray | None
+    ):
         """Greedy answers of all rows, the cache, and the mask of what is in it."""
         length = max(map(len, rows))
         ids = np.array([[self.pad] * (length - len(row)) + row for row in rows], np.int64)
@@ -75,7 +81,13 @@ class Model:
         if features is not None:
             embeds[ids == self.image_token] = features
         if past is None:
-            shapes = [[len(rows) if isinstance(d, str) and n == 0 else 0 if isinstance(d, str) else d for n, d in enumerate(c.shape)] for c in self.caches]
+            shapes = [
+                [
+                    len(rows) if isinstance(d, str) and n == 0 else 0 if isinstance(d, str) else d
+                    for n, d in enumerate(c.shape)
+                ]
+                for c in self.caches
+            ]
             past = [np.zeros(shape, np.float32) for shape in shapes]
             seen = np.zeros((len(rows), 0), np.int64)
         mask = np.concatenate([seen, mask], 1)
@@ -114,7 +126,9 @@ class Model:
 
 def answers(job: dict) -> dict:
     model = Model(Path(job["model"]), job.get("loop", "full"), job["tokens"])
-    given = {c["name"]: model.batch(c["rows"]) if c.get("batch") else model.conversation(c["turns"]) for c in job["cases"]}
+    given = {
+        c["name"]: model.batch(c["rows"]) if c.get("batch") else model.conversation(c["turns"]) for c in job["cases"]
+    }
     return {"version": f"onnxruntime {onnxruntime.__version__}", "answers": given}
 
 
