@@ -22,7 +22,7 @@ use duet_onnx::passes::{
 use duet_onnx::validate::scenario::{Scenario, Seeded, standard};
 
 use support::conversation::{Record, Transcript, apart, hold};
-use support::models::{Pool, Runner, fixture, recipe, recipe_text, rewritten, root, sizes};
+use support::models::{Pool, Runner, fixture, pairs, recipe, recipe_text, rewritten, root, sizes};
 
 /// Largest allowed difference, relative to the standard deviation, where nothing may change.
 const SAME: f64 = 1e-5;
@@ -31,16 +31,6 @@ const SAME: f64 = 1e-5;
 fn entry(pass: &str) -> &'static Entry {
     let mut all = REGISTRY.iter();
     all.find(|e| e.name == pass).expect("a registered pass")
-}
-
-/// Pairs of a pass for the encoder and one for the decoder: each of all is in one.
-fn pairs() -> Vec<[&'static Entry; 2]> {
-    let of = |stage| REGISTRY.iter().filter(move |e| e.stage == stage);
-    let (encoder, decoder) = (of(Stage::Encoder).count(), of(Stage::Decoder).count());
-    let first = of(Stage::Encoder).cycle();
-    let second = of(Stage::Decoder).cycle();
-    let all = first.zip(second).take(encoder.max(decoder));
-    all.map(|(a, b)| [a, b]).collect()
 }
 
 /// Each pass with each of its sample parameters, and passes together.

@@ -10,7 +10,7 @@ use ndarray::Array2;
 use duet_onnx::arch::{Role, Vlm};
 use duet_onnx::ir::{DataType, Dim, Model, Patch, ValueType, verify};
 use duet_onnx::onnx::{ModelDir, read, serialize};
-use duet_onnx::passes::{Recipe, rewrite};
+use duet_onnx::passes::{Entry, REGISTRY, Recipe, Stage, rewrite};
 use duet_onnx::runtime::{
     Cache, CacheHeads, Decoder, Embedder, Outputs, RuntimeError, Session, SessionOptions,
     StepInput, StepOutput, Tensor, Value, WholeModel, lay_out_pixels, scatter,
@@ -98,6 +98,16 @@ pub(crate) fn open_whole(vlm: &Vlm) -> WholeModel {
 /// A recipe of these passes.
 pub(crate) fn recipe(text: &str) -> Recipe {
     Recipe::parse(text).unwrap_or_else(|e| panic!("{e} in\n{text}"))
+}
+
+/// Pairs of a pass for the encoder and one for the decoder: each of all is in one.
+pub(crate) fn pairs() -> Vec<[&'static Entry; 2]> {
+    let of = |stage| REGISTRY.iter().filter(move |e| e.stage == stage);
+    let (encoder, decoder) = (of(Stage::Encoder).count(), of(Stage::Decoder).count());
+    let first = of(Stage::Encoder).cycle();
+    let second = of(Stage::Decoder).cycle();
+    let all = first.zip(second).take(encoder.max(decoder));
+    all.map(|(a, b)| [a, b]).collect()
 }
 
 /// A recipe's text from its passes, each `name: {parameters}`.
