@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -276,7 +277,12 @@ class Runner:
                 client.name,
             )
             answers[case["name"]] = [json.loads(text.splitlines()[0])]
-        return {"version": "", "answers": answers}
+        if client.module.endswith(".py"):
+            version = f"transformers {metadata.version('transformers')}"
+        else:
+            package = json.loads((self.modules / "onnxruntime-node/package.json").read_text())
+            version = f"onnxruntime-node {package['version']}"
+        return {"version": version, "answers": answers}
 
 
 def prepare(duet: Duet, models: list[Model], scratch: Path) -> list[Job]:
