@@ -178,7 +178,14 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     heading("6. Side by side");
     let heads = vlm.decoders().next();
     let heads = heads.and_then(|(_, d)| load::heads_of((d.kv_heads, d.head_dim)));
-    side_by_side(&models, &names, (&set, &clusters), heads, arguments.runs.max(1), &engine)?;
+    side_by_side(
+        &models,
+        &names,
+        (&set, &clusters),
+        heads,
+        arguments.runs.max(1),
+        &engine,
+    )?;
     Ok(if passed {
         Outcome::Done
     } else {
@@ -265,8 +272,13 @@ fn side_by_side(
         let options = engine.options();
         Ok(VlmPipeline::open_with_heads(&files, &options, heads)?)
     };
-    let mut open = models.iter().map(open).collect::<anyhow::Result<Vec<_>>>()?;
-    let asked = clusters.first().and_then(|c| set.clusters[*c].questions.first());
+    let mut open = models
+        .iter()
+        .map(open)
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let asked = clusters
+        .first()
+        .and_then(|c| set.clusters[*c].questions.first());
     let asked = &set.questions[*asked.context("the data set has no question")?];
     let picture = asked.images.iter().map(|i| Pixels::open(set.root.join(i)));
     let picture = picture.collect::<Result<Vec<_>, _>>()?;
@@ -280,9 +292,13 @@ fn side_by_side(
     for round in 0..=runs {
         for (model, answers) in open.iter_mut().zip(&mut seen) {
             let prepared = model.prepare(&messages, &picture)?;
-            let answer = model.generate(&prepared, None, &options, &mut |_| {
-                ControlFlow::Continue(())
-            })?;
+            let answer =
+                model.generate(
+                    &prepared,
+                    None,
+                    &options,
+                    &mut |_| ControlFlow::Continue(()),
+                )?;
             // The first round warms up.
             if round > 0 {
                 answers.push(answer);
@@ -320,7 +336,11 @@ fn side_by_side(
         }),
         row("cache", &|a| {
             let bytes = a[0].cache_bytes;
-            format!("{}  {:.2}×", style::bytes(bytes as u64), first / bytes as f64)
+            format!(
+                "{}  {:.2}×",
+                style::bytes(bytes as u64),
+                first / bytes as f64
+            )
         }),
     ];
     anstream::print!("{}", style::table(&rows));
