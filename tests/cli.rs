@@ -393,7 +393,7 @@ fn the_demo_holds_what_it_shows() {
         "21.25",
         "89.2 %",
         "accuracy",
-        "valid:",
+        "valid, ",
         "0 failed",
         "prefill",
     ] {

@@ -138,8 +138,16 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
             global.detail(step)
         })?;
         passed &= report.passed();
-        anstream::println!("  {name}");
-        super::validate::print(&report);
+        match report.passed() {
+            true => {
+                let checks = report.findings.len();
+                anstream::println!("  {name}: valid, {checks} checks, 0 failed");
+            }
+            false => {
+                anstream::println!("  {name}");
+                super::validate::print(&report);
+            }
+        }
     }
 
     heading("5. Questions about pictures that the model has not seen");
