@@ -105,7 +105,9 @@ class Answers(nn.Module):
         super().__init__()
         self.net, self.texts, self.placeholder = net, texts, placeholder
 
-    def forward(self, features: torch.Tensor, asked: list[list[tuple[str, str, str]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, features: torch.Tensor, asked: list[list[tuple[str, str, str]]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`features` [B, N, D] as the projector reads them -> logits [tokens, V] of all answers' tokens and the
         tokens themselves, [tokens]; an answer is a word and the end."""
         head, count = self.texts.prefix, features.shape[1]

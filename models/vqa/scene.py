@@ -5,9 +5,8 @@ colour, about 3 x 3 patches large. In the middle of a tile is a handwritten digi
 patch, in one of its corners a letter of 5 x 7 pixels. Small coloured shapes lie between the tiles. So most of the
 patches say little, as in photographs, and what a question asks for is in very few.
 
-The digits are those of scikit-learn's `load_digits` (1,797 digits of 43 people, the test part of the UCI set "Optical
-Recognition of Handwritten Digits", CC BY 4.0). Training, validation and test use different digits, different textures and
-different seeds.
+The digits are those of scikit-learn's `load_digits` (1,797 digits, the test part of the UCI set "Optical Recognition of
+Handwritten Digits", CC BY 4.0). Training, validation and test use different digits, textures and seeds.
 """
 
 from dataclasses import dataclass, field
@@ -202,7 +201,9 @@ def stamp(rng: np.random.Generator, split: str, tile: Tile):
     return draw
 
 
-def scene(rng: np.random.Generator, split: str, tiles: tuple[int, int] = (4, 6), loose: tuple[int, int] = (3, 8)) -> Scene:
+def scene(
+    rng: np.random.Generator, split: str, tiles: tuple[int, int] = (4, 6), loose: tuple[int, int] = (3, 8)
+) -> Scene:
     """Draws a picture with a number of tiles and of loose shapes in the given ranges, both ends included."""
     texture = textures(split)[rng.integers(len(textures(split)))]
     top, left = rng.integers(SIDE, size=2)
@@ -244,12 +245,23 @@ def scene(rng: np.random.Generator, split: str, tiles: tuple[int, int] = (4, 6),
         size = int(rng.integers(9, 13))
         dy, dx = rng.integers(-1, 2, 2)
         ink = shade(rng, colour)
-        paste(pixels, shapes(name, size), row * PATCH + (PATCH - size) // 2 + dy, column * PATCH + (PATCH - size) // 2 + dx, ink)
+        paste(
+            pixels,
+            shapes(name, size),
+            row * PATCH + (PATCH - size) // 2 + dy,
+            column * PATCH + (PATCH - size) // 2 + dx,
+            ink,
+        )
         small.append((name, colour))
         glyph_of[row, column] = GLYPH[f"loose {name}"]
         ink_of[row, column] = colour
     made = Scene(
-        np.clip(np.round(pixels), 0, 255).astype(np.uint8), placed, small, tile_of.ravel(), glyph_of.ravel(), ink_of.ravel()
+        np.clip(np.round(pixels), 0, 255).astype(np.uint8),
+        placed,
+        small,
+        tile_of.ravel(),
+        glyph_of.ravel(),
+        ink_of.ravel(),
     )
     return made
 

@@ -1,13 +1,16 @@
 """Pre-trains the vision tower: what does each patch show, and what is on the picture as a whole?
 
     python models/vqa/tower.py --out work/sparse.pt --steps 600
-    python models/vqa/tower.py --out work/tower.pt --start work/sparse.pt --kept 0 --steps 300 --rate 8e-4 --seed 2
+    python models/vqa/tower.py --out work/full.pt --start work/sparse.pt --kept 0 --steps 300 --rate 8e-4 --seed 2
+    python models/vqa/tower.py --out work/tower.pt --start work/full.pt --positions 0.5 --kept 0 --steps 160 --rate 8e-4
 
-The first run shows the tower fewer than half of the patches: what is learned of a patch is the same, for half the price.
+The first run shows the tower fewer than half of the patches: what is learned of a patch is the same, for half of the
+price.
 
 Labels of patches are free in drawn pictures: the colour of the tile that a patch lies on, the digit, shape or letter in
-it, the colour of a small shape, where it lies. The CLS token has to name, for each colour, what is on the tile, its letter, and how many
-small shapes there are: as in CLIP's training it has to look for what matters, and its attention learns where that is.
+it, the colour of a small shape, where it lies. The CLS token has to name, for each colour, what is on the tile, its
+letter, and how many small shapes there are: as in CLIP's training it has to look for what matters, and its attention
+learns where that is.
 """
 
 import argparse
@@ -158,7 +161,9 @@ def accuracy(net: Reader, split: str, batches: int = 8) -> dict[str, float]:
         for name, where in kinds.items():
             right.setdefault(name, []).extend((best[1] == glyph)[where].float().tolist())
         right.setdefault("tile", []).extend((best[0] == wanted[0]).float().flatten().tolist())
-        right.setdefault("place", []).extend(((best[3] == wanted[3]) & (best[4] == wanted[4])).float().flatten().tolist())
+        right.setdefault("place", []).extend(
+            ((best[3] == wanted[3]) & (best[4] == wanted[4])).float().flatten().tolist()
+        )
         right.setdefault("ink", []).extend((best[2] == wanted[2])[kinds["loose"]].float().tolist())
         for name, b, w in zip(("cls content", "cls letter", "cls count"), best[DENSE:], wanted[DENSE:]):
             right.setdefault(name, []).extend((b == w)[w > 0].float().tolist())
@@ -186,7 +191,9 @@ def main() -> None:
     with torch.no_grad():
         net.tower.embeddings.position_embedding.weight[1:] += args.positions * sincos()
     train = optimise.Optimiser(net, net.tower.encoder, args.rate, args.steps)
-    stream = iter(DataLoader(Pictures(args.seed, args.batch, "train"), batch_size=None, num_workers=1, prefetch_factor=4))
+    stream = iter(
+        DataLoader(Pictures(args.seed, args.batch, "train"), batch_size=None, num_workers=1, prefetch_factor=4)
+    )
     scales = (1.0, 1.0, 0.5, 0.3, 0.3, 0.6, 0.4, 0.4)
     began, mean = time.time(), None
     log = args.out.with_suffix(".jsonl").open("w")

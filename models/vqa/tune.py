@@ -112,7 +112,8 @@ class Pruned(nn.Module):
             attention, length = layer.self_attn, hidden.shape[1]
             x = layer.input_layernorm(hidden)
             q, k = (
-                p(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj)
+                p(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+                for p in (attention.q_proj, attention.k_proj)
             )
             positions = torch.arange(length)[None]
             q, k = apply_rotary_pos_emb(q, k, *self.net.model.language_model.rotary_emb(hidden, positions))

@@ -103,6 +103,13 @@ struct Target {
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
     let path = &arguments.model.path;
     let load::Selected { dir, vlm, .. } = load::select(path, &[], global)?;
+    if arguments.calibrate.dataset().is_some() && arguments.method != Method::Duet {
+        bail!(
+            "--calibrate searches make-ups of a merge and drops; with --method {} there is nothing to search, leave \
+             one of them out",
+            arguments.method.name()
+        );
+    }
     let target =
         target(&dir.root, &vlm, arguments).with_context(|| format!("{}", path.display()))?;
     let shape = target.shape;
