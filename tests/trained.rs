@@ -76,7 +76,7 @@ fn most_of_the_accuracy_is_kept_on_few_tokens() {
     }
 
     // What the PyTorch implementation answers, question by question.
-    let answers = |name: &str| source("models/vqa/answers").join(format!("{name}.jsonl"));
+    let answers = |name: &str| source("models/vqa/answers").join(format!("torch-{name}.jsonl"));
     for (model, name) in models
         .iter()
         .zip(["llava", "tiles-65", "tiles-43", "tiles-21"])
