@@ -49,24 +49,26 @@ def corpus() -> list[str]:
     return lines
 
 
-def tokenizer(extra: tuple[str, ...] = ()) -> Tokenizer:
-    """Trains the tokenizer; the corpus and the trainer are deterministic, so is the result.
-
-    `extra` special tokens come behind the usual ones.
-    """
-    specials = [*SPECIALS, *extra]
+def train(lines: list[str], vocabulary: int, extra: tuple[str, ...] = ()) -> Tokenizer:
+    """Trains a tokenizer of at most `vocabulary` tokens; `extra` special tokens come behind the usual ones."""
     tok = Tokenizer(models.BPE(unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=[AddedToken(t, special=True, normalized=False) for t in specials],
+        vocab_size=vocabulary,
+        special_tokens=[AddedToken(t, special=True, normalized=False) for t in (*SPECIALS, *extra)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    lines = [line.replace("<image>", "") for line in corpus()]
     tok.train_from_iterator(lines, trainer)
     tok.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)])
+    return tok
+
+
+def tokenizer(extra: tuple[str, ...] = ()) -> Tokenizer:
+    """The tokenizer of the models of random weights; corpus and trainer are deterministic, so is the result."""
+    specials = [*SPECIALS, *extra]
+    tok = train([line.replace("<image>", "") for line in corpus()], VOCAB, extra)
     if tok.get_vocab_size() != VOCAB or [tok.token_to_id(t) for t in specials] != list(range(len(specials))):
         raise RuntimeError(f"expected {VOCAB} tokens, specials first; got {tok.get_vocab_size()}")
     return tok

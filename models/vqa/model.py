@@ -101,9 +101,9 @@ def seen(net: LlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tens
 class Answers(nn.Module):
     """Several questions about each picture in one sequence: they see the picture and themselves, not each other."""
 
-    def __init__(self, net: LlavaForConditionalGeneration, texts: words.Texts, placeholder: int = words.IMAGE):
+    def __init__(self, net: LlavaForConditionalGeneration, texts: words.Texts):
         super().__init__()
-        self.net, self.texts, self.placeholder = net, texts, placeholder
+        self.net, self.texts = net, texts
 
     def forward(
         self, features: torch.Tensor, asked: list[list[tuple[str, str, str]]]
@@ -119,7 +119,7 @@ class Answers(nn.Module):
         part = torch.full((batch, length), -1)
         place = torch.zeros((batch, length), dtype=torch.long)
         ids[:, : len(head)] = torch.tensor(head)
-        ids[:, len(head) : start] = self.placeholder
+        ids[:, len(head) : start] = words.IMAGE
         part[:, :start], place[:, :start] = 0, torch.arange(start)
         asks, wanted = [], []
         for b, row in enumerate(rows):

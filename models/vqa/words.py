@@ -4,7 +4,7 @@ import itertools
 import sys
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 
 import scene
 
@@ -13,7 +13,6 @@ import tokens  # noqa: E402
 
 VOCAB = 512
 ANSWERS = (*scene.COLOURS, *scene.SHAPES, *scene.DIGITS, *scene.LETTERS)
-SPECIALS = tokens.SPECIALS
 BOS, EOS, PAD, IMAGE = tokens.BOS, tokens.EOS, tokens.PAD, tokens.IMAGE
 
 
@@ -27,20 +26,8 @@ def corpus() -> list[str]:
     return lines + ["USER: \n ASSISTANT:"] * 9
 
 
-def tokenizer(lines: list[str] | None = None, extra: tuple[str, ...] = ()) -> Tokenizer:
-    """Trained on `lines`; `extra` special tokens come behind the usual ones."""
-    specials = [*SPECIALS, *extra]
-    tok = Tokenizer(models.BPE(unk_token="<unk>"))
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=[AddedToken(t, special=True, normalized=False) for t in specials],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tok.train_from_iterator(corpus() if lines is None else lines, trainer)
-    tok.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)])
+def tokenizer() -> Tokenizer:
+    tok = tokens.train(corpus(), VOCAB)
     for word in ANSWERS:
         if len(tok.encode(f" {word}", add_special_tokens=False).ids) != 1:
             raise RuntimeError(f"expected one token for '{word}'; raise VOCAB")
@@ -50,8 +37,8 @@ def tokenizer(lines: list[str] | None = None, extra: tuple[str, ...] = ()) -> To
 class Texts:
     """Questions and answers as token ids."""
 
-    def __init__(self, tok: Tokenizer | None = None):
-        self.tok = tok or tokenizer()
+    def __init__(self):
+        self.tok = tokenizer()
         self.known: dict[str, list[int]] = {}
         self.prefix = self.tok.encode("USER: ").ids  # with <s>; the image's placeholders follow
 
