@@ -17,6 +17,7 @@ pub mod ir;
 pub mod onnx;
 pub mod passes;
 pub mod proto;
+mod random;
 pub mod runtime;
 mod suggest;
 pub mod validate;

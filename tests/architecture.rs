@@ -16,20 +16,25 @@ const RULE: &[(&str, &[&str])] = &[
         "cli",
         &[
             "validate", "eval", "diff", "passes", "arch", "runtime", "onnx", "ir", "proto",
-            "suggest",
+            "suggest", "random",
         ],
     ),
-    ("validate", &["runtime", "passes", "arch", "onnx", "ir"]),
-    ("eval", &["runtime"]),
+    (
+        "validate",
+        &["runtime", "passes", "arch", "onnx", "ir", "random"],
+    ),
+    ("eval", &["runtime", "random"]),
     ("diff", &["onnx", "ir", "suggest"]),
-    ("passes", &["arch", "ir", "suggest"]),
+    ("passes", &["arch", "ir", "suggest", "random"]),
     ("arch", &["ir"]),
-    ("runtime", &["onnx", "ir"]),
+    ("runtime", &["onnx", "ir", "random"]),
     ("onnx", &["proto", "ir"]),
-    ("ir", &[]),
+    ("ir", &["random"]),
     ("proto", &[]),
     // Words for messages; knows nothing of models.
     ("suggest", &[]),
+    // Numbers from a seed.
+    ("random", &[]),
 ];
 
 /// Crates that only some modules may name.

@@ -4,9 +4,8 @@
 mod commands;
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
-use commands::{BOTH, Place, Ran, duet, runtime, source};
+use commands::{BOTH, Place, Ran, duet, runtime, source, text};
 use serde_json::{Value, json};
 
 const MODEL: &str = "models/llava/fixtures/ts-sdpa-gqa";
@@ -61,10 +60,6 @@ fn place() -> Place {
 
 fn jsonl(lines: &[Value]) -> String {
     lines.iter().map(|line| format!("{line}\n")).collect()
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("UTF-8")
 }
 
 /// `eval` of the unmodified and the rewritten model.

@@ -3,17 +3,11 @@
 
 mod commands;
 
-use std::path::Path;
-
-use commands::{BOTH, Place, duet, runtime, source};
+use commands::{BOTH, Place, duet, runtime, source, text};
 use duet_onnx::passes::{Recipe, TokenMerge, VisualPrune};
 use serde_json::{Value, json};
 
 const MODEL: &str = "models/llava/fixtures/ts-sdpa-gqa";
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("UTF-8")
-}
 
 /// Pictures cut out of the two that ship.
 fn pictures(place: &Place, folder: &str, count: u32) {

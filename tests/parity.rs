@@ -34,32 +34,7 @@ const LIMIT: f64 = 1e-4;
 const SAME: f64 = 1e-5;
 
 fn reproduces_pytorch(name: &str) {
-    let base = fixture(name);
-    let goldens = Goldens::read(set_of(name));
-    let mut pool = Pool::default();
-    let (mut features, mut logits, mut steps, mut sets) = (0f64, 0f64, 0, 0);
-    let mut problems = Vec::new();
-    for case in &goldens.cases {
-        let runner = pool.open(&rewritten(&base, &case.recipe.to_string()));
-        let outcome = goldens.run(case, &runner, Client::default());
-        features = features.max(outcome.features);
-        logits = logits.max(outcome.logits);
-        steps += outcome.steps;
-        sets += outcome.sets;
-        let mut found = outcome.problems;
-        if !(outcome.features <= LIMIT && outcome.logits <= LIMIT) {
-            found.push(format!(
-                "features differ by {:.1e} and logits by {:.1e} standard deviations",
-                outcome.features, outcome.logits
-            ));
-        }
-        problems.extend(found.iter().map(|p| format!("{}: {p}", case.name)));
-    }
-    println!(
-        "{name}: {} cases, {steps} steps, {sets} index sets; features within {features:.1e}, logits within {logits:.1e}",
-        goldens.cases.len()
-    );
-    assert!(problems.is_empty(), "{name}:\n{}", problems.join("\n"));
+    Goldens::read(set_of(name)).reproduced(name, &fixture(name), LIMIT);
 }
 
 /// The recipe with another marker; what it says besides stays.

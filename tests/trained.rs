@@ -3,9 +3,7 @@
 
 mod commands;
 
-use std::path::Path;
-
-use commands::{BOTH, Place, duet, runtime, source};
+use commands::{BOTH, Place, duet, runtime, source, text};
 
 const MODEL: &str = "models/vqa/llava";
 const TEST: &str = "models/vqa/test";
@@ -13,10 +11,6 @@ const TEST: &str = "models/vqa/test";
 const RECIPES: [(&str, f64); 3] = [("tiles-65", 0.96), ("tiles-43", 0.94), ("tiles-21", 0.92)];
 /// Questions: a slice of the test set, whole pictures.
 const QUESTIONS: &str = "240";
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("UTF-8")
-}
 
 /// Runs `duet eval` on a slice of the test set.
 fn eval(models: &[&str], rest: &[&str]) -> serde_json::Value {

@@ -8,48 +8,36 @@ import copy
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import scene
 import tower
-import words
+import words  # puts llava's scripts on the path
+import build  # noqa: E402
 
-WIDTH, HEADS, INTERMEDIATE = 128, 4, 320
 
-
-def text_config(layers: int, vocabulary: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=WIDTH,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=layers,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        head_dim=WIDTH // HEADS,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        bos_token_id=words.BOS,
-        eos_token_id=words.EOS,
-        pad_token_id=words.PAD,
-        tie_word_embeddings=False,
+def size(layers: int) -> build.Size:
+    width, heads = tower.WIDTH, tower.HEADS
+    sizes = {"vision_width": width, "vision_intermediate": 4 * width, "vision_heads": heads, "width": width}
+    return build.Size(
+        image=scene.SIDE,
+        patch=scene.PATCH,
+        vision_layers=tower.LIVE + 1,
+        intermediate=320,
+        heads=heads,
+        kv_heads=heads,
+        layers=layers,
+        seed=0,
+        **sizes,
     )
 
 
 def config(layers: int, vocabulary: int) -> LlavaConfig:
-    return LlavaConfig(
-        vision_config=tower.config(tower.LIVE + 1),
-        text_config=text_config(layers, vocabulary),
-        image_token_index=words.IMAGE,
-        projector_hidden_act="gelu",
-        vision_feature_select_strategy="default",
-        vision_feature_layer=-2,
-        image_seq_length=scene.GRID**2,
-        architectures=["LlavaForConditionalGeneration"],
-        bos_token_id=words.BOS,
-        eos_token_id=words.EOS,
-        pad_token_id=words.PAD,
-        tie_word_embeddings=False,
-    )
+    """That of llava's models, with the trained tower's activation and the task's words."""
+    made = build.config(size(layers))
+    made.vision_config = tower.config(tower.LIVE + 1)
+    made.text_config.vocab_size = vocabulary
+    return made
 
 
 def llava(layers: int, vocabulary: int, read: dict[str, torch.Tensor] | None = None) -> LlavaForConditionalGeneration:

@@ -10,14 +10,12 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import onnx
 import torch
 from onnxruntime.transformers import float16
 
 import model
-import scene
 import words  # puts llava's scripts on the path
 import check  # noqa: E402
 import export  # noqa: E402
@@ -31,20 +29,6 @@ def trained(path: Path, attention: str = "sdpa"):
     net.load_state_dict({k: v.half().float() if v.is_floating_point() else v for k, v in saved["state"].items()})
     net.set_attn_implementation(attention)
     return net.eval().requires_grad_(False)
-
-
-def size(net) -> SimpleNamespace:
-    """What llava's scripts want to know of a model."""
-    text = net.config.text_config
-    return SimpleNamespace(
-        image=scene.SIDE,
-        patch=scene.PATCH,
-        patches=scene.GRID**2,
-        width=text.hidden_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        layers=text.num_hidden_layers,
-    )
 
 
 def halved(path: Path) -> None:
@@ -61,15 +45,16 @@ def main() -> int:
     torch.set_num_threads(2)
     tokens.VOCAB = words.Texts().tok.get_vocab_size()
     net = trained(args.model)
+    size = model.size(net.config.text_config.num_hidden_layers)
     shutil.rmtree(args.out, ignore_errors=True)
     (args.out / "onnx").mkdir(parents=True)
-    export.configs(net, size(net), args.out)
+    export.configs(net, size, args.out)
     tokens.save(args.out, words.tokenizer())
-    for part in export.parts(net, size(net)):
+    for part in export.parts(net, size):
         export.export(part, export.Form("vqa", "sdpa", 17, False), args.out / "onnx")
         if args.dtype == "fp16":
             halved(args.out / "onnx" / f"{part.file}.onnx")
-    differences = check.compare(args.out, trained(args.model, "eager"), size(net))
+    differences = check.compare(args.out, trained(args.model, "eager"), size)
     for what, difference in differences.items():
         print(f"{what:34} max |onnx - torch| = {difference:.2e}")
     limit = check.TOLERANCE if args.dtype == "fp32" else 0.1

@@ -10,11 +10,11 @@ use serde_json::{Value, json};
 use super::eval::ask::{Named, Task, ask};
 use super::{Engine, Global, load, rewrite, style};
 use crate::eval::halving::{Reached, Standing, rounds, search};
-use crate::eval::statistics::Random;
 use crate::eval::table::Bootstrap;
 use crate::eval::{Answer, Contestant, DataSet, tabulate};
 use crate::onnx::{DataMode, write_out};
 use crate::passes::{BudgetShape, MakeUp, Recipe, Space, make_ups};
+use crate::random::SplitMix64;
 
 /// Images of the first round at least: fewer tell candidates apart by chance alone.
 const LEAST: usize = 16;
@@ -89,7 +89,7 @@ pub(super) fn run(
     })?;
     let all =
         make_ups(&space, budget, Some(first)).map_err(|e| anyhow!("{}: {e}", model.display()))?;
-    let mut random = Random::new(arguments.seed);
+    let mut random = SplitMix64::new(arguments.seed);
     let make_ups = some(all, arguments.candidates, &mut random);
     let mut clusters = set.select(arguments.limit, None);
     shuffle(&mut clusters, &mut random);
@@ -150,7 +150,7 @@ pub(super) fn run(
 }
 
 /// The first, and of the others as many as there may be, drawn.
-fn some(mut all: Vec<MakeUp>, most: usize, random: &mut Random) -> Vec<MakeUp> {
+fn some(mut all: Vec<MakeUp>, most: usize, random: &mut SplitMix64) -> Vec<MakeUp> {
     if all.len() > most {
         let mut rest = all.split_off(1);
         shuffle(&mut rest, random);
@@ -161,9 +161,9 @@ fn some(mut all: Vec<MakeUp>, most: usize, random: &mut Random) -> Vec<MakeUp> {
 }
 
 /// Fisher and Yates.
-fn shuffle<T>(items: &mut [T], random: &mut Random) {
+fn shuffle<T>(items: &mut [T], random: &mut SplitMix64) {
     for end in (1..items.len()).rev() {
-        items.swap(end, random.below(end + 1));
+        items.swap(end, random.below(end as u64 + 1) as usize);
     }
 }
 

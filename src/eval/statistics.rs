@@ -7,33 +7,10 @@
 //! Where every question of every draw is answered alike (all right, say) the interval has no width: the draws know
 //! nothing of errors that were not made.
 
+use crate::random::SplitMix64;
+
 /// Share of the draws within an interval.
 pub const LEVEL: f64 = 0.95;
-
-/// SplitMix64 (Steele, Lea and Flood 2014): the same numbers from the same seed everywhere.
-#[derive(Debug, Clone)]
-pub struct Random(u64);
-
-impl Random {
-    /// From a seed.
-    pub fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    /// The next 64 bits.
-    pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `end`, by the upper bits of a product (its bias is below `end` / 2⁶⁴).
-    pub fn below(&mut self, end: usize) -> usize {
-        ((u128::from(self.bits()) * end as u128) >> 64) as usize
-    }
-}
 
 /// A number and where 95 % of the draws lie.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -154,9 +131,12 @@ impl Sample {
             return Vec::new();
         }
         let usual: Vec<f64> = (0..self.buckets).flat_map(|b| self.means(b)).collect();
-        let mut random = Random::new(seed);
+        let mut random = SplitMix64::new(seed);
         (0..resamples)
-            .map(|_| self.of((0..images).map(|_| random.below(images)), Some(&usual)))
+            .map(|_| {
+                let drawn = (0..images).map(|_| random.below(images as u64) as usize);
+                self.of(drawn, Some(&usual))
+            })
             .collect()
     }
 

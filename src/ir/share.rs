@@ -155,6 +155,7 @@ impl Patch<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::random::SplitMix64;
 
     impl Share {
         /// What the inserted nodes compute.
@@ -170,18 +171,10 @@ mod tests {
         (n as f64 * ratio) as i64
     }
 
-    /// SplitMix64.
-    fn random(state: &mut u64) -> u64 {
-        *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (*state ^ (*state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
     /// Every count of a conversation, multiples of the denominator (where the rounding decides), and random ones.
-    fn agrees(ratio: f64, state: &mut u64) {
+    fn agrees(ratio: f64, state: &mut SplitMix64) {
         let share = Share::new(ratio);
-        let some: Vec<i64> = (0..200).map(|_| (random(state) >> 40) as i64).collect();
+        let some: Vec<i64> = (0..200).map(|_| (state.bits() >> 40) as i64).collect();
         let far = (1i64 << COUNT_BITS) - 1;
         let multiples = (1..=400)
             .map(|k| k * share.q)
@@ -209,12 +202,12 @@ mod tests {
         );
         assert_eq!((Share::new(0.0).of(99), Share::new(1.0).of(99)), (0, 99));
         assert_eq!((Share::new(0.29).of(100), Share::new(0.7).of(10)), (28, 7));
-        let mut state = 1;
+        let mut state = SplitMix64::new(1);
         for k in 0..=1000 {
             agrees(f64::from(k) / 1000.0, &mut state);
         }
         for _ in 0..400 {
-            let bits = random(&mut state) >> 11;
+            let bits = state.bits() >> 11;
             let any = bits as f64 / (1u64 << 53) as f64;
             agrees(any, &mut state);
             agrees(any.powi(6), &mut state);

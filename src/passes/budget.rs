@@ -379,22 +379,28 @@ pub(super) fn finish(
     drops: &[(usize, f64)],
     text: &str,
 ) -> Planned {
-    if !drops.is_empty() {
-        recipe += "  - visual_prune:\n      drops:\n";
-        for (after, keep) in drops {
-            let _ = writeln!(
-                recipe,
-                "        - {{ after_layer: {after}, keep: {keep:?} }}"
-            );
-        }
-        let _ = writeln!(recipe, "      text: {text}");
-    }
+    write_drops(&mut recipe, drops, text);
     let average = mean(&tokens);
     Planned {
         recipe,
         tokens,
         average,
     }
+}
+
+/// Writes the pass of some drops, if there are any, behind the others of a recipe.
+pub(super) fn write_drops(recipe: &mut String, drops: &[(usize, f64)], text: &str) {
+    if drops.is_empty() {
+        return;
+    }
+    *recipe += "  - visual_prune:\n      drops:\n";
+    for (after, keep) in drops {
+        let _ = writeln!(
+            recipe,
+            "        - {{ after_layer: {after}, keep: {keep:?} }}"
+        );
+    }
+    let _ = writeln!(recipe, "      text: {text}");
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 
 use std::fmt::Write;
 
-use super::budget::BudgetShape;
+use super::budget::{BudgetShape, write_drops};
 use super::{Recipe, TokenMerge, VisualPrune};
 
 /// What there is to spend a budget on.
@@ -123,16 +123,7 @@ fn text(merge: Option<(i64, i64)>, drops: &[(usize, f64)]) -> String {
              selector: attention\n"
         );
     }
-    if !drops.is_empty() {
-        recipe += "  - visual_prune:\n      drops:\n";
-        for (after, keep) in drops {
-            let _ = writeln!(
-                recipe,
-                "        - {{ after_layer: {after}, keep: {keep:?} }}"
-            );
-        }
-        recipe += "      text: all\n";
-    }
+    write_drops(&mut recipe, drops, "all");
     recipe
 }
 

@@ -22,6 +22,7 @@ use super::recipe::Count;
 use super::selection::Selection;
 use super::{Entry, Stage};
 use crate::ir::{Patch, ValueId};
+use crate::random::SplitMix64;
 
 pub(super) const ENTRY: Entry = Entry {
     name: "random_drop",
@@ -44,23 +45,6 @@ pub struct RandomDrop {
     pub seed: u64,
 }
 
-/// SplitMix64.
-struct Numbers(u64);
-
-impl Numbers {
-    /// A number below `bound`.
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^= z >> 31;
-        #[allow(clippy::cast_possible_truncation, reason = "it is below the bound")]
-        let scaled = ((u128::from(z) * u128::from(bound)) >> 64) as u64;
-        scaled
-    }
-}
-
 impl Selection for RandomDrop {
     const ENTRY: Entry = ENTRY;
 
@@ -71,7 +55,7 @@ impl Selection for RandomDrop {
     fn places(&self, all: i64, keep: i64) -> Option<Vec<i64>> {
         let size = |n: i64| usize::try_from(n).unwrap_or(0);
         let mut places: Vec<i64> = (0..all).collect();
-        let mut numbers = Numbers(self.seed);
+        let mut numbers = SplitMix64::new(self.seed);
         for i in 0..size(keep) {
             let left = u64::try_from(places.len() - i).unwrap_or(1);
             let other = i + usize::try_from(numbers.below(left)).unwrap_or(0);
@@ -94,21 +78,6 @@ impl Selection for RandomDrop {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn draws_are_splitmix64_s() {
-        // The generator's published sequence from 1234567 (as in its reference implementation's tests).
-        let mut numbers = Numbers(1_234_567);
-        let all = u64::MAX;
-        // (z · (2⁶⁴ − 1)) ≫ 64 is z − 1, or 0.
-        let drawn = [numbers.below(all), numbers.below(all), numbers.below(all)];
-        let published: [u64; 3] = [
-            6_457_827_717_110_365_317,
-            3_203_168_211_198_807_973,
-            9_817_491_932_198_370_423,
-        ];
-        assert_eq!(drawn, published.map(|z| z - 1));
-    }
 
     #[test]
     fn places_are_drawn_without_repetition_and_nest() {

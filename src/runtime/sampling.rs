@@ -1,5 +1,7 @@
 //! Choosing the next token from logits.
 
+use crate::random::SplitMix64;
+
 /// How the next token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Sampling {
@@ -23,17 +25,18 @@ pub enum Sampling {
 #[derive(Debug, Clone)]
 pub struct Sampler {
     sampling: Sampling,
-    state: u64,
+    random: SplitMix64,
 }
 
 impl Sampler {
     /// Starts a sequence.
     pub fn new(sampling: Sampling) -> Self {
-        let state = match sampling {
+        let seed = match sampling {
             Sampling::Greedy => 0,
             Sampling::Random { seed, .. } => seed,
         };
-        Self { sampling, state }
+        let random = SplitMix64::new(seed);
+        Self { sampling, random }
     }
 
     /// The next token's id; `None` if there are no logits or one is NaN.
@@ -48,20 +51,11 @@ impl Sampler {
                 top_p,
                 ..
             } if temperature > 0.0 => {
-                let uniform = self.uniform();
+                let uniform = self.random.uniform();
                 Some(draw(logits, temperature, top_k, top_p, uniform))
             }
             _ => Some(argmax(logits)),
         }
-    }
-
-    /// A number in [0, 1), by SplitMix64: small, and good enough to pick tokens.
-    fn uniform(&mut self) -> f64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
     }
 }
 

@@ -5,6 +5,7 @@ use ndarray::{Array2, Array3, Array4, Array5, s};
 
 use crate::arch::VisionTower;
 use crate::ir::{Dim, Model};
+use crate::random::SplitMix64;
 use crate::runtime::Tensor;
 
 use crate::runtime::Grid;
@@ -51,29 +52,25 @@ impl Scenario {
     }
 }
 
-/// A small generator of reproducible numbers (SplitMix64): the scenarios have to
-/// be the same on every machine and in every version of any library.
+/// Reproducible inputs (SplitMix64): the scenarios have to be the same on every machine and in every version of any
+/// library.
 #[derive(Clone, Debug)]
-pub struct Seeded(u64);
+pub struct Seeded(SplitMix64);
 
 impl Seeded {
     /// Starts a sequence.
     pub fn new(seed: u64) -> Self {
-        Self(seed)
+        Self(SplitMix64::new(seed))
     }
 
     /// The next 64 bits.
     pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        self.0.bits()
     }
 
     /// Uniform in 0..1.
     pub fn uniform(&mut self) -> f64 {
-        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
+        self.0.uniform()
     }
 
     /// Standard normal (Box–Muller).

@@ -36,6 +36,11 @@ pub(crate) fn source(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
+/// A path as an argument.
+pub(crate) fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
 /// A model file of a fixture.
 pub(crate) fn part(fixture: &str, name: &str) -> PathBuf {
     source("models/llava/fixtures").join(format!("{fixture}/onnx/{name}.onnx"))

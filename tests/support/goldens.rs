@@ -8,12 +8,15 @@ use ndarray::{Array2, Axis, concatenate};
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
+use duet_onnx::arch::Vlm;
 use duet_onnx::runtime::{
     Cache, DType, Packing, StepInput, StepOutput, Tensor, Value, WholeInput, WholeModel,
     concatenate as crops_after_another,
 };
 
-use super::models::{ANCHORS, DOMINANT, Runner, difference, index_rows, kept, kept_name, root};
+use super::models::{
+    ANCHORS, DOMINANT, Pool, Runner, difference, index_rows, kept, kept_name, rewritten, root,
+};
 use super::packed::contents;
 
 /// Cases of one set of weights.
@@ -305,6 +308,40 @@ impl Goldens {
             .windows(2)
             .all(|pair| pair[0] == pair[1])
             .then_some(spans[0])?
+    }
+
+    /// Runs every case of a rewritten model and compares with what PyTorch recorded: features, kept sets, cache
+    /// lengths, logits of prompts and steps, within `limit` standard deviations. Returns how many index sets were
+    /// compared.
+    #[track_caller]
+    #[allow(clippy::print_stdout, reason = "what was compared, with --nocapture")]
+    pub(crate) fn reproduced(&self, name: &str, base: &Vlm, limit: f64) -> usize {
+        let mut pool = Pool::default();
+        let (mut features, mut logits, mut steps, mut sets) = (0f64, 0f64, 0, 0);
+        let mut problems = Vec::new();
+        for case in &self.cases {
+            let runner = pool.open(&rewritten(base, &case.recipe.to_string()));
+            let outcome = self.run(case, &runner, Client::default());
+            features = features.max(outcome.features);
+            logits = logits.max(outcome.logits);
+            steps += outcome.steps;
+            sets += outcome.sets;
+            let mut found = outcome.problems;
+            if !(outcome.features <= limit && outcome.logits <= limit) {
+                found.push(format!(
+                    "features differ by {:.1e} and logits by {:.1e} standard deviations",
+                    outcome.features, outcome.logits
+                ));
+            }
+            problems.extend(found.iter().map(|p| format!("{}: {p}", case.name)));
+        }
+        println!(
+            "{name}: {} cases, {steps} steps, {sets} index sets; features within {features:.1e}, logits within \
+             {logits:.1e}",
+            self.cases.len()
+        );
+        assert!(problems.is_empty(), "{name}:\n{}", problems.join("\n"));
+        sets
     }
 
     /// Runs a case through a model and compares everything that was recorded.

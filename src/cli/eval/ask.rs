@@ -228,17 +228,8 @@ fn answer_all(
 /// Answers of another program, or of an earlier run.
 fn from_file(path: &Path, set: &DataSet) -> anyhow::Result<Contestant> {
     let (header, answers) = answers::read(path)?;
-    if let Some(header) = &header
-        && header.dataset.digest != set.digest
-    {
-        bail!(
-            "{}: the answers are to another data set, {} with the digest {}; {} has {}",
-            path.display(),
-            header.dataset.name,
-            header.dataset.digest,
-            set.root.display(),
-            set.digest
-        );
+    if let Some(header) = &header {
+        to_set(path, header, set)?;
     }
     let ids: std::collections::HashSet<&str> =
         set.questions.iter().map(|q| q.id.as_str()).collect();
@@ -256,6 +247,21 @@ fn from_file(path: &Path, set: &DataSet) -> anyhow::Result<Contestant> {
         digest: header.map(|header| header.model.digest),
         answers: answers.into_iter().map(|a| (a.id.clone(), a)).collect(),
     })
+}
+
+/// Whether the answers of a file are to the questions of a set.
+pub(super) fn to_set(path: &Path, header: &Header, set: &DataSet) -> anyhow::Result<()> {
+    if header.dataset.digest != set.digest {
+        bail!(
+            "{}: the answers are to another data set, {} with the digest {}; {} has {}",
+            path.display(),
+            header.dataset.name,
+            header.dataset.digest,
+            set.root.display(),
+            set.digest
+        );
+    }
+    Ok(())
 }
 
 pub(super) fn distinct(models: &[Contestant]) -> anyhow::Result<()> {

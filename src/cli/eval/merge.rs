@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 
-use super::{Shown, ask, report};
+use super::ask::{self, to_set};
+use super::{Shown, report};
 use crate::cli::{Global, Outcome};
 use crate::eval::answers;
 use crate::eval::{Answer, AnswerFile, Contestant, DataSet, Header, Shard, tabulate};
@@ -101,16 +102,7 @@ fn read(paths: &[PathBuf], set: &DataSet) -> anyhow::Result<Vec<Part>> {
                 path.display()
             );
         };
-        if header.dataset.digest != set.digest {
-            bail!(
-                "{}: the answers are to another data set, {} with the digest {}; {} has {}",
-                path.display(),
-                header.dataset.name,
-                header.dataset.digest,
-                set.root.display(),
-                set.digest
-            );
-        }
+        to_set(&path, &header, set)?;
         if let Some(first) = parts.first()
             && header.settings != first.header.settings
         {

@@ -2,23 +2,6 @@
 
 use super::*;
 
-#[test]
-fn random_numbers_are_those_of_the_published_generator() {
-    let mut random = Random::new(0);
-    let first: Vec<u64> = (0..3).map(|_| random.bits()).collect();
-    assert_eq!(
-        first,
-        [
-            0xe220_a839_7b1d_cdaf,
-            0x6e78_9e6a_a1b9_65f4,
-            0x06c4_5d18_8009_454f
-        ]
-    );
-    let mut random = Random::new(42);
-    let below: Vec<usize> = (0..12).map(|_| random.below(10)).collect();
-    assert_eq!(below, [7, 1, 2, 3, 0, 8, 2, 8, 3, 6, 2, 4]);
-}
-
 /// `np.quantile([3, 1, 2, 10], [0, 0.1, 0.5, 0.975, 1])`
 #[test]
 fn quantiles_are_numpys() {
