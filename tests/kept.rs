@@ -19,7 +19,7 @@ use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
 use commands::{duet, source};
-use support::goldens::{Client, Goldens};
+use support::goldens::Goldens;
 use support::models::{
     CHOSEN, Pool, Runner, WHOLE, fixture, index_rows, parts_at, recipe, recipe_text, rewritten,
     root, set_of, sizes, whole_fixture,

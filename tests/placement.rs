@@ -17,7 +17,7 @@ use ndarray::Array2;
 use commands::{PARTS, Place, part};
 use support::conversation::{apart, hold};
 use support::forms;
-use support::goldens::{Client, Goldens};
+use support::goldens::Goldens;
 use support::models::{
     Pool, Runner, fixture, fixture_at, kept, parts_at, recipe, recipe_text, rewritten, root,
     set_of, sizes, whole_fixture,
