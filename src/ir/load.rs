@@ -12,7 +12,7 @@ use bytes::Bytes;
 use super::model::{
     Attribute, Def, Function, Graph, GraphKind, Model, Node, Provenance, Use, Value,
 };
-use super::{ExternalSource, GraphId, IrError, NodeId, Tensor, ValueId, ValueType};
+use super::{ExternalSource, GraphId, IrError, NoExternal, NodeId, Tensor, ValueId, ValueType};
 
 /// A node as a reader found it: names instead of ids.
 pub(crate) struct NodeDraft<'a> {
@@ -26,6 +26,13 @@ pub(crate) struct NodeDraft<'a> {
     pub(crate) origin: Option<Bytes>,
     /// Inputs, outputs or name differ from `origin`.
     pub(crate) edited: bool,
+}
+
+impl Model {
+    /// A model without anything in it.
+    pub(crate) fn empty() -> Self {
+        Loader::new(Arc::new(NoExternal)).finish()
+    }
 }
 
 /// Accumulates a model.

@@ -5,41 +5,64 @@
 //! slices, most of them of the mapped input, so that inline weights are never
 //! copied in memory.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
 use super::wire::{Rope, fields};
 use super::{OnnxError, convert};
-use crate::ir::{AttrValue, Attribute, Def, GraphId, Model, NodeId, Provenance, ValueId, Verified};
+use crate::ir::{
+    AttrValue, Attribute, Def, ExternalSource, GraphId, Model, NodeId, Provenance, ValueId,
+    Verified,
+};
 use crate::proto;
 
 /// Protobuf messages are limited to 2 GiB.
 const LIMIT: u64 = i32::MAX as u64;
 
+/// Slices of a mapped file of at least so many bytes are copied from file to file;
+/// shorter ones are cheaper to gather.
+const DIRECT: usize = 1 << 16;
+
 /// A serialised model: slices in order.
-#[derive(Debug)]
-pub struct Serialized(Rope);
+pub struct Serialized {
+    rope: Rope,
+    /// Knows which slices lie in an open file.
+    source: Arc<dyn ExternalSource>,
+}
+
+impl fmt::Debug for Serialized {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rope, source: _ } = self;
+        f.debug_struct("Serialized")
+            .field("bytes", &rope.len())
+            .field("slices", &rope.parts().len())
+            .finish_non_exhaustive()
+    }
+}
 
 impl Serialized {
     /// Length in bytes.
     pub fn len(&self) -> u64 {
-        self.0.len()
+        self.rope.len()
     }
 
     /// Whether it is empty (a model never is).
     pub fn is_empty(&self) -> bool {
-        self.0.len() == 0
+        self.rope.len() == 0
     }
 
     /// All bytes in one piece (for small models and tests).
     pub fn to_vec(&self) -> Vec<u8> {
-        self.0.parts().concat()
+        self.rope.parts().concat()
     }
 
-    /// Writes to an open file.
+    /// Writes to an open file. Large slices of the file that the model was read
+    /// from go from file to file and never through this process's memory.
     ///
     /// # Errors
     /// Those of writing; a model over protobuf's 2 GiB.
@@ -55,20 +78,39 @@ impl Serialized {
             });
         }
         let mut out = BufWriter::with_capacity(1 << 16, file);
-        for part in self.0.parts() {
-            out.write_all(part).map_err(OnnxError::io(path))?;
+        for part in self.rope.parts() {
+            self.write_part(part, &mut out)
+                .map_err(OnnxError::io(path))?;
         }
         out.flush().map_err(OnnxError::io(path))
+    }
+
+    fn write_part(&self, part: &[u8], out: &mut BufWriter<&File>) -> std::io::Result<()> {
+        #[cfg(unix)]
+        if part.len() >= DIRECT
+            && let Some((from, offset)) = self.source.place(part)
+        {
+            out.flush()?;
+            return super::copy::copy_range(from, offset, part.len() as u64, out.get_ref());
+        }
+        out.write_all(part)
     }
 }
 
 /// Serialises a verified model.
 pub fn serialize(model: Verified<'_>) -> Serialized {
     let model = model.model();
+    Serialized {
+        rope: rope(model),
+        source: model.external().clone(),
+    }
+}
+
+fn rope(model: &Model) -> Rope {
     let mut rope = Rope::default();
     if let Some(source) = &model.source {
         rope.whole(source.clone());
-        return Serialized(rope);
+        return rope;
     }
     let order = numbers(&model.provenance, &[1, 8, 2, 7, 14]);
     for number in order {
@@ -94,7 +136,7 @@ pub fn serialize(model: Verified<'_>) -> Serialized {
             }
         }
     }
-    Serialized(rope)
+    rope
 }
 
 /// Header fields that the model did not get from a file: all of them if it was
