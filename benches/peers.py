@@ -10,7 +10,8 @@
 | `inline` | its decoder with the weights in the file, 1.9 GB | `duet rewrite --beside`, and `cp` of that file |
 | `7b` | LLaVA-1.5-7B at its true size, 13 GB | as `beside` |
 
-duet does its whole job: both passes of `llava-1.5-192` over all three files, verified. The other tools do less, the
+duet does its whole job: both passes of `llava-1.5-192` (its drops after half and three quarters of the layers) over all
+three files, verified. The other tools do less, the
 nearest that they have: load each file, put one node into it, save it (`onnxslim`: load, slim, save). Commands run in
 turns, each in a process of its own; printed are medians of whole processes, Python's start and imports included, and
 their ratio to duet's. Peak memory is the largest `VmHWM` of /proc/PID/status in one more run: mapped pages of files are
@@ -23,19 +24,21 @@ a quick look. Linux.
 
 import argparse
 import importlib.metadata
+import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 FULL_SIZE = HERE.parent / "models" / "full_size.py"
 FILES = ("vision_encoder", "embed_tokens", "decoder_model_merged")
-RECIPE = "llava-1.5-192"
 BLOCK = 1 << 26
 
 
@@ -175,40 +178,180 @@ def inlined(work: Path, source: Path) -> Path:
 
 
 @dataclass
-class Run:
+class Tool:
     """A command, and what it leaves behind."""
 
     name: str
     command: list[str]
-    leaves: list[str]
-    root: Path
+    leaves: list[Path]
+    # Folders that have to be there.
+    needs: list[Path] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    peak: int = 0
+    anonymous: int = 0
 
     def clear(self) -> None:
-        for pattern in self.leaves:
-            for path in self.root.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in self.leaves:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-    def start(self) -> subprocess.Popen:
+    def run(self, look: bool) -> None:
+        """One run; `look`: at its memory instead of the clock."""
         self.clear()
-        for pattern in self.leaves:
-            if pattern.endswith("-peer") and not pattern.startswith("*"):
-                (self.root / pattern).mkdir()
-        return subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-    def check(self, child: subprocess.Popen) -> None:
-        error = child.stderr.read()
-        if child.wait() != 0:
-            raise RuntimeError(f"{' '.join(self.command)}: exit code {child.returncode}\n{error}")
-
-    def seconds(self) -> float:
+        for folder in self.needs:
+            folder.mkdir()
         os.sync()
-        child = self.start()
-        began = time.perf_counter()
-        child = child if child.poll() is None else child
-        raise NotImplementedError
+        with tempfile.TemporaryFile() as said:
+            began = time.perf_counter()
+            child = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=said)
+            if look:
+                self.watch(child)
+            code = child.wait()
+            seconds = time.perf_counter() - began
+            said.seek(0)
+            if code != 0:
+                raise RuntimeError(f"{' '.join(self.command)}: exit code {code}\n{said.read().decode()}")
+        if not look:
+            self.times.append(seconds)
+        self.clear()
+
+    def watch(self, child: subprocess.Popen) -> None:
+        """Reads the high-water mark until the process ends (its parent's does not count, as it does in `ru_maxrss`)."""
+        while child.poll() is None:
+            try:
+                status = Path(f"/proc/{child.pid}/status").read_text()
+            except OSError:
+                break
+            for line in status.splitlines():
+                key, _, rest = line.partition(":")
+                if key == "VmHWM":
+                    self.peak = max(self.peak, int(rest.split()[0]) * 1024)
+                elif key == "RssAnon":
+                    self.anonymous = max(self.anonymous, int(rest.split()[0]) * 1024)
+            time.sleep(0.0005)
+
+
+def table(title: str, tools: list[Tool], runs: int) -> None:
+    """Runs the tools in turns and prints their medians; the first one is what the others are compared with."""
+    for tool in tools:
+        tool.run(look=True)
+    for _ in range(runs):
+        for tool in tools:
+            tool.run(look=False)
+    own = statistics.median(tools[0].times)
+    print(f"\n{title}\n\n| | time | ratio | peak memory | of it anonymous |\n|---|---|---|---|---|")
+    for tool in tools:
+        seconds = statistics.median(tool.times)
+        shown = f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+        ratio = f"{seconds / own:.2f}" if seconds < 10 * own else f"{seconds / own:.0f}"
+        memory = [f"{m / 1e6:.0f} MB" if m else "–" for m in (tool.peak, tool.anonymous)]
+        print(f"| {tool.name} | {shown} | {ratio} | {memory[0]} | {memory[1]} |", flush=True)
+
+
+def recipe(args: argparse.Namespace, model: Path) -> Path:
+    """passes/llava-1.5-192.yaml for a decoder of any depth."""
+    layers = json.loads((model / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    drops = {layers // 2: 0.5, layers * 3 // 4: 0.0}
+    listed = ", ".join(f"{{ after_layer: {layer}, keep: {keep} }}" for layer, keep in drops.items())
+    path = args.work / f"recipe-{layers}.yaml"
+    path.write_text(
+        "version: 1\npasses:\n"
+        "  - token_merge: { dominant: 300, contextual: 7, cluster_width: 4, selector: attention, cls: keep }\n"
+        f"  - visual_prune: {{ drops: [{listed}], text: all, positions: renumber }}\n"
+    )
+    return path
+
+
+def duet(args: argparse.Namespace, model: Path, target: Path | None, name: str) -> Tool:
+    """The whole job."""
+    command = [args.duet, "rewrite", str(model), "--recipe", str(recipe(args, model)), "--quiet"]
+    if target is not None:
+        return Tool(name, [*command, "--out", str(target)], [target])
+    names = [f"onnx/{file}_peer.onnx" for file in FILES] + ["config_peer.json", "processor_config_peer.json"]
+    return Tool(name, [*command, "--beside", "peer"], [model / n for n in names])
+
+
+def peers(args: argparse.Namespace, model: Path, target: Path | None) -> list[Tool]:
+    """The other tools, those that can."""
+    found = []
+    source = model / "onnx"
+    for name in args.peers:
+        _, alone = PEERS[name]
+        if target is None and not alone:
+            continue
+        leaves = [target] if target else [source / f"{file}_peer.onnx" for file in FILES]
+        command = [sys.executable, __file__, "--peer", name, str(source), *([str(target)] if target else [])]
+        shown = f"{name} {importlib.metadata.version(name)}"
+        found.append(Tool(shown, command, leaves, [target] if target else []))
+    return found
+
+
+def inside(args: argparse.Namespace, model: Path, runs: int) -> None:
+    """What the time goes to, as `duet rewrite -v` says it."""
+    tool = duet(args, model, None, "")
+    command = [c for c in tool.command if c != "--quiet"] + ["-v"]
+    pattern = re.compile(r"in ([\d.]+) ms; .* in ([\d.]+) ms; .* in ([\d.]+) ms")
+    found = []
+    for _ in range(runs):
+        tool.clear()
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        found.append([float(n) for n in pattern.search(said).groups()])
+    tool.clear()
+    steps = [statistics.median(times) for times in zip(*found)]
+    total = statistics.median(sum(times) for times in found)
+    print(
+        f"\nInside: {steps[0]:.1f} ms reading, verifying and recognising, {steps[1]:.1f} ms patching and verifying, "
+        f"{steps[2]:.1f} ms writing; {total:.1f} ms together."
+    )
+
+
+def described(model: Path) -> str:
+    import onnx
+
+    nodes = sum(len(onnx.load(p, load_external_data=False).graph.node) for p in model.glob("onnx/*.onnx"))
+    data = sum(p.stat().st_size for p in model.glob("onnx/*_data"))
+    return f"{nodes:,} nodes, {data / 1e9:.1f} GB of data"
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["--peer"]:
+        _, _, name, source, *target = sys.argv
+        PEERS[name][0](Path(source), Path(target[0]) if target else None)
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--duet", default="target/release/duet")
+    parser.add_argument("--work", type=Path, required=True, help="where models are made and kept")
+    parser.add_argument("--exporter", default=sys.executable, help="Python with models/requirements.txt")
+    parser.add_argument("--only", default="beside,copy,inline,7b")
+    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--layers", type=int, default=14, help="decoder layers of the model of 2,000 nodes")
+    parser.add_argument("--runs", type=int, default=5)
+    args = parser.parse_args()
+    args.peers = [name for name in args.peers.split(",") if name]
+    args.work.mkdir(parents=True, exist_ok=True)
+    only = set(args.only.split(","))
+    small = make(args.work, "narrow", args.exporter, "llava-narrow", args.layers)
+    target = args.work / "written"
+    if "beside" in only:
+        title = f"New files, data left where it is ({described(small)}, in holes)"
+        table(title, [duet(args, small, None, "duet rewrite --beside"), *peers(args, small, None)], args.runs)
+        inside(args, small, args.runs)
+    if "copy" in only:
+        model = filled(args.work, small)
+        copy = Tool("cp -r", ["cp", "-r", str(model), str(target)], [target])
+        tools = [duet(args, model, target, "duet rewrite --out"), copy, *peers(args, model, target)]
+        table(f"A new model with data of its own ({described(model)})", tools, args.runs)
+    if "inline" in only:
+        model = inlined(args.work, filled(args.work, small))
+        file = model / "onnx" / f"{FILES[2]}.onnx"
+        copied = args.work / "copied.onnx"
+        copy = Tool("cp of the decoder", ["cp", str(file), str(copied)], [copied])
+        title = f"Weights inside the decoder's file ({file.stat().st_size / 1e9:.2f} GB)"
+        table(title, [duet(args, model, None, "duet rewrite --beside"), copy], args.runs)
+    if "7b" in only:
+        model = make(args.work, "llava-1.5-7b", args.exporter, "llava-1.5", None)
+        title = f"LLaVA-1.5-7B, data left where it is ({described(model)}, in holes)"
+        table(title, [duet(args, model, None, "duet rewrite --beside"), *peers(args, model, None)], args.runs)
+        inside(args, model, args.runs)
     return 0
 
 

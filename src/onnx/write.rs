@@ -5,6 +5,7 @@
 //! slices, most of them of the mapped input, so that inline weights are never
 //! copied in memory.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -16,7 +17,7 @@ use bytes::Bytes;
 use super::wire::{Rope, fields};
 use super::{OnnxError, convert};
 use crate::ir::{
-    AttrValue, Attribute, Def, ExternalSource, GraphId, Model, NodeId, Provenance, ValueId,
+    AttrValue, Attribute, Def, ExternalSource, Graph, GraphId, Model, NodeId, Provenance, ValueId,
     Verified,
 };
 use crate::proto;
@@ -217,10 +218,8 @@ fn graph(model: &Model, id: GraphId) -> Rope {
                 .iter()
                 .for_each(|&v| info(model, 12, v, &mut rope)),
             13 => {
-                for &value in &g.typed {
-                    if model.value(value).ty.is_some() && still_there(model, value) {
-                        info(model, 13, value, &mut rope);
-                    }
+                for value in still_typed(model, g) {
+                    info(model, 13, value, &mut rope);
                 }
                 carry(&g.provenance, 13, &mut rope);
             }
@@ -230,19 +229,22 @@ fn graph(model: &Model, id: GraphId) -> Rope {
     rope
 }
 
-/// A typed intermediate value whose node was not removed and that did not
-/// become a graph output.
-fn still_there(model: &Model, value: ValueId) -> bool {
-    let defined = match model.value(value).def {
-        Def::Node { node, .. } => model.try_node(node).is_some(),
-        Def::Initializer => model
-            .subgraph(model.value(value).graph)
-            .initializers
-            .contains(&value),
-        Def::Input | Def::Opaque => true,
-        Def::Missing => false,
+/// Typed intermediate values whose nodes were not removed and that did not become
+/// graph outputs.
+fn still_typed(model: &Model, graph: &Graph) -> Vec<ValueId> {
+    let outputs: HashSet<ValueId> = graph.outputs.iter().copied().collect();
+    let initializers: HashSet<ValueId> = graph.initializers.iter().copied().collect();
+    let there = |v: &ValueId| {
+        let value = model.value(*v);
+        let defined = match value.def {
+            Def::Node { node, .. } => model.try_node(node).is_some(),
+            Def::Initializer => initializers.contains(v),
+            Def::Input | Def::Opaque => true,
+            Def::Missing => false,
+        };
+        defined && value.ty.is_some() && !outputs.contains(v)
     };
-    defined && !model.is_output(value)
+    graph.typed.iter().copied().filter(there).collect()
 }
 
 fn info(model: &Model, number: u32, value: ValueId, rope: &mut Rope) {
