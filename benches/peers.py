@@ -294,7 +294,10 @@ def inside(args: argparse.Namespace, model: Path, runs: int) -> None:
     for _ in range(runs):
         tool.clear()
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        found.append([float(n) for n in pattern.search(said).groups()])
+        times = pattern.search(said)
+        if times is None:
+            raise RuntimeError(f"{' '.join(command)} does not say what its time goes to:\n{said}")
+        found.append([float(n) for n in times.groups()])
     tool.clear()
     steps = [statistics.median(times) for times in zip(*found)]
     total = statistics.median(sum(times) for times in found)
