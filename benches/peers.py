@@ -310,7 +310,8 @@ def inside(args: argparse.Namespace, model: Path, runs: int) -> None:
 def described(model: Path) -> str:
     import onnx
 
-    nodes = sum(len(onnx.load(p, load_external_data=False).graph.node) for p in model.glob("onnx/*.onnx"))
+    paths = [model / "onnx" / f"{name}.onnx" for name in FILES]
+    nodes = sum(len(onnx.load(path, load_external_data=False).graph.node) for path in paths)
     data = sum(p.stat().st_size for p in model.glob("onnx/*_data"))
     return f"{nodes:,} nodes, {data / 1e9:.1f} GB of data"
 

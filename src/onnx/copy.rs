@@ -1,18 +1,23 @@
 //! Bytes from file to file, without a detour through memory.
 //!
 //! On Linux the kernel copies (`copy_file_range`), or shares the blocks where the
-//! file system can; holes stay holes. Elsewhere, and between file systems that
-//! the kernel does not copy between, the bytes go through one small buffer.
-//! Pages of a mapping are never touched: they would count as this process's
-//! memory, all gigabytes of them.
+//! file system can; holes stay holes. Elsewhere, between file systems that the
+//! kernel does not copy between, and where bytes come to lie elsewhere in their
+//! page (the kernel then moves every page in two pieces, which is slower), they go
+//! through one small buffer. Pages of a mapping are never touched: they would count
+//! as this process's memory, all gigabytes of them.
 
 use std::fs::File;
 use std::io;
 use std::path::Path;
 
-/// Size of the buffer where the kernel does not copy.
+/// Size of the buffer where the kernel does not copy: it stays in a core's cache.
 #[cfg(unix)]
-const BUFFER: usize = 1 << 20;
+const BUFFER: usize = 1 << 19;
+
+/// Pages of the file cache.
+#[cfg(target_os = "linux")]
+const PAGE: u64 = 4096;
 
 /// Copies a file with its permissions to a path that does not exist yet.
 ///
@@ -25,9 +30,10 @@ pub(super) fn copy_file(from: &Path, to: &Path) -> io::Result<()> {
         let metadata = source.metadata()?;
         let target = File::create_new(to)?;
         if !share_blocks(&source, &target) {
+            let mut buffer = Vec::new();
             for (start, end) in stretches(&source, metadata.len()) {
                 rustix::fs::seek(&target, rustix::fs::SeekFrom::Start(start))?;
-                copy_range(&source, start, end - start, &target)?;
+                copy_range(&source, start, end - start, &target, &mut buffer)?;
             }
             // A hole at the end is no stretch.
             target.set_len(metadata.len())?;
@@ -82,20 +88,31 @@ fn stretches(file: &File, length: u64) -> Vec<(u64, u64)> {
 }
 
 /// Appends `length` bytes of `from`, from `offset` on, to where `to` stands.
-/// The place at which `from` stands is neither used nor changed.
+/// The place at which `from` stands is neither used nor changed. `buffer` is made
+/// when it is needed, and serves for further calls.
 ///
 /// # Errors
 /// Those of reading and writing; a file that ends before.
 #[cfg(unix)]
-pub(super) fn copy_range(from: &File, offset: u64, length: u64, to: &File) -> io::Result<()> {
+pub(super) fn copy_range(
+    from: &File,
+    offset: u64,
+    length: u64,
+    to: &File,
+    buffer: &mut Vec<u8>,
+) -> io::Result<()> {
     let done = by_kernel(from, offset, length, to)?;
-    through_buffer(from, offset + done, length - done, to)
+    through_buffer(from, offset + done, length - done, to, buffer)
 }
 
 /// As many bytes as the kernel copies itself.
 #[cfg(target_os = "linux")]
 fn by_kernel(from: &File, offset: u64, length: u64, to: &File) -> io::Result<u64> {
     use rustix::io::Errno;
+    let place = rustix::fs::tell(to)?;
+    if place % PAGE != offset % PAGE {
+        return Ok(0);
+    }
     let mut at = offset;
     let end = offset + length;
     while at < end {
@@ -126,14 +143,21 @@ fn by_kernel(_: &File, _: u64, _: u64, _: &File) -> io::Result<u64> {
 }
 
 #[cfg(unix)]
-fn through_buffer(from: &File, offset: u64, length: u64, mut to: &File) -> io::Result<()> {
+fn through_buffer(
+    from: &File,
+    offset: u64,
+    length: u64,
+    mut to: &File,
+    buffer: &mut Vec<u8>,
+) -> io::Result<()> {
     use std::io::Write;
     use std::os::unix::fs::FileExt;
-    let size = usize::try_from(length).unwrap_or(BUFFER).min(BUFFER);
-    let mut buffer = vec![0; size];
+    if length > 0 {
+        buffer.resize(BUFFER, 0);
+    }
     let mut done = 0;
     while done < length {
-        let left = usize::try_from(length - done).unwrap_or(size).min(size);
+        let left = usize::try_from(length - done).unwrap_or(BUFFER).min(BUFFER);
         let piece = &mut buffer[..left];
         from.read_exact_at(piece, offset + done)?;
         to.write_all(piece)?;
@@ -160,18 +184,24 @@ mod tests {
         let all = bytes(3 * BUFFER + 17);
         fs::write(dir.path().join("from"), &all).unwrap();
         let from = File::open(dir.path().join("from")).unwrap();
-        let ways: [fn(&File, u64, u64, &File) -> io::Result<()>; 2] = [copy_range, through_buffer];
-        for way in ways {
+        let mut buffer = Vec::new();
+        // In step with the pages or not, and past the end.
+        for offset in [6, 5] {
             let path = dir.path().join("to");
             let mut to = File::create(&path).unwrap();
             to.write_all(b"before").unwrap();
-            way(&from, 5, (2 * BUFFER + 3) as u64, &to).unwrap();
+            let length = 2 * BUFFER + 3;
+            copy_range(&from, offset, length as u64, &to, &mut buffer).unwrap();
             to.write_all(b"after").unwrap();
-            let expected = [b"before", &all[5..2 * BUFFER + 8], b"after"].concat();
-            assert_eq!(fs::read(&path).unwrap(), expected);
-            let beyond = way(&from, all.len() as u64 - 1, 2, &to).unwrap_err();
-            assert_eq!(beyond.kind(), io::ErrorKind::UnexpectedEof);
+            let offset = offset as usize;
+            let expected = [b"before", &all[offset..offset + length], b"after"].concat();
+            assert!(fs::read(&path).unwrap() == expected, "from {offset}");
+            for offset in [all.len() as u64 - 1, all.len() as u64 + 10] {
+                let beyond = copy_range(&from, offset, 2, &to, &mut buffer).unwrap_err();
+                assert_eq!(beyond.kind(), io::ErrorKind::UnexpectedEof);
+            }
         }
+        assert_eq!(buffer.len(), BUFFER, "it was not needed");
     }
 
     #[test]

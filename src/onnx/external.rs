@@ -196,6 +196,10 @@ fn map(file: &File) -> std::io::Result<Bytes> {
     // the file while it is mapped would be an error for any reader of it.
     #[allow(unsafe_code, reason = "memory-mapping has no safe form")]
     let map = unsafe { memmap2::Mmap::map(file)? };
+    // Only headers are looked at, and each would bring two megabytes of weights into
+    // this process where the file cache holds huge pages. A kernel may not know it.
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::NoHugePage);
     Ok(Bytes::from_owner(map))
 }
 

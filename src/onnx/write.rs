@@ -79,20 +79,30 @@ impl Serialized {
             });
         }
         let mut out = BufWriter::with_capacity(1 << 16, file);
+        let mut buffer = Vec::new();
         for part in self.rope.parts() {
-            self.write_part(part, &mut out)
+            self.write_part(part, &mut out, &mut buffer)
                 .map_err(OnnxError::io(path))?;
         }
         out.flush().map_err(OnnxError::io(path))
     }
 
-    fn write_part(&self, part: &[u8], out: &mut BufWriter<&File>) -> std::io::Result<()> {
+    /// Writes a slice; `buffer` is of [`copy_range`](super::copy::copy_range).
+    fn write_part(
+        &self,
+        part: &[u8],
+        out: &mut BufWriter<&File>,
+        buffer: &mut Vec<u8>,
+    ) -> std::io::Result<()> {
+        #[cfg(not(unix))]
+        let _ = buffer;
         #[cfg(unix)]
         if part.len() >= DIRECT
             && let Some((from, offset)) = self.source.place(part)
         {
             out.flush()?;
-            return super::copy::copy_range(from, offset, part.len() as u64, out.get_ref());
+            let length = part.len() as u64;
+            return super::copy::copy_range(from, offset, length, out.get_ref(), buffer);
         }
         out.write_all(part)
     }
