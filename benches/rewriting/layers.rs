@@ -123,14 +123,13 @@ fn parts() -> Parts {
     for mut node in nodes {
         node.metadata_props.clear();
         let makes = |set: &HashSet<String>| node.output.iter().any(|o| set.contains(o));
-        if makes(&own) {
-            repeated.push(node);
-        } else if makes(&gone) {
-        } else if makes(&behind) {
-            rest.push(node);
-        } else {
-            before.push(node);
-        }
+        let kind = match (makes(&own), makes(&gone), makes(&behind)) {
+            (true, ..) => &mut repeated,
+            (_, true, _) => continue,
+            (.., true) => &mut rest,
+            _ => &mut before,
+        };
+        kind.push(node);
     }
     weights(&model, &mut own);
     weights(&model, &mut gone);

@@ -7,6 +7,7 @@
 //! through one small buffer. Pages of a mapping are never touched: they would count
 //! as this process's memory, all gigabytes of them.
 
+#[cfg(unix)]
 use std::fs::File;
 use std::io;
 use std::path::Path;

@@ -27,6 +27,7 @@ const LIMIT: u64 = i32::MAX as u64;
 
 /// Slices of a mapped file of at least so many bytes are copied from file to file;
 /// shorter ones are cheaper to gather.
+#[cfg(unix)]
 const DIRECT: usize = 1 << 16;
 
 /// A serialised model: slices in order.
