@@ -19,7 +19,7 @@ use prost::encoding::encode_varint;
 const DECODER: &str = "models/llava/fixtures/dynamo23-mha/onnx/decoder_model_merged.onnx";
 const RECIPE: &str = "version: 1\npasses:\n  - visual_prune:\n      drops: [{ after_layer: 4, keep: 0.5 }]\nmarker: input\n";
 /// Weights that are added to the model, in bytes.
-const BALLAST: usize = 256 << 20;
+const BALLAST: usize = 96 << 20;
 /// What a rewrite may take: the graph is there several times, in several forms.
 const LIMIT: usize = 24 << 20;
 
