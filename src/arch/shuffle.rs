@@ -156,7 +156,7 @@ fn whole_patches(
 /// How many patches of a width a row holds, if several.
 fn groups(wide: usize, width: usize) -> Option<usize> {
     let per = wide.checked_div(width)?;
-    (wide % width == 0 && per >= 2).then_some(per)
+    (wide.is_multiple_of(width) && per >= 2).then_some(per)
 }
 
 /// A tensor that holds where its elements came from.

@@ -79,7 +79,10 @@ fn packed_floats(origin: &Bytes) -> Option<(proto::TensorProto, Option<Bytes>)> 
         (DataType::Double | DataType::Complex128, 10) => 8,
         _ => return None,
     };
-    (bytes.len() % width == 0).then_some((t, Some(bytes)))
+    bytes
+        .len()
+        .is_multiple_of(width)
+        .then_some((t, Some(bytes)))
 }
 
 /// Elements that are stored in a typed field, as little-endian bytes.
