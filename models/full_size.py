@@ -13,6 +13,7 @@ files: small enough for a fixture.
 | family | tower | decoder |
 |---|---|---|
 | `llava-1.5` | CLIP ViT-L/14-336, CLS dropped | Llama-2-7B: 32 layers, 4096 wide |
+| `llava-narrow` | the same | 14 layers, 2304 wide: 2,000 nodes and 2.6 GB, no published model |
 | `video-llava` | two CLIP ViT-L/14-224, one for images, one for frames | the same |
 | `llava-next` | CLIP ViT-L/14-336 for each crop | the same (llava-v1.6-vicuna-7b) |
 | `llava-next-mistral` | the same | Mistral-7B: 32 layers, 8 key heads (llava-v1.6-mistral-7b) |
@@ -74,10 +75,11 @@ def update(folder: Path, files: dict[str, dict]) -> None:
         (folder / file).write_text(json.dumps(values, indent=2) + "\n")
 
 
-def clip_and_llama(module: ModuleType, image: int, layers: int | None) -> tuple:
-    """Size and configuration, by a module with `Size` and `config`, of Llama-2-7B behind CLIP ViT-L/14 for images of
-    so many pixels."""
-    size = module.Size(image, 1024, 4096, 16, 24, 4096, 11008, 32, 32, layers or 32, seed=0)
+def clip_and_llama(module: ModuleType, image: int, layers: int | None, narrow: bool = False) -> tuple:
+    """Size and configuration, by a module with `Size` and `config`, of Llama-2-7B (or something narrower) behind
+    CLIP ViT-L/14 for images of so many pixels."""
+    width, intermediate, heads, depth = (2304, 5760, 18, 14) if narrow else (4096, 11008, 32, 32)
+    size = module.Size(image, 1024, 4096, 16, 24, width, intermediate, heads, heads, layers or depth, seed=0)
     config = module.config(size)
     config.text_config.vocab_size = 32064
     config.vision_config.projection_dim = 768
@@ -88,13 +90,13 @@ def clip_and_llama(module: ModuleType, image: int, layers: int | None) -> tuple:
 # `clean` serve all, and the files to export.
 
 
-def llava(layers: int | None, out: Path) -> tuple[ModuleType, list]:
+def llava(layers: int | None, out: Path, narrow: bool = False) -> tuple[ModuleType, list]:
     folders("llava")
     import build
     import export
     from transformers import LlavaForConditionalGeneration
 
-    size, config = clip_and_llama(build, 336, layers)
+    size, config = clip_and_llama(build, 336, layers, narrow)
     net = bare(LlavaForConditionalGeneration, config)
     export.configs(net, size, out)
     return export, export.parts(net, size)
@@ -179,6 +181,7 @@ def qwen(layers: int | None, out: Path) -> tuple[ModuleType, list]:
 
 FAMILIES: dict[str, Callable[[int | None, Path], tuple[ModuleType, list]]] = {
     "llava-1.5": llava,
+    "llava-narrow": lambda layers, out: llava(layers, out, narrow=True),
     "video-llava": video_llava,
     "llava-next": lambda layers, out: crops("llava-next", layers, out),
     "llava-next-mistral": lambda layers, out: crops("llava-next", layers, out, mistral=True),

@@ -12,12 +12,50 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::ir::cone::{ancestors, carries_data, descendants, holder_of};
+use crate::ir::cone::{ancestors, ancestors_up_to, carries_data, descendants, holder_of};
 use crate::ir::{GraphKind, Model, NodeId, ValueId};
 
 /// Values that together carry everything from what is before them to what is
 /// behind: one, or several outputs of one node in the order of its outputs.
 pub(super) type Cut = Vec<ValueId>;
+
+/// The residual stream of a decoder, and where in it a value is.
+#[derive(Default)]
+pub(super) struct Stream {
+    /// Its cuts, in order.
+    pub(super) cuts: Vec<Cut>,
+    place: HashMap<ValueId, usize>,
+}
+
+impl Stream {
+    /// The cuts between `source` and `sink`.
+    pub(super) fn between(model: &Model, source: ValueId, sink: ValueId) -> Self {
+        let cuts = cuts(model, source, sink);
+        let values = cuts.iter().enumerate();
+        let place = values.flat_map(|(i, cut)| cut.iter().map(move |v| (*v, i)));
+        Self {
+            place: place.collect(),
+            cuts,
+        }
+    }
+
+    /// The number of the cut that a value is of.
+    pub(super) fn place(&self, value: ValueId) -> Option<usize> {
+        self.place.get(&value).copied()
+    }
+
+    /// What a value depends on, back to the stream and not before it: whatever depends
+    /// on more does so through these.
+    pub(super) fn local(&self, model: &Model, value: ValueId) -> HashSet<ValueId> {
+        ancestors_up_to(model, &[value], |v| self.place.contains_key(&v), true)
+    }
+
+    /// The number of the last cut that a value depends on.
+    pub(super) fn entry_of(&self, model: &Model, value: ValueId) -> Option<usize> {
+        let found = self.local(model, value);
+        found.iter().filter_map(|v| self.place(*v)).max()
+    }
+}
 
 /// Values between `source` and `sink` that carry all data alone, in order, both
 /// included.

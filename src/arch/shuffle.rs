@@ -51,13 +51,20 @@ pub(super) fn find(
     skip: usize,
 ) -> Option<Shuffle> {
     let (&root, rest) = line.split_first()?;
-    let run = Run::on(
-        model,
-        root,
-        vec![IMAGES, tokens, width],
-        IMAGES,
-        *rest.last()?,
-    )?;
+    let run = |sizes_only: bool| {
+        let dims = vec![IMAGES, tokens, width];
+        Run::on(model, root, dims, IMAGES, *rest.last()?, sizes_only)
+    };
+    // Most towers have no shuffle, and indices take four bytes for each element.
+    let sizes = run(true)?;
+    let wider = |v: &ValueId| match sizes.pixels.get(v).map(|i| i.dims.as_slice()) {
+        Some([IMAGES, _, wide]) => groups(*wide, width).is_some(),
+        _ => false,
+    };
+    if !rest.iter().any(wider) {
+        return None;
+    }
+    let run = run(false)?;
     let quantised = |v: ValueId| {
         let node = model.producer_node(v);
         node.is_some_and(|n| n.is("QuantizeLinear"))
@@ -81,7 +88,7 @@ pub(super) fn find_groups(
     let (&root, rest) = line.split_first()?;
     let mut dims = vec![1; rank.saturating_sub(2)];
     dims.extend([rows, width]);
-    let run = Run::on(model, root, dims, rows, *rest.last()?)?;
+    let run = Run::on(model, root, dims, rows, *rest.last()?, false)?;
     rest.iter().rev().find_map(|&value| {
         let found = run.pixels.get(&value)?;
         // [1, tokens, …] or [tokens, …]; behind the tokens lies what they are made of.
@@ -106,13 +113,10 @@ fn whole_patches(
     let [images, rows, wide] = indices.dims.as_slice() else {
         return None;
     };
-    if *images != count || width == 0 || *wide % width != 0 {
+    if *images != count {
         return None;
     }
-    let per = wide / width;
-    if per < 2 {
-        return None;
-    }
+    let per = groups(*wide, width)?;
     let mut of_images: Vec<Vec<i64>> = Vec::new();
     for image in 0..count {
         let mut all = Vec::with_capacity(rows * per);
@@ -149,17 +153,27 @@ fn whole_patches(
     })
 }
 
+/// How many patches of a width a row holds, if several.
+fn groups(wide: usize, width: usize) -> Option<usize> {
+    let per = wide.checked_div(width)?;
+    (wide.is_multiple_of(width) && per >= 2).then_some(per)
+}
+
 /// A tensor that holds where its elements came from.
 #[derive(Clone, Debug)]
 struct Indices {
     dims: Vec<usize>,
+    /// Empty where only sizes are wanted.
     data: Vec<u32>,
 }
 
 impl Indices {
     /// A tensor whose elements are picked from this one, by coordinates.
     fn pick(&self, dims: Vec<usize>, from: impl Fn(&[usize], &mut [usize])) -> Self {
-        let count = dims.iter().product();
+        let count = match self.data.is_empty() {
+            true => 0,
+            false => dims.iter().product(),
+        };
         let mut data = Vec::with_capacity(count);
         let mut to = vec![0; dims.len()];
         let mut at = vec![0; self.dims.len()];
@@ -178,8 +192,13 @@ impl Indices {
         Self { dims, data }
     }
 
+    /// Number of elements.
+    fn count(&self) -> usize {
+        self.dims.iter().product()
+    }
+
     fn reshaped(&self, dims: Vec<usize>) -> Option<Self> {
-        let same = dims.iter().product::<usize>() == self.data.len();
+        let same = dims.iter().product::<usize>() == self.count();
         same.then(|| Self {
             dims,
             data: self.data.clone(),
@@ -192,16 +211,20 @@ struct Run<'m> {
     pixels: HashMap<ValueId, Indices>,
     /// What a first dimension is that the file does not state.
     open: usize,
+    /// No indices are made.
+    sizes_only: bool,
 }
 
 impl<'m> Run<'m> {
-    /// Runs what moves the elements of `root`, up to `last`.
+    /// Runs what moves the elements of `root`, up to `last`; on sizes alone, if these
+    /// are enough.
     fn on(
         model: &'m Model,
         root: ValueId,
         dims: Vec<usize>,
         open: usize,
         last: ValueId,
+        sizes_only: bool,
     ) -> Option<Self> {
         let count = dims.iter().try_fold(1usize, |n, d| n.checked_mul(*d))?;
         if count == 0 || count > LIMIT {
@@ -211,8 +234,12 @@ impl<'m> Run<'m> {
             model,
             pixels: HashMap::new(),
             open,
+            sizes_only,
         };
-        let data = (0..u32::try_from(count).ok()?).collect();
+        let data = match sizes_only {
+            true => Vec::new(),
+            false => (0..u32::try_from(count).ok()?).collect(),
+        };
         run.pixels.insert(root, Indices { dims, data });
         for &id in &model.graph().nodes {
             let node = model.node(id);
@@ -264,7 +291,7 @@ impl<'m> Run<'m> {
                 }
                 if let Some(axis) = open {
                     let rest: usize = dims.iter().product();
-                    dims[axis] = x.data.len().checked_div(rest)?;
+                    dims[axis] = x.count().checked_div(rest)?;
                 }
                 x.reshaped(dims)
             }
@@ -362,17 +389,27 @@ impl<'m> Run<'m> {
         if axis >= rank || parts.iter().any(|p| p.dims.len() != rank) {
             return None;
         }
-        let outer: usize = parts[0].dims[..axis].iter().product();
-        let mut data = Vec::new();
-        for block in 0..outer {
-            for part in &parts {
-                let size = part.data.len().checked_div(outer)?;
-                data.extend(part.data.get(block * size..(block + 1) * size)?);
-            }
+        let others = |p: &Indices| {
+            let mut dims = p.dims.clone();
+            dims.remove(axis);
+            dims
+        };
+        if parts.iter().any(|p| others(p) != others(parts[0])) {
+            return None;
         }
         let mut dims = parts[0].dims.clone();
         dims[axis] = parts.iter().map(|p| p.dims[axis]).sum();
-        (dims.iter().product::<usize>() == data.len()).then_some(Indices { dims, data })
+        let mut data = Vec::new();
+        if !self.sizes_only {
+            let outer: usize = dims[..axis].iter().product();
+            for block in 0..outer {
+                for part in &parts {
+                    let size = part.count() / outer;
+                    data.extend(part.data.get(block * size..(block + 1) * size)?);
+                }
+            }
+        }
+        Some(Indices { dims, data })
     }
 
     /// Integers that a value holds, computed from sizes if need be.

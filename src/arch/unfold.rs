@@ -7,6 +7,7 @@
 //! written. So does each of two towers that lie side by side. What no pass changes
 //! is written as it was read, functions and all.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -58,28 +59,28 @@ impl Source {
     ///
     /// # Errors
     /// Branches that no longer fit together.
-    pub(super) fn fold(parts: &[(&Self, &Model)]) -> Result<Model, IrError> {
+    pub(super) fn fold<'a>(parts: &[(&'a Self, &'a Model)]) -> Result<Cow<'a, Model>, IrError> {
         let [(first, model), ..] = parts else {
             unreachable!("a file has at least one part");
         };
         let Some(folded) = &first.folded else {
-            return Ok((*model).clone());
+            return Ok(Cow::Borrowed(model));
         };
         if !parts.iter().any(|(_, m)| m.is_patched()) {
-            return Ok((*folded.read).clone());
+            return Ok(Cow::Borrowed(&folded.read));
         }
         let each = parts
             .iter()
             .map(|(source, model)| (source.branch.clone().unwrap_or_default(), (*model).clone()));
         match &folded.taken {
-            Taken::Nothing => Ok((*model).clone()),
+            Taken::Nothing => Ok(Cow::Borrowed(model)),
             Taken::Branches(whole, node) => {
                 let branches = each.map(|(attribute, model)| Branch { attribute, model });
-                join(whole, *node, &branches.collect::<Vec<_>>())
+                join(whole, *node, &branches.collect::<Vec<_>>()).map(Cow::Owned)
             }
             Taken::Towers => {
                 let lanes = each.map(|(name, model)| Lane { name, model });
-                join_lanes(&folded.read, &lanes.collect::<Vec<_>>())
+                join_lanes(&folded.read, &lanes.collect::<Vec<_>>()).map(Cow::Owned)
             }
         }
     }

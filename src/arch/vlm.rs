@@ -1,5 +1,6 @@
 //! The parts of a vision-language model: its files, and what is in each.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 use super::unfold::{Source, unfold};
@@ -96,11 +97,11 @@ impl Part {
 
 /// A file of a model as it is to be written.
 #[derive(Clone, Debug)]
-pub struct FileModel {
+pub struct FileModel<'a> {
     /// Path relative to the model's root.
     pub file: PathBuf,
     /// Its graph, functions and branches as the file has them.
-    pub model: Model,
+    pub model: Cow<'a, Model>,
 }
 
 /// A vision-language model as its files.
@@ -133,7 +134,7 @@ impl Vlm {
     ///
     /// # Errors
     /// Branches that no longer fit together.
-    pub fn files(&self) -> Result<Vec<FileModel>, IrError> {
+    pub fn files(&self) -> Result<Vec<FileModel<'_>>, IrError> {
         let mut files = Vec::new();
         let mut at = 0;
         while let Some(first) = self.parts.get(at) {

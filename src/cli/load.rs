@@ -347,7 +347,7 @@ pub(super) fn variant_name(variant: &str) -> &str {
 }
 
 /// External data files of a model file, relative to the model's root.
-pub(super) fn data_files(file: &FileModel) -> BTreeSet<PathBuf> {
+pub(super) fn data_files(file: &FileModel<'_>) -> BTreeSet<PathBuf> {
     let folder = file.file.parent().map(PathBuf::from).unwrap_or_default();
     let model = &file.model;
     let graphs = model.graphs().flat_map(|(_, g)| &g.initializers);
@@ -358,12 +358,15 @@ pub(super) fn data_files(file: &FileModel) -> BTreeSet<PathBuf> {
         crate::ir::AttrValue::Tensor(tensor) => Some(tensor),
         _ => None,
     });
-    initializers
-        .chain(constants)
+    let tensors = initializers.chain(constants);
+    let locations: BTreeSet<&str> = tensors
         .filter_map(|t| match &t.data {
-            TensorData::External(reference) => Some(folder.join(&reference.location)),
+            TensorData::External(reference) => Some(reference.location.as_str()),
             _ => None,
         })
+        .collect();
+    let paths = locations.into_iter().map(|l| folder.join(l));
+    paths
         .map(|p| p.components().filter(|c| *c != Component::CurDir).collect())
         .collect()
 }

@@ -1,6 +1,7 @@
 //! `duet rewrite`
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{anyhow, bail};
 use serde_json::json;
@@ -55,6 +56,7 @@ enum Data {
 
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
     let recipe = load::recipe(&arguments.recipe)?;
+    let began = Instant::now();
     let selected = load::select(&arguments.model.path, &arguments.variant, global)?;
     let dir = &selected.dir;
     // A file of that name comes before the built-in recipe.
@@ -63,7 +65,9 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         family::check(found.as_ref(), &arguments.recipe, load::RECIPES)?;
     }
     let crops = family::crops(&dir.root, &selected.vlm);
+    let read = Instant::now();
     let done = rewrite(selected.vlm, &recipe)?;
+    let patched = Instant::now();
     let mut outputs = outputs(dir, &done, &recipe, arguments.beside.as_deref())?;
     for left in &selected.left_out {
         outputs.left_out.insert(left.file.clone());
@@ -103,6 +107,13 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         }
         _ => bail!("name one target: --out DIR or --beside SUFFIX"),
     };
+    let ms = |from: Instant, to: Instant| (to - from).as_secs_f64() * 1e3;
+    global.detail(format!(
+        "read, verified and recognised in {:.1} ms; patched and verified in {:.1} ms; written in {:.1} ms",
+        ms(began, read),
+        ms(read, patched),
+        ms(patched, Instant::now())
+    ));
     let beside = arguments.beside.is_some();
     let clients = clients::clients(dir, &done, &recipe, beside, crops.is_some());
     clients::lines(&clients)

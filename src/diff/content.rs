@@ -155,7 +155,7 @@ pub(super) struct Opener<'m> {
     /// The model file itself, once a large inline tensor is read from it.
     own: Option<Arc<DataFile>>,
     directory: Option<DataDirectory>,
-    files: HashMap<PathBuf, Arc<DataFile>>,
+    files: HashMap<Arc<Path>, Arc<DataFile>>,
 }
 
 impl<'m> Opener<'m> {

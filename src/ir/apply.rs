@@ -1,6 +1,6 @@
 //! Carrying a patch out: the one function that mutates a model.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use super::model::{Def, MetadataEntry, Model, Use};
 use super::patch::{Edit, PatchPlan};
@@ -200,20 +200,26 @@ impl Model {
         Ok(())
     }
 
-    /// Nodes of a graph that no graph output depends on.
-    fn dead_nodes(&self, graph: GraphId) -> HashSet<NodeId> {
-        let mut live: HashSet<NodeId> = HashSet::new();
+    /// Which nodes the outputs of a graph depend on, by index.
+    fn live_nodes(&self, graph: GraphId) -> Vec<bool> {
+        let mut live = vec![false; self.nodes.len()];
         let mut stack: Vec<ValueId> = self.subgraph(graph).outputs.clone();
         while let Some(value) = stack.pop() {
             let Some(id) = self.producer_of(value) else {
                 continue;
             };
-            if live.insert(id) {
+            if !std::mem::replace(&mut live[id.index()], true) {
                 self.push_reads(id, &mut stack);
             }
         }
+        live
+    }
+
+    /// Nodes of a graph that no graph output depends on.
+    fn dead_nodes(&self, graph: GraphId) -> HashSet<NodeId> {
+        let live = self.live_nodes(graph);
         let all = &self.subgraph(graph).nodes;
-        all.iter().copied().filter(|n| !live.contains(n)).collect()
+        all.iter().copied().filter(|n| !live[n.index()]).collect()
     }
 
     /// Everything a node reads, captured values of its bodies included.
@@ -288,40 +294,43 @@ impl Model {
     pub(in crate::ir) fn sort(&mut self, graph: GraphId) -> Result<(), IrError> {
         #[derive(Clone, Copy, PartialEq)]
         enum Mark {
+            Outside,
+            Waiting,
             Open,
             Done,
         }
         let order = self.subgraph(graph).nodes.clone();
-        let inside: HashSet<NodeId> = order.iter().copied().collect();
-        let mut marks: HashMap<NodeId, Mark> = HashMap::with_capacity(order.len());
+        let mut marks = vec![Mark::Outside; self.nodes.len()];
+        for node in &order {
+            marks[node.index()] = Mark::Waiting;
+        }
         let mut sorted = Vec::with_capacity(order.len());
         let mut reads = Vec::new();
         for &root in &order {
             let mut stack = vec![(root, false)];
             while let Some((id, leaving)) = stack.pop() {
                 if leaving {
-                    marks.insert(id, Mark::Done);
+                    marks[id.index()] = Mark::Done;
                     sorted.push(id);
                     continue;
                 }
-                match marks.get(&id) {
-                    Some(Mark::Done) => continue,
-                    Some(Mark::Open) => {
+                match marks[id.index()] {
+                    Mark::Done => continue,
+                    Mark::Open => {
                         return Err(IrError::Cycle {
                             node: self.describe(id),
                         });
                     }
-                    None => {}
+                    Mark::Outside | Mark::Waiting => {}
                 }
-                marks.insert(id, Mark::Open);
+                marks[id.index()] = Mark::Open;
                 stack.push((id, true));
                 reads.clear();
                 self.push_reads(id, &mut reads);
                 // A producer found open again lies on the path that led here.
                 for value in reads.iter().rev() {
                     if let Some(producer) = self.producer_of(*value)
-                        && inside.contains(&producer)
-                        && marks.get(&producer) != Some(&Mark::Done)
+                        && matches!(marks[producer.index()], Mark::Waiting | Mark::Open)
                     {
                         stack.push((producer, false));
                     }

@@ -81,11 +81,21 @@ pub fn holder_of(model: &Model, graph: super::GraphId) -> Option<NodeId> {
 ///
 /// With `data_only`, the walk does not pass through `Shape`/`Size`.
 pub fn ancestors(model: &Model, targets: &[ValueId], data_only: bool) -> HashSet<ValueId> {
+    ancestors_up_to(model, targets, |_| false, data_only)
+}
+
+/// As [`ancestors`], not looking before values of which `stop` holds.
+pub fn ancestors_up_to(
+    model: &Model,
+    targets: &[ValueId],
+    stop: impl Fn(ValueId) -> bool,
+    data_only: bool,
+) -> HashSet<ValueId> {
     let mut seen: HashSet<ValueId> = targets.iter().copied().collect();
     let mut stack: Vec<ValueId> = targets.to_vec();
     let mut reads = Vec::new();
     while let Some(value) = stack.pop() {
-        let Some(node) = model.producer_of(value) else {
+        let Some(node) = model.producer_of(value).filter(|_| !stop(value)) else {
             continue;
         };
         if data_only && !carries_data(model, node) {

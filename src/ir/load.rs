@@ -4,7 +4,7 @@
 //! Names are resolved here, scope by scope: a name that an inner graph does
 //! not define belongs to an enclosing one (a captured value).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -12,7 +12,7 @@ use bytes::Bytes;
 use super::model::{
     Attribute, Def, Function, Graph, GraphKind, Model, Node, Provenance, Use, Value,
 };
-use super::{ExternalSource, GraphId, IrError, NodeId, Tensor, ValueId, ValueType};
+use super::{ExternalSource, GraphId, IrError, NoExternal, NodeId, Tensor, ValueId, ValueType};
 
 /// A node as a reader found it: names instead of ids.
 pub(crate) struct NodeDraft<'a> {
@@ -28,10 +28,19 @@ pub(crate) struct NodeDraft<'a> {
     pub(crate) edited: bool,
 }
 
+impl Model {
+    /// A model without anything in it.
+    pub(crate) fn empty() -> Self {
+        Loader::new(Arc::new(NoExternal)).finish()
+    }
+}
+
 /// Accumulates a model.
 pub(crate) struct Loader {
     model: Model,
     scopes: Vec<HashMap<String, ValueId>>,
+    /// Inputs and outputs of each graph.
+    ends: Vec<HashSet<ValueId>>,
 }
 
 impl Loader {
@@ -54,6 +63,7 @@ impl Loader {
                 generation: 0,
             },
             scopes: Vec::new(),
+            ends: Vec::new(),
         };
         loader.graph(String::new(), GraphKind::Main);
         loader
@@ -74,6 +84,7 @@ impl Loader {
             touched: false,
         });
         self.scopes.push(HashMap::new());
+        self.ends.push(HashSet::new());
         id
     }
 
@@ -160,6 +171,7 @@ impl Loader {
         };
         self.describe(id, ty, origin);
         self.model.graphs[graph.index()].inputs.push(id);
+        self.ends[graph.index()].insert(id);
         Ok(id)
     }
 
@@ -256,6 +268,7 @@ impl Loader {
             self.describe(id, ty, origin);
         }
         self.model.graphs[graph.index()].outputs.push(id);
+        self.ends[graph.index()].insert(id);
     }
 
     /// Types an intermediate value; `false` if the graph has no such value.
@@ -269,10 +282,9 @@ impl Loader {
         let Some(&id) = self.scopes[graph.index()].get(name) else {
             return false;
         };
-        let listed = &self.model.graphs[graph.index()];
         let known = &self.model.values[id.index()];
         let described = known.info_origin.is_some() || known.ty.is_some();
-        if described || listed.outputs.contains(&id) || listed.inputs.contains(&id) {
+        if described || self.ends[graph.index()].contains(&id) {
             return false;
         }
         self.describe(id, ty, origin);

@@ -1,6 +1,7 @@
 //! Constant tensors: inline bytes (slices of the mapped file) or a reference
 //! into an external data file that is opened only when its bytes are asked for.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -42,6 +43,14 @@ pub trait ExternalSource: Send + Sync {
 
     /// Directory that locations are relative to, if there is one.
     fn directory(&self) -> Option<PathBuf>;
+
+    /// The open file that `bytes` are a mapped slice of, and where in it they
+    /// begin; `None` if they lie in memory. A writer can then have them copied
+    /// from file to file.
+    fn place(&self, bytes: &[u8]) -> Option<(&File, u64)> {
+        let _ = bytes;
+        None
+    }
 }
 
 /// A source for models that live in memory and refer to no file.

@@ -72,12 +72,13 @@ pub fn verify(model: &Model) -> Result<Verified<'_>, IrError> {
     let mut check = Check {
         model,
         runtime_domains,
+        inputs: Recorded::none(model),
         found: Vec::new(),
     };
+    check.uses();
     for (id, graph) in model.graphs() {
         check.graph(id, graph);
     }
-    check.uses();
     check.bodies();
     if check.found.is_empty() {
         Ok(Verified(model))
@@ -92,7 +93,38 @@ struct Check<'m> {
     model: &'m Model,
     /// Domains of ONNX Runtime that the file itself uses.
     runtime_domains: HashSet<&'m str>,
+    inputs: Recorded,
     found: Vec<Violation>,
+}
+
+/// Which inputs of nodes are recorded as uses of the values that they read. (Looking
+/// for one in the list of uses would take as long as the list, for every reader.)
+struct Recorded {
+    /// Where each node's inputs begin in `seen`.
+    first: Vec<usize>,
+    seen: Vec<bool>,
+}
+
+impl Recorded {
+    fn none(model: &Model) -> Self {
+        let mut first = Vec::with_capacity(model.node_count());
+        let mut count = 0;
+        for index in 0..model.node_count() {
+            first.push(count);
+            count += model
+                .try_node(NodeId::new(index))
+                .map_or(0, |n| n.inputs.len());
+        }
+        Self {
+            first,
+            seen: vec![false; count],
+        }
+    }
+
+    /// The mark of an input that a node has.
+    fn at(&mut self, node: NodeId, slot: usize) -> &mut bool {
+        &mut self.seen[self.first[node.index()] + slot]
+    }
 }
 
 impl Check<'_> {
@@ -120,7 +152,8 @@ impl Check<'_> {
         let place = format!("graph '{name}' ({id})");
         let mut names: HashMap<&str, ValueId> = HashMap::new();
         let mut defined: Vec<ValueId> = inputs.clone();
-        defined.extend(initializers.iter().filter(|v| !inputs.contains(v)));
+        let given: HashSet<ValueId> = inputs.iter().copied().collect();
+        defined.extend(initializers.iter().filter(|v| !given.contains(v)));
         for &node in nodes {
             match self.model.try_node(node) {
                 Some(n) => defined.extend(n.outputs.iter().flatten()),
@@ -181,10 +214,11 @@ impl Check<'_> {
             self.report(5, at, "has no tensor");
             return;
         };
-        self.tensor(format!("{place}, initializer '{}'", tensor.name), tensor);
+        self.tensor(|| format!("{place}, initializer '{}'", tensor.name), tensor);
     }
 
-    fn tensor(&mut self, at: String, tensor: &Tensor) {
+    /// `at` puts the place into words, for what is wrong.
+    fn tensor(&mut self, at: impl Fn() -> String, tensor: &Tensor) {
         let Tensor {
             name: _,
             dtype,
@@ -201,7 +235,7 @@ impl Check<'_> {
                     let found = bytes.len();
                     self.report(
                         7,
-                        at,
+                        at(),
                         format!("{dtype}{dims:?} takes {want} bytes, found {found}"),
                     );
                 }
@@ -210,7 +244,7 @@ impl Check<'_> {
                 if count.is_none() {
                     self.report(
                         8,
-                        at,
+                        at(),
                         format!("{dtype}{dims:?} has an impossible number of elements"),
                     );
                 } else if let (Some(length), Some(expected)) = (reference.length, expected)
@@ -218,7 +252,7 @@ impl Check<'_> {
                 {
                     let problem =
                         format!("{dtype}{dims:?} takes {expected} bytes, length says {length}");
-                    self.report(8, at, problem);
+                    self.report(8, at(), problem);
                 }
             }
             TensorData::Strings(list) => {
@@ -226,7 +260,7 @@ impl Check<'_> {
                     let found = list.len();
                     self.report(
                         7,
-                        at,
+                        at(),
                         format!("{dtype}{dims:?} does not have {found} elements"),
                     );
                 }
@@ -235,9 +269,12 @@ impl Check<'_> {
     }
 
     fn order(&mut self, place: &str, nodes: &[NodeId]) {
-        let position: HashMap<NodeId, usize> =
-            nodes.iter().enumerate().map(|(i, &n)| (n, i)).collect();
-        if position.len() != nodes.len() {
+        let mut position = vec![usize::MAX; self.model.node_count()];
+        let mut twice = false;
+        for (i, node) in nodes.iter().enumerate() {
+            twice |= std::mem::replace(&mut position[node.index()], i) != usize::MAX;
+        }
+        if twice {
             self.report(5, place, "lists a node twice");
         }
         let mut reads = Vec::new();
@@ -249,8 +286,8 @@ impl Check<'_> {
             self.model.push_reads(node, &mut reads);
             for &value in &reads {
                 if let Some(producer) = self.model.producer_of(value)
-                    && let Some(&at) = position.get(&producer)
-                    && at >= i
+                    && position[producer.index()] != usize::MAX
+                    && position[producer.index()] >= i
                 {
                     let name = self.model.name(value).to_owned();
                     let problem = format!("reads '{name}' before it is computed");
@@ -261,7 +298,8 @@ impl Check<'_> {
     }
 
     fn node(&mut self, graph: GraphId, id: NodeId) {
-        let node = self.model.node(id);
+        let model = self.model;
+        let node = model.node(id);
         let Node {
             name,
             op_type,
@@ -275,11 +313,11 @@ impl Check<'_> {
             origin: _,
             edited: _,
         } = node;
-        let place = self.model.describe(id);
+        let place = || model.describe(id);
         if *owner != graph {
             self.report(
                 5,
-                &place,
+                place(),
                 format!("says it is in {owner}, but {graph} lists it"),
             );
         }
@@ -292,13 +330,16 @@ impl Check<'_> {
             };
             self.report(
                 6,
-                &place,
+                place(),
                 format!("no operator set is imported for {shown} ({op_type})"),
             );
         }
         for attribute in attributes {
             if let AttrValue::Tensor(tensor) = &attribute.value {
-                self.tensor(format!("{place}, attribute '{}'", attribute.name), tensor);
+                self.tensor(
+                    || format!("{}, attribute '{}'", place(), attribute.name),
+                    tensor,
+                );
             }
         }
         for (slot, input) in inputs.iter().enumerate() {
@@ -307,16 +348,16 @@ impl Check<'_> {
             if v.def == Def::Missing {
                 self.report(
                     1,
-                    &place,
+                    place(),
                     format!("reads '{}', which nothing defines", v.name),
                 );
             } else if !self.encloses(v.graph, graph) {
-                self.report(2, &place, format!("reads '{}' of another graph", v.name));
+                self.report(2, place(), format!("reads '{}' of another graph", v.name));
             }
-            if !v.uses.contains(&Use { node: id, slot }) {
+            if !*self.inputs.at(id, slot) {
                 self.report(
                     5,
-                    &place,
+                    place(),
                     format!("input {slot} ('{}') is no recorded use", v.name),
                 );
             }
@@ -327,7 +368,7 @@ impl Check<'_> {
             if v.def != (Def::Node { node: id, slot }) {
                 self.report(
                     5,
-                    &place,
+                    place(),
                     format!("output {slot} ('{}') is defined elsewhere", v.name),
                 );
             }
@@ -335,7 +376,7 @@ impl Check<'_> {
         if pass.is_some() && !name.starts_with("duet/") {
             self.report(
                 11,
-                &place,
+                place(),
                 format!("was inserted by a pass, but is named '{name}'"),
             );
         }
@@ -382,7 +423,10 @@ impl Check<'_> {
             } = self.model.value(id);
             for u in uses {
                 let read = self.model.try_node(u.node).and_then(|n| n.input(u.slot));
-                if read != Some(id) {
+                if read == Some(id) {
+                    let Use { node, slot } = *u;
+                    *self.inputs.at(node, slot) = true;
+                } else {
                     let problem = format!("records a use by {} that does not exist", u.node);
                     self.report(5, format!("value '{name}'"), problem);
                 }

@@ -7,9 +7,20 @@ use super::read::external_ref;
 use crate::ir::{AttrValue, Attribute, DataType, Dim, Tensor, TensorData, ValueType};
 use crate::proto::{self, tensor_shape_proto::dimension, type_proto};
 
-/// A tensor; `raw_data` stays a slice of `origin`.
+/// Serialised tensors of at least so many bytes are looked at twice to keep their
+/// elements where they are.
+const LARGE: usize = 4096;
+
+/// A tensor; `raw_data` stays a slice of `origin`, and so do large packed
+/// `float_data` and `double_data`, which are the same bytes.
 pub(super) fn tensor(origin: Bytes) -> Result<Tensor, String> {
-    let t = proto::TensorProto::decode(origin.clone()).map_err(|e| e.to_string())?;
+    let (t, floats) = match packed_floats(&origin) {
+        Some(found) => found,
+        None => {
+            let t = proto::TensorProto::decode(origin.clone());
+            (t.map_err(|e| e.to_string())?, None)
+        }
+    };
     let dtype = DataType::from_code(t.data_type());
     let at = |what: String| format!("tensor '{}': {what}", t.name());
     if let Some(dim) = t.dims.iter().find(|d| **d < 0) {
@@ -27,6 +38,8 @@ pub(super) fn tensor(origin: Bytes) -> Result<Tensor, String> {
         TensorData::Strings(t.string_data.clone())
     } else if t.raw_data.is_some() {
         TensorData::Raw(t.raw_data.clone().unwrap_or_default())
+    } else if let Some(floats) = floats {
+        TensorData::Raw(floats)
     } else {
         TensorData::Raw(typed(&t, dtype).map_err(at)?.into())
     };
@@ -39,14 +52,48 @@ pub(super) fn tensor(origin: Bytes) -> Result<Tensor, String> {
     ))
 }
 
+/// A tensor whose elements are one packed list of floats or doubles, without them, and
+/// their bytes.
+fn packed_floats(origin: &Bytes) -> Option<(proto::TensorProto, Option<Bytes>)> {
+    use super::wire::{Payload, fields};
+    if origin.len() < LARGE {
+        return None;
+    }
+    let mut rest = Vec::new();
+    let mut floats = None;
+    for field in fields(origin) {
+        let field = field.ok()?;
+        match (field.number, field.payload) {
+            (4 | 10, Payload::Bytes(bytes)) if floats.is_none() => {
+                floats = Some((field.number, bytes));
+            }
+            // Other elements: a list in pieces, or of another type.
+            (4..=7 | 9..=11, _) => return None,
+            _ => rest.extend_from_slice(&field.whole),
+        }
+    }
+    let (number, bytes) = floats?;
+    let t = proto::TensorProto::decode(rest.as_slice()).ok()?;
+    let width = match (DataType::from_code(t.data_type()), number) {
+        (DataType::Float | DataType::Complex64, 4) => 4,
+        (DataType::Double | DataType::Complex128, 10) => 8,
+        _ => return None,
+    };
+    bytes
+        .len()
+        .is_multiple_of(width)
+        .then_some((t, Some(bytes)))
+}
+
 /// Elements that are stored in a typed field, as little-endian bytes.
 fn typed(t: &proto::TensorProto, dtype: DataType) -> Result<Vec<u8>, String> {
     use DataType as D;
     let narrow = |bytes: usize| -> Vec<u8> {
-        t.int32_data
-            .iter()
-            .flat_map(|v| v.to_le_bytes()[..bytes].to_vec())
-            .collect()
+        let mut all = Vec::with_capacity(t.int32_data.len() * bytes);
+        for v in &t.int32_data {
+            all.extend_from_slice(&v.to_le_bytes()[..bytes]);
+        }
+        all
     };
     Ok(match dtype {
         D::Float | D::Complex64 => t.float_data.iter().flat_map(|v| v.to_le_bytes()).collect(),

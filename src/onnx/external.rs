@@ -8,17 +8,49 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Component, Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use bytes::Bytes;
 
 use crate::ir::{ExternalRef, ExternalSource, IrError};
 
-/// External data below one directory. Files are mapped when first asked for.
+/// External data below one directory. Files are looked up once, when first named,
+/// and mapped when first asked for.
 #[derive(Debug)]
 pub struct DataDirectory {
     root: PathBuf,
-    mapped: Mutex<HashMap<String, Bytes>>,
+    real_root: OnceLock<PathBuf>,
+    files: Mutex<HashMap<String, DataFile>>,
+    model: Option<Mapped>,
+}
+
+/// A file that a location was found to name.
+#[derive(Debug, Clone)]
+struct DataFile {
+    path: Arc<Path>,
+    size: u64,
+    mapped: Option<Bytes>,
+}
+
+/// A mapped file, kept open.
+#[derive(Debug)]
+pub(super) struct Mapped {
+    file: File,
+    bytes: Bytes,
+}
+
+impl Mapped {
+    /// Opens and maps a file; an empty file is an empty slice.
+    pub(super) fn open(path: &Path) -> std::io::Result<Self> {
+        let file = File::open(path)?;
+        let bytes = map(&file)?;
+        Ok(Self { file, bytes })
+    }
+
+    /// All of it.
+    pub(super) fn bytes(&self) -> &Bytes {
+        &self.bytes
+    }
 }
 
 impl DataDirectory {
@@ -26,7 +58,17 @@ impl DataDirectory {
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self {
             root: root.into(),
-            mapped: Mutex::new(HashMap::new()),
+            real_root: OnceLock::new(),
+            files: Mutex::new(HashMap::new()),
+            model: None,
+        }
+    }
+
+    /// As [`Self::new`], for a model that stays mapped.
+    pub(super) fn of(root: impl Into<PathBuf>, model: Mapped) -> Self {
+        Self {
+            model: Some(model),
+            ..Self::new(root)
         }
     }
 
@@ -66,11 +108,15 @@ impl DataDirectory {
                 path.display()
             ))
         })?;
-        let root = self
-            .root
-            .canonicalize()
-            .map_err(|e| refuse(e.to_string()))?;
-        if !real.starts_with(&root) {
+        let root = match self.real_root.get() {
+            Some(root) => root,
+            None => {
+                let root = self.root.canonicalize();
+                let root = root.map_err(|e| refuse(e.to_string()))?;
+                self.real_root.get_or_init(|| root)
+            }
+        };
+        if !real.starts_with(root) {
             return Err(refuse(format!(
                 "is a link that leaves the directory (to {}), which ONNX Runtime refuses too; copy the \
                  model with its data first (cp -rL)",
@@ -87,13 +133,28 @@ impl DataDirectory {
     ///
     /// # Errors
     /// As [`Self::resolve`], or a range that overflows or ends outside.
-    pub fn range(&self, reference: &ExternalRef) -> Result<(PathBuf, u64, u64), IrError> {
-        let path = self.resolve(&reference.location)?;
+    pub fn range(&self, reference: &ExternalRef) -> Result<(Arc<Path>, u64, u64), IrError> {
         let refuse = |reason: String| IrError::External {
             location: reference.location.clone(),
             reason,
         };
-        let size = path.metadata().map_err(|e| refuse(e.to_string()))?.len();
+        let mut files = self.files();
+        // Thousands of tensors lie in one file.
+        let (path, size) = match files.get(&reference.location) {
+            Some(known) => (known.path.clone(), known.size),
+            None => {
+                let path: Arc<Path> = self.resolve(&reference.location)?.into();
+                let size = path.metadata().map_err(|e| refuse(e.to_string()))?.len();
+                let found = DataFile {
+                    path: path.clone(),
+                    size,
+                    mapped: None,
+                };
+                files.insert(reference.location.clone(), found);
+                (path, size)
+            }
+        };
+        drop(files);
         let start = reference.offset.unwrap_or(0);
         let length = match reference.length {
             Some(length) => length,
@@ -113,40 +174,62 @@ impl DataDirectory {
         }
         Ok((path, start, length))
     }
+
+    fn files(&self) -> MutexGuard<'_, HashMap<String, DataFile>> {
+        match self.files.lock() {
+            Ok(guard) => guard,
+            Err(poisoned) => poisoned.into_inner(),
+        }
+    }
 }
 
 /// Maps a file; an empty file is an empty slice.
 pub(crate) fn map_file(path: &Path) -> std::io::Result<Bytes> {
-    let file = File::open(path)?;
+    map(&File::open(path)?)
+}
+
+fn map(file: &File) -> std::io::Result<Bytes> {
     if file.metadata()?.len() == 0 {
         return Ok(Bytes::new());
     }
     // SAFETY: the mapping is read-only and private. Another process truncating
     // the file while it is mapped would be an error for any reader of it.
     #[allow(unsafe_code, reason = "memory-mapping has no safe form")]
-    let map = unsafe { memmap2::Mmap::map(&file)? };
+    let map = unsafe { memmap2::Mmap::map(file)? };
+    // Only headers are looked at, and each would bring two megabytes of weights into
+    // this process where the file cache holds huge pages. A kernel may not know it.
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::NoHugePage);
     Ok(Bytes::from_owner(map))
 }
 
 impl ExternalSource for DataDirectory {
     fn load(&self, reference: &ExternalRef) -> Result<Bytes, IrError> {
+        // A file that was looked up earlier may have changed since.
+        let mut files = self.files();
+        let known = files.get(&reference.location);
+        if known.is_some_and(|file| file.mapped.is_none()) {
+            files.remove(&reference.location);
+        }
+        drop(files);
         let (path, start, length) = self.range(reference)?;
         let refuse = |reason: String| IrError::External {
             location: reference.location.clone(),
             reason,
         };
-        let mut mapped = match self.mapped.lock() {
-            Ok(guard) => guard,
-            Err(poisoned) => poisoned.into_inner(),
-        };
-        let bytes = match mapped.get(&reference.location) {
-            Some(bytes) => bytes.clone(),
-            None => {
+        let mut files = self.files();
+        let mapped = files.get_mut(&reference.location).map(|f| &mut f.mapped);
+        let bytes = match mapped {
+            Some(Some(bytes)) => bytes.clone(),
+            empty => {
                 let bytes = map_file(&path).map_err(|e| refuse(e.to_string()))?;
-                mapped.insert(reference.location.clone(), bytes.clone());
+                if let Some(slot) = empty {
+                    *slot = Some(bytes.clone());
+                }
                 bytes
             }
         };
+        drop(files);
         let to_index = |n: u64| usize::try_from(n).map_err(|_| refuse("too large".into()));
         let (start, end) = (to_index(start)?, to_index(start + length)?);
         if end > bytes.len() {
@@ -157,5 +240,12 @@ impl ExternalSource for DataDirectory {
 
     fn directory(&self) -> Option<PathBuf> {
         Some(self.root.clone())
+    }
+
+    fn place(&self, bytes: &[u8]) -> Option<(&File, u64)> {
+        let Mapped { file, bytes: all } = self.model.as_ref()?;
+        let range = all.as_ptr_range();
+        let inside = range.contains(&bytes.as_ptr()) && bytes.as_ptr_range().end <= range.end;
+        inside.then(|| (file, (bytes.as_ptr().addr() - range.start.addr()) as u64))
     }
 }

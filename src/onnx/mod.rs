@@ -5,6 +5,7 @@
 pub mod details;
 
 mod convert;
+mod copy;
 mod directory;
 mod error;
 mod external;

@@ -8,12 +8,14 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
+use super::copy::copy_file;
 use super::{Layout, ModelDir, OnnxError, Serialized};
 
 /// How external data files reach a new directory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum DataMode {
-    /// Copied (the kernel shares blocks where the file system can).
+    /// Copied (the kernel shares blocks where the file system can, and holes stay
+    /// holes).
     #[default]
     Copy,
     /// Hard-linked: no byte is written, but onnx ≥ 1.23 and, in places, ONNX
@@ -114,7 +116,7 @@ pub fn write_out(
             let real = from.canonicalize().map_err(OnnxError::io(&from))?;
             fs::hard_link(&real, &to).map_err(OnnxError::io(&from))?;
         } else {
-            fs::copy(&from, &to).map_err(OnnxError::io(&from))?;
+            copy_file(&from, &to).map_err(OnnxError::io(&from))?;
         }
     }
     for (relative, model) in &outputs.models {

@@ -4,18 +4,19 @@
 //! every element keeps the slice it was read from; tensor contents stay slices
 //! of the mapping, and external data is not opened (its ranges are checked).
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use prost::Message;
 
-use super::external::{DataDirectory, map_file};
+use super::external::{DataDirectory, Mapped, map_file};
 use super::wire::{Field, Payload, WireError, fields};
 use super::{OnnxError, convert};
 use crate::ir::{
     AttrValue, Attribute, ExternalRef, ExternalSource, Function, GraphId, GraphKind, IrError,
-    Loader, MetadataEntry, Model, NoExternal, NodeDraft, TensorData,
+    Loader, MetadataEntry, Model, NoExternal, NodeDraft, NodeId, TensorData,
 };
 use crate::proto;
 
@@ -29,12 +30,13 @@ const MAX_DEPTH: usize = 32;
 /// external data that is missing, truncated, overlapping or outside the
 /// model's directory.
 pub fn read(path: &Path) -> Result<Model, OnnxError> {
-    let bytes = map_file(path).map_err(OnnxError::io(path))?;
+    let mapped = Mapped::open(path).map_err(OnnxError::io(path))?;
+    let bytes = mapped.bytes().clone();
     let root = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
     };
-    let data = Arc::new(DataDirectory::new(root));
+    let data = Arc::new(DataDirectory::of(root, mapped));
     let model = parse(path, bytes, data.clone())?;
     check_external(&model, &data).map_err(|source| OnnxError::Model {
         path: path.to_owned(),
@@ -74,45 +76,50 @@ fn parse(path: &Path, bytes: Bytes, external: Arc<dyn ExternalSource>) -> Result
 /// Checks that every external range lies inside its file and that two tensors
 /// share either all bytes (tied weights) or none.
 fn check_external(model: &Model, data: &DataDirectory) -> Result<(), IrError> {
-    let mut ranges: Vec<(PathBuf, u64, u64, String)> = Vec::new();
-    let mut visit = |name: &str, data_of: &TensorData| -> Result<(), IrError> {
-        if let TensorData::External(reference) = data_of {
-            let (path, start, length) = data.range(reference).map_err(|e| match e {
-                IrError::External { location, reason } => IrError::External {
-                    location,
-                    reason: format!("of tensor '{name}': {reason}"),
-                },
-                other => other,
-            })?;
-            if length > 0 {
-                ranges.push((path, start, start + length, name.to_owned()));
-            }
-        }
-        Ok(())
-    };
+    let mut places: HashMap<Arc<Path>, usize> = HashMap::new();
+    let mut ranges: Vec<(usize, u64, u64, Owner<'_>)> = Vec::new();
+    let mut tensors: Vec<(Owner<'_>, &TensorData)> = Vec::new();
     for (_, graph) in model.graphs() {
         for &value in &graph.initializers {
             if let Some(tensor) = &model.value(value).initializer {
-                visit(&tensor.name, &tensor.data)?;
+                tensors.push((Owner::Initializer(&tensor.name), &tensor.data));
             }
         }
         for &node in &graph.nodes {
             for attribute in &model.node(node).attributes {
                 if let AttrValue::Tensor(tensor) = &attribute.value {
-                    visit(&model.describe(node), &tensor.data)?;
+                    tensors.push((Owner::Node(node), &tensor.data));
                 }
             }
         }
     }
-    ranges.sort();
+    for (owner, data_of) in tensors {
+        if let TensorData::External(reference) = data_of {
+            let (path, start, length) = data.range(reference).map_err(|e| match e {
+                IrError::External { location, reason } => IrError::External {
+                    location,
+                    reason: format!("of tensor '{}': {reason}", owner.name(model)),
+                },
+                other => other,
+            })?;
+            if length > 0 {
+                let next = places.len();
+                let place = *places.entry(path).or_insert(next);
+                ranges.push((place, start, start + length, owner));
+            }
+        }
+    }
+    ranges.sort_by_key(|(place, start, end, _)| (*place, *start, *end));
     for pair in ranges.windows(2) {
-        let [(a_path, a_start, a_end, a), (b_path, b_start, b_end, b)] = pair else {
+        let [(a_place, a_start, a_end, a), (b_place, b_start, b_end, b)] = pair else {
             continue;
         };
         let same = (a_start, a_end) == (b_start, b_end);
-        if a_path == b_path && b_start < a_end && !same {
+        if a_place == b_place && b_start < a_end && !same {
+            let path = places.iter().find(|(_, place)| *place == a_place);
+            let (a, b) = (a.name(model), b.name(model));
             return Err(IrError::External {
-                location: a_path.display().to_string(),
+                location: path.map_or(String::new(), |(path, _)| path.display().to_string()),
                 reason: format!(
                     "tensors '{a}' ({a_start}..{a_end}) and '{b}' ({b_start}..{b_end}) overlap; the file \
                      is damaged or was written by a broken tool"
@@ -121,6 +128,22 @@ fn check_external(model: &Model, data: &DataDirectory) -> Result<(), IrError> {
         }
     }
     Ok(())
+}
+
+/// Whose tensor one is: put into words only where they are needed.
+#[derive(Clone, Copy)]
+enum Owner<'a> {
+    Initializer(&'a str),
+    Node(NodeId),
+}
+
+impl Owner<'_> {
+    fn name(self, model: &Model) -> String {
+        match self {
+            Self::Initializer(name) => name.to_owned(),
+            Self::Node(node) => model.describe(node),
+        }
+    }
 }
 
 struct Reader<'a> {

@@ -5,41 +5,66 @@
 //! slices, most of them of the mapped input, so that inline weights are never
 //! copied in memory.
 
+use std::collections::HashSet;
+use std::fmt;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
 use super::wire::{Rope, fields};
 use super::{OnnxError, convert};
-use crate::ir::{AttrValue, Attribute, Def, GraphId, Model, NodeId, Provenance, ValueId, Verified};
+use crate::ir::{
+    AttrValue, Attribute, Def, ExternalSource, Graph, GraphId, Model, NodeId, Provenance, ValueId,
+    Verified,
+};
 use crate::proto;
 
 /// Protobuf messages are limited to 2 GiB.
 const LIMIT: u64 = i32::MAX as u64;
 
+/// Slices of a mapped file of at least so many bytes are copied from file to file;
+/// shorter ones are cheaper to gather.
+#[cfg(unix)]
+const DIRECT: usize = 1 << 16;
+
 /// A serialised model: slices in order.
-#[derive(Debug)]
-pub struct Serialized(Rope);
+pub struct Serialized {
+    rope: Rope,
+    /// Knows which slices lie in an open file.
+    source: Arc<dyn ExternalSource>,
+}
+
+impl fmt::Debug for Serialized {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rope, source: _ } = self;
+        f.debug_struct("Serialized")
+            .field("bytes", &rope.len())
+            .field("slices", &rope.parts().len())
+            .finish_non_exhaustive()
+    }
+}
 
 impl Serialized {
     /// Length in bytes.
     pub fn len(&self) -> u64 {
-        self.0.len()
+        self.rope.len()
     }
 
     /// Whether it is empty (a model never is).
     pub fn is_empty(&self) -> bool {
-        self.0.len() == 0
+        self.rope.len() == 0
     }
 
     /// All bytes in one piece (for small models and tests).
     pub fn to_vec(&self) -> Vec<u8> {
-        self.0.parts().concat()
+        self.rope.parts().concat()
     }
 
-    /// Writes to an open file.
+    /// Writes to an open file. Large slices of the file that the model was read
+    /// from go from file to file and never through this process's memory.
     ///
     /// # Errors
     /// Those of writing; a model over protobuf's 2 GiB.
@@ -55,20 +80,49 @@ impl Serialized {
             });
         }
         let mut out = BufWriter::with_capacity(1 << 16, file);
-        for part in self.0.parts() {
-            out.write_all(part).map_err(OnnxError::io(path))?;
+        let mut buffer = Vec::new();
+        for part in self.rope.parts() {
+            self.write_part(part, &mut out, &mut buffer)
+                .map_err(OnnxError::io(path))?;
         }
         out.flush().map_err(OnnxError::io(path))
+    }
+
+    /// Writes a slice; `buffer` is of [`copy_range`](super::copy::copy_range).
+    fn write_part(
+        &self,
+        part: &[u8],
+        out: &mut BufWriter<&File>,
+        buffer: &mut Vec<u8>,
+    ) -> std::io::Result<()> {
+        #[cfg(not(unix))]
+        let _ = buffer;
+        #[cfg(unix)]
+        if part.len() >= DIRECT
+            && let Some((from, offset)) = self.source.place(part)
+        {
+            out.flush()?;
+            let length = part.len() as u64;
+            return super::copy::copy_range(from, offset, length, out.get_ref(), buffer);
+        }
+        out.write_all(part)
     }
 }
 
 /// Serialises a verified model.
 pub fn serialize(model: Verified<'_>) -> Serialized {
     let model = model.model();
+    Serialized {
+        rope: rope(model),
+        source: model.external().clone(),
+    }
+}
+
+fn rope(model: &Model) -> Rope {
     let mut rope = Rope::default();
     if let Some(source) = &model.source {
         rope.whole(source.clone());
-        return Serialized(rope);
+        return rope;
     }
     let order = numbers(&model.provenance, &[1, 8, 2, 7, 14]);
     for number in order {
@@ -94,7 +148,7 @@ pub fn serialize(model: Verified<'_>) -> Serialized {
             }
         }
     }
-    Serialized(rope)
+    rope
 }
 
 /// Header fields that the model did not get from a file: all of them if it was
@@ -175,10 +229,8 @@ fn graph(model: &Model, id: GraphId) -> Rope {
                 .iter()
                 .for_each(|&v| info(model, 12, v, &mut rope)),
             13 => {
-                for &value in &g.typed {
-                    if model.value(value).ty.is_some() && still_there(model, value) {
-                        info(model, 13, value, &mut rope);
-                    }
+                for value in still_typed(model, g) {
+                    info(model, 13, value, &mut rope);
                 }
                 carry(&g.provenance, 13, &mut rope);
             }
@@ -188,19 +240,22 @@ fn graph(model: &Model, id: GraphId) -> Rope {
     rope
 }
 
-/// A typed intermediate value whose node was not removed and that did not
-/// become a graph output.
-fn still_there(model: &Model, value: ValueId) -> bool {
-    let defined = match model.value(value).def {
-        Def::Node { node, .. } => model.try_node(node).is_some(),
-        Def::Initializer => model
-            .subgraph(model.value(value).graph)
-            .initializers
-            .contains(&value),
-        Def::Input | Def::Opaque => true,
-        Def::Missing => false,
+/// Typed intermediate values whose nodes were not removed and that did not become
+/// graph outputs.
+fn still_typed(model: &Model, graph: &Graph) -> Vec<ValueId> {
+    let outputs: HashSet<ValueId> = graph.outputs.iter().copied().collect();
+    let initializers: HashSet<ValueId> = graph.initializers.iter().copied().collect();
+    let there = |v: &ValueId| {
+        let value = model.value(*v);
+        let defined = match value.def {
+            Def::Node { node, .. } => model.try_node(node).is_some(),
+            Def::Initializer => initializers.contains(v),
+            Def::Input | Def::Opaque => true,
+            Def::Missing => false,
+        };
+        defined && value.ty.is_some() && !outputs.contains(v)
     };
-    defined && !model.is_output(value)
+    graph.typed.iter().copied().filter(there).collect()
 }
 
 fn info(model: &Model, number: u32, value: ValueId, rope: &mut Rope) {

@@ -133,13 +133,14 @@ fn change(
     pass: &'static str,
     apply: impl FnOnce(Model) -> Result<Model, crate::ir::IrError>,
 ) -> Result<(), PassError> {
-    let graph = |source| PassError::Graph {
-        pass,
-        file: part.label(),
-        source,
-    };
-    let model = apply(part.model.clone()).map_err(graph)?;
-    verify(&model).map_err(graph)?;
-    part.model = model;
+    let file = part.label();
+    let graph = |source| PassError::Graph { pass, file, source };
+    // After an error nothing goes on with the part, so the model need not be kept.
+    let model = std::mem::replace(&mut part.model, Model::empty());
+    let changed = apply(model).and_then(|model| {
+        verify(&model)?;
+        Ok(model)
+    });
+    part.model = changed.map_err(graph)?;
     Ok(())
 }

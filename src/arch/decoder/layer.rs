@@ -5,8 +5,7 @@ use super::fused::{self, Attention, Stated};
 use super::{DecoderLayer, Projection, output_width};
 use crate::arch::NoMatch;
 use crate::arch::attention::{Site, operand};
-use crate::arch::residual::Cut;
-use crate::ir::cone::{ancestors, descendants};
+use crate::arch::residual::Stream;
 use crate::ir::{Def, Model, NodeId, ValueId};
 
 pub(super) struct Layer<'a> {
@@ -14,14 +13,11 @@ pub(super) struct Layer<'a> {
     pub(super) caches: &'a Caches,
     pub(super) number: usize,
     pub(super) present: (ValueId, ValueId),
+    pub(super) stream: &'a Stream,
 }
 
 impl Layer<'_> {
-    pub(super) fn recognise(
-        &self,
-        residuals: &[Cut],
-        all: &[Site],
-    ) -> Result<DecoderLayer, NoMatch> {
+    pub(super) fn recognise(&self, all: &[Site]) -> Result<DecoderLayer, NoMatch> {
         let model = self.model;
         let number = self.number;
         let fail = |found: String| NoMatch::new(format!("decoder layer {number}"), found);
@@ -31,12 +27,9 @@ impl Layer<'_> {
                 "no cache inputs past_key_values.{number}.key/value, which other layers have"
             )));
         }
-        let attention = self
-            .attention(past.map(|p| p.0), residuals[0][0], all)
-            .map_err(&fail)?;
-        let source = ancestors(model, &[attention.key.value], true);
-        let enters = |cut: &&Cut| cut.iter().any(|v| source.contains(v));
-        let Some(boundary) = residuals.iter().rev().find(enters) else {
+        let attention = self.attention(past.map(|p| p.0), all).map_err(&fail)?;
+        let stream = self.stream;
+        let Some(entry) = stream.entry_of(model, attention.key.value) else {
             return Err(fail(format!(
                 "'{}' does not depend on the residual stream",
                 model.name(self.present.0)
@@ -46,8 +39,9 @@ impl Layer<'_> {
         if !attention.scale.is_finite() {
             return Err(fail(format!("the scale of {at} is not a constant")));
         }
-        let query = attention.query.value;
-        if !descendants(model, boundary, true).contains(&query) {
+        let boundary = &stream.cuts[entry];
+        // Whatever depends on a later cut depends on this one.
+        if stream.entry_of(model, attention.query.value) < Some(entry) {
             return Err(fail(format!(
                 "the query of {at} does not come from '{}'",
                 model.name(boundary[0])
@@ -71,19 +65,14 @@ impl Layer<'_> {
     }
 
     /// The attention over this layer's cache, in whatever form.
-    fn attention(
-        &self,
-        past: Option<ValueId>,
-        embeds: ValueId,
-        all: &[Site],
-    ) -> Result<Attention, String> {
+    fn attention(&self, past: Option<ValueId>, all: &[Site]) -> Result<Attention, String> {
         let model = self.model;
         if let Some(id) = self.cache_operator() {
             return fused::with_cache(model, id, self.stated(past, Some(id)));
         }
         let (new_key, cache) = match past {
             Some(past) => self.new_rows(past, self.present.0)?,
-            None => self.only_rows(embeds, self.present.0)?,
+            None => self.only_rows(self.present.0)?,
         };
         // The present is the concatenation, or what is left of it after rounding;
         // re-arranging may lie on both sides of what the cache holds.
@@ -136,23 +125,19 @@ impl Layer<'_> {
 
     /// The keys that a decoder without a past gives out, as they are or behind a
     /// concatenation with an empty cache, and what it gives out.
-    fn only_rows(&self, embeds: ValueId, present: ValueId) -> Result<(ValueId, ValueId), String> {
+    fn only_rows(&self, present: ValueId) -> Result<(ValueId, ValueId), String> {
         let model = self.model;
-        let data = descendants(model, &[embeds], true);
+        let of_tokens = |v: ValueId| self.stream.entry_of(model, v).is_some();
         let mut at = present;
         while let Some(producer) = model.producer_node(at) {
-            let mut fresh = producer
-                .inputs
-                .iter()
-                .flatten()
-                .filter(|i| data.contains(i));
+            let mut fresh = producer.inputs.iter().flatten().filter(|i| of_tokens(**i));
             let next = match (producer.op_type.as_str(), fresh.next(), fresh.next()) {
                 ("Identity" | "Cast" | "Concat", Some(&new), None) => new,
                 _ => break,
             };
             at = next;
         }
-        if !data.contains(&at) {
+        if !of_tokens(at) {
             return Err(format!(
                 "'{}' is not computed from the tokens",
                 model.name(present)
@@ -165,7 +150,7 @@ impl Layer<'_> {
     /// concatenation with the past), and the concatenation.
     fn new_rows(&self, past: ValueId, present: ValueId) -> Result<(ValueId, ValueId), String> {
         let model = self.model;
-        let from_past = descendants(model, &[past], true);
+        let from_past = |v: ValueId| self.stream.local(model, v).contains(&past);
         let mut at = present;
         loop {
             let Def::Node { node, slot: _ } = model.value(at).def else {
@@ -179,11 +164,7 @@ impl Layer<'_> {
                 continue;
             }
             if producer.is("Concat") {
-                let mut fresh = producer
-                    .inputs
-                    .iter()
-                    .flatten()
-                    .filter(|i| !from_past.contains(i));
+                let mut fresh = producer.inputs.iter().flatten().filter(|i| !from_past(**i));
                 if let (Some(&new), None) = (fresh.next(), fresh.next()) {
                     return Ok((new, at));
                 }
@@ -228,6 +209,7 @@ pub fn cache_heads(model: &Model) -> Option<(i64, i64)> {
         caches: &caches,
         number,
         present,
+        stream: &Stream::default(),
     };
     let id = layer.cache_operator()?;
     let found = fused::with_cache(model, id, layer.stated(Some(past), Some(id))).ok()?;

@@ -5,7 +5,7 @@ use super::layer::cache_dim;
 use super::{DecoderLayer, Layout, Projection};
 use crate::arch::NoMatch;
 use crate::arch::attention::{Site, head_rows, operand, sites, split_heads};
-use crate::arch::residual::Cut;
+use crate::arch::residual::Stream;
 use crate::arch::tower::projection_width;
 use crate::ir::cone::{ancestors, descendants};
 use crate::ir::{Model, NodeId, ValueId};
@@ -72,7 +72,7 @@ pub(super) fn uncached(
     model: &Model,
     number: usize,
     site: &Site,
-    residuals: &[Cut],
+    stream: &Stream,
 ) -> Result<DecoderLayer, NoMatch> {
     let fail = |found: String| NoMatch::new(format!("decoder layer {number}"), found);
     let Some(new_key) = head_rows(model, site) else {
@@ -83,10 +83,8 @@ pub(super) fn uncached(
     };
     // Scaling before these rows is theirs already.
     let carried = operand(model, new_key).scale;
-    let source = ancestors(model, &[new_key], true);
-    let enters = |cut: &&Cut| cut.iter().any(|v| source.contains(v));
     let at = model.describe(site.node);
-    let Some(boundary) = residuals.iter().rev().find(enters) else {
+    let Some(entry) = stream.entry_of(model, new_key) else {
         return Err(fail(format!(
             "the keys of {at} do not depend on the residual stream"
         )));
@@ -95,7 +93,9 @@ pub(super) fn uncached(
     if !scale.is_finite() {
         return Err(fail(format!("the scale of {at} is not a constant")));
     }
-    if !descendants(model, boundary, true).contains(&site.query.value) {
+    let boundary = &stream.cuts[entry];
+    // Whatever depends on a later cut depends on this one.
+    if stream.entry_of(model, site.query.value) < Some(entry) {
         return Err(fail(format!(
             "the query of {at} does not come from '{}'",
             model.name(boundary[0])

@@ -20,7 +20,7 @@ use live::{Live, key_shape, uncached};
 pub(super) use cache::Caches as CacheNames;
 pub use layer::cache_heads;
 
-use super::residual::cuts;
+use super::residual::Stream;
 use super::tower::element_type;
 use super::{MIN_OPSET, NoMatch, hidden_network};
 use crate::ir::cone::carries_data;
@@ -214,8 +214,8 @@ impl Decoder {
     ) -> Result<Self, NoMatch> {
         let fail = |found: String| Err(NoMatch::new(WANT, found));
         let caches = Caches::of(model);
-        let residuals = cuts(model, embeds, logits);
-        if residuals.is_empty() {
+        let stream = Stream::between(model, embeds, logits);
+        if stream.cuts.is_empty() {
             return fail(format!(
                 "'{}' does not depend on '{}'",
                 model.name(logits),
@@ -230,8 +230,9 @@ impl Decoder {
                 caches: &caches,
                 number: *number,
                 present: *present,
+                stream: &stream,
             };
-            layers.push(layer.recognise(&residuals, &live.sites)?);
+            layers.push(layer.recognise(&live.sites)?);
         }
         if caches.present.is_empty() {
             if !caches.past.is_empty() {
@@ -240,7 +241,7 @@ impl Decoder {
                 );
             }
             for (number, site) in live.sites.iter().enumerate() {
-                layers.push(uncached(model, number, site, &residuals)?);
+                layers.push(uncached(model, number, site, &stream)?);
             }
         }
         if layers.is_empty() {
@@ -253,7 +254,7 @@ impl Decoder {
         if let Err(found) = live.all_taken(model, &layers) {
             return fail(found);
         }
-        let order = |cut: &[ValueId]| residuals.iter().position(|r| r == cut);
+        let order = |cut: &[ValueId]| cut.first().and_then(|v| stream.place(*v));
         for (i, pair) in layers.windows(2).enumerate() {
             if order(&pair[0].boundary) >= order(&pair[1].boundary) {
                 return fail(format!(
@@ -308,7 +309,7 @@ impl Decoder {
             head_dim,
             vocabulary: last(logits),
             dtype: element_type(model, embeds).unwrap_or(DataType::Float),
-            residuals,
+            residuals: stream.cuts,
             layers,
         })
     }

@@ -1,5 +1,6 @@
 //! The digest of a model: of the files that an answer depends on, wherever they lie.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
@@ -41,7 +42,7 @@ pub(super) fn of(root: &Path, model: &Runnable) -> anyhow::Result<String> {
         let read = read(graph).with_context(|| graph.display().to_string())?;
         let held = FileModel {
             file: relative.clone(),
-            model: read,
+            model: Cow::Owned(read),
         };
         files.extend(load::data_files(&held));
         for suffix in suffixes(&relative) {

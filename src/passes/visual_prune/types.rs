@@ -1,5 +1,7 @@
 //! What a rewritten decoder states about its lengths.
 
+use std::collections::HashSet;
+
 use super::stage::{Plan, Stage};
 use crate::ir::{Dim, Patch, ValueId, ValueType};
 
@@ -40,8 +42,9 @@ impl Plan<'_, '_> {
         let Some(behind) = self.cuts.behind.first() else {
             return;
         };
+        let outputs: HashSet<ValueId> = model.graph().outputs.iter().copied().collect();
         for &value in behind {
-            if model.value(value).ty.is_some() && !model.is_output(value) {
+            if model.value(value).ty.is_some() && !outputs.contains(&value) {
                 self.patch.forget_type(value);
             }
         }
