@@ -34,3 +34,29 @@ fn every_size_is_a_number() {
         }
     }
 }
+
+use support::conversation::{apart, hold};
+use support::models::{Runner, rewritten, runtime, sizes};
+use duet_onnx::validate::scenario::{Scenario, Seeded, Turn};
+
+#[test]
+fn answers_are_those_of_open_shapes() {
+    runtime();
+    for name in ["ts-eager-mha", "ts-sdpa-gqa", "dynamo18-gqa", "dynamo23-mha"] {
+        let base = fixture(name);
+        let text = recipe_text(&[("token_merge", MERGE), ("visual_prune", FALL)], "");
+        let open = Runner::open(&rewritten(&base, &text));
+        let vlm = fixed(&base, &text, "prompt=20,answer=8");
+        let closed = Runner::open(&vlm);
+        let (size, width) = sizes(&base);
+        let vocabulary = 90;
+        for (before, after) in [(4, 16), (3, 9)] {
+            let mut rng = Seeded::new(3);
+            let turn = Turn { rows: vec![vec![rng.ids(before, vocabulary), rng.ids(after, vocabulary)]] };
+            let scenario = Scenario { name: "x", turns: vec![turn], decode: 5 };
+            let a = hold(&open, &scenario, size, width);
+            let b = hold(&closed, &scenario, size, width);
+            println!("{name} {before}+{after}: {:e} {:?}", apart(&a, &b), b.steps[0].lengths);
+        }
+    }
+}

@@ -25,7 +25,7 @@ use super::{
     Change, Context, KvLayout, PassError, Placement, RatioBase, Recipe, SALIENT_MASK_INPUT,
     VISUAL_MASK_INPUT,
 };
-use crate::arch::{Decoder, Part, Role, Vlm};
+use crate::arch::{Decoder, DecoderLayer, Part, Role, Vlm};
 use crate::ir::{Dim, Model, Patch, ValueId, fix};
 use crate::suggest::unknown;
 
@@ -169,7 +169,7 @@ pub fn rewrite_fixed(vlm: Vlm, recipe: &Recipe, shapes: &FixedShapes) -> Result<
         fix_part(&mut done, index, &inputs, shapes)?;
         let part = &mut done.vlm.parts[index];
         if let Role::Decoder(decoder) = &part.role {
-            lengths.insert(part.variant.clone(), cache_lengths(part, decoder));
+            lengths.insert(part.variant.clone(), cache_lengths(&part.model, decoder));
             part.file = renamed(part, false);
         }
         if let Role::Vision(tower) = &part.role
@@ -411,6 +411,14 @@ fn fix_part(
     shapes: &FixedShapes,
 ) -> Result<(), PassError> {
     let part = &mut done.vlm.parts[index];
+    let named = |model: &Model, v: ValueId| model.name(v).to_owned();
+    let caches: Vec<Option<(String, String)>> = match &part.role {
+        Role::Decoder(d) => {
+            let present = |l: &DecoderLayer| l.present.map(|(k, v)| (named(&part.model, k), named(&part.model, v)));
+            d.layers.iter().map(present).collect()
+        }
+        _ => Vec::new(),
+    };
     let plan = fix(&part.model, NAME, inputs).map_err(|open| {
         let first: Vec<String> = open.iter().take(3).map(ToString::to_string).collect();
         let more = match open.len() {
@@ -425,6 +433,15 @@ fn fix_part(
     })?;
     let inserted = plan.inserted();
     change(part, NAME, |model| model.apply(plan))?;
+    // Outputs may be other values now, and a past of no columns is gone.
+    let model = &part.model;
+    if let Role::Decoder(decoder) = &mut part.role {
+        for (layer, names) in decoder.layers.iter_mut().zip(&caches) {
+            let output = |name: &String| model.output(name);
+            layer.present = names.as_ref().and_then(|(k, v)| Some((output(k)?, output(v)?)));
+            layer.past = layer.past.filter(|(key, _)| model.graph().inputs.contains(key));
+        }
+    }
     let padding = match &part.role {
         Role::Decoder(d) if d.hides_columns() => Some("left"),
         Role::Decoder(_) => Some("right"),
@@ -454,8 +471,7 @@ fn fix_part(
 }
 
 /// Columns of each layer's cache, as a graph of fixed shapes states them.
-fn cache_lengths(part: &Part, decoder: &Decoder) -> Vec<i64> {
-    let model = &part.model;
+fn cache_lengths(model: &Model, decoder: &Decoder) -> Vec<i64> {
     let keys = decoder.layers.iter().map(|layer| {
         let (key, _) = layer.present?;
         length_of(model, key)
