@@ -151,7 +151,7 @@ impl Plan<'_, '_> {
     pub(super) fn mask_of_past(&mut self, layer: usize, past: Size) -> Option<ValueId> {
         let before = self.mask_before?;
         let dtype = self.mask_type();
-        let right = self.fixed.is_some() && !self.decoder.hides_columns();
+        let right = self.pads_right();
         let p = &mut *self.patch;
         let mask = match right {
             true => {

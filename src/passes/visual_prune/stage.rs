@@ -358,6 +358,12 @@ impl Plan<'_, '_> {
         }
     }
 
+    /// Whether prompts and caches of a graph of fixed shapes are padded on the right: attention goes by the length
+    /// of each row.
+    pub(super) fn pads_right(&self) -> bool {
+        self.fixed.is_some() && !self.decoder.hides_columns()
+    }
+
     /// Flags of each row, int64 `[b]`: counted, unless their number is stated.
     pub(super) fn count_or(&mut self, flags: ValueId, stated: Option<i64>) -> ValueId {
         match (stated, self.fixed) {
@@ -477,6 +483,7 @@ impl Plan<'_, '_> {
             Some(earlier) => self.patch.concat(&[earlier, now], 1),
             None => now,
         });
+        let right = self.pads_right();
         let p = &mut *self.patch;
         let ids = before.ids.map(|ids| p.gather_rows(ids, kept));
         let positions = before.positions.map(|positions| {
@@ -504,7 +511,16 @@ impl Plan<'_, '_> {
                         }
                     };
                     let gone = cast_like(p, self.model, self.decoder.position_ids, gone);
-                    p.op("Sub", &[gathered, gone])
+                    let new = p.op("Sub", &[gathered, gone]);
+                    match right {
+                        // Padding behind the tokens is at 0 in front of a drop too.
+                        true => {
+                            let zero = p.i64(0);
+                            let zero = cast_like(p, self.model, self.decoder.position_ids, zero);
+                            p.op("Max", &[new, zero])
+                        }
+                        false => new,
+                    }
                 }
             }
         });
