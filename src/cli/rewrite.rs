@@ -363,12 +363,11 @@ fn report(done: &Rewritten, recipe: &Recipe, crops: Option<i64>, global: &Global
         global.say(format!("{}{pass}{}  {summary}", style::NEW, style::RESET));
         for change in done.changes.iter().filter(|c| c.pass == *pass) {
             let part = &done.vlm.parts[change.part];
-            global.say(format!(
-                "  {}: {} nodes inserted{}",
-                part.label(),
-                change.inserted,
-                inlined(part)
-            ));
+            let what = match part.model.metadata(SHAPES_KEY).filter(|_| *pass == "static") {
+                Some(_) => format!("{} nodes are left", part.model.graph().nodes.len()),
+                None => format!("{} nodes inserted", change.inserted),
+            };
+            global.say(format!("  {}: {what}{}", part.label(), inlined(part)));
         }
     }
     for table in counts::tables(&done.vlm, recipe, crops) {
