@@ -15,7 +15,8 @@ use crate::onnx::{
     suffixed, write_beside, write_out,
 };
 use crate::passes::{
-    FixedShapes, KvLayout, PADDING_KEY, SHAPES_KEY, Placement, Recipe, Rewritten, rewrite, rewrite_fixed,
+    FixedShapes, KvLayout, PADDING_KEY, Placement, Recipe, Rewritten, SHAPES_KEY, rewrite,
+    rewrite_fixed,
 };
 
 /// Arguments of `duet rewrite`.
@@ -97,7 +98,9 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     }
     // Decoders of fixed shapes have files of other names.
     let named = |file: &PathBuf| done.vlm.parts.iter().any(|p| p.file == *file);
-    outputs.left_out.extend(files.into_iter().filter(|f| !named(f)));
+    outputs
+        .left_out
+        .extend(files.into_iter().filter(|f| !named(f)));
     if arguments.data == Data::Hardlink {
         if let Some(place) = data_in_bodies(&done.vlm)? {
             bail!(
@@ -185,7 +188,8 @@ fn static_document(done: &Rewritten, shapes: &FixedShapes) -> serde_json::Value 
     let list = |model: &Model, values: &[ValueId]| -> serde_json::Value {
         let each = values.iter().map(|&v| {
             let dims = model.value(v).ty.as_ref().and_then(|t| t.shape());
-            let dims: Vec<Option<i64>> = dims.unwrap_or_default().iter().map(|d| d.known()).collect();
+            let dims: Vec<Option<i64>> =
+                dims.unwrap_or_default().iter().map(|d| d.known()).collect();
             (model.name(v).to_owned(), json!(dims))
         });
         each.collect::<serde_json::Map<_, _>>().into()
@@ -363,7 +367,11 @@ fn report(done: &Rewritten, recipe: &Recipe, crops: Option<i64>, global: &Global
         global.say(format!("{}{pass}{}  {summary}", style::NEW, style::RESET));
         for change in done.changes.iter().filter(|c| c.pass == *pass) {
             let part = &done.vlm.parts[change.part];
-            let what = match part.model.metadata(SHAPES_KEY).filter(|_| *pass == "static") {
+            let what = match part
+                .model
+                .metadata(SHAPES_KEY)
+                .filter(|_| *pass == "static")
+            {
                 Some(_) => format!("{} nodes are left", part.model.graph().nodes.len()),
                 None => format!("{} nodes inserted", change.inserted),
             };

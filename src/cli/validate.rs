@@ -70,9 +70,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     };
     let mut progress = |step: &str| global.detail(step);
     let report = match &shapes {
-        Some(shapes) => {
-            check_fixed(&base, &rewritten, &recipe, shapes, &options, &mut progress)?
-        }
+        Some(shapes) => check_fixed(&base, &rewritten, &recipe, shapes, &options, &mut progress)?,
         None => check(&base, &rewritten, &recipe, &options, &mut progress)?,
     };
     if arguments.json {
@@ -89,15 +87,23 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
 
 /// The shapes that the files were fixed to, if they were; all have to agree.
 fn fixed(vlm: &Vlm) -> anyhow::Result<Option<FixedShapes>> {
-    let stamps = vlm.parts.iter().filter_map(|p| p.model.metadata(SHAPES_KEY));
+    let stamps = vlm
+        .parts
+        .iter()
+        .filter_map(|p| p.model.metadata(SHAPES_KEY));
     let stamps: BTreeSet<&str> = stamps.collect();
     match stamps.into_iter().collect::<Vec<_>>()[..] {
         [] => Ok(None),
         [one] => {
             let shapes = one.parse::<FixedShapes>();
-            Ok(Some(shapes.map_err(|problem| anyhow!("metadata '{SHAPES_KEY}': {problem}"))?))
+            Ok(Some(shapes.map_err(|problem| {
+                anyhow!("metadata '{SHAPES_KEY}': {problem}")
+            })?))
         }
-        ref several => bail!("its files are fixed to different shapes: {}", several.join(" and ")),
+        ref several => bail!(
+            "its files are fixed to different shapes: {}",
+            several.join(" and ")
+        ),
     }
 }
 

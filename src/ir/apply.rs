@@ -73,8 +73,14 @@ impl Model {
                 Edit::RemoveInput { value } => gone.push(value),
                 Edit::StateType { value, ty } => {
                     stated.push(value);
-                    self.edit(graph, Edit::SetType { value, ty: Some(ty) })
-                        .map_err(at)?;
+                    self.edit(
+                        graph,
+                        Edit::SetType {
+                            value,
+                            ty: Some(ty),
+                        },
+                    )
+                    .map_err(at)?;
                 }
                 edit => self.edit(graph, edit).map_err(at)?,
             }

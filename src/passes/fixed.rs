@@ -38,6 +38,9 @@ pub const SHAPES_KEY: &str = "duet.static";
 /// Metadata entry of decoders: `left` or `right`, where short prompts and caches are padded.
 pub const PADDING_KEY: &str = "duet.static.padding";
 
+/// Metadata entry of decoders: the visual tokens that each row of a prompt has to have.
+pub const VISUAL_KEY: &str = "duet.static.visual";
+
 /// What `--static` asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FixedShapes {
@@ -71,7 +74,10 @@ impl FromStr for FixedShapes {
             }
             let size = number.parse::<i64>().ok();
             let Some(size) = size.filter(|n| (1..=1 << 20).contains(n)) else {
-                return Err(format!("{key}={number}: expected a number from 1 to {}", 1 << 20));
+                return Err(format!(
+                    "{key}={number}: expected a number from 1 to {}",
+                    1 << 20
+                ));
             };
             if found.insert(key, size).is_some() {
                 return Err(format!("{key} is given twice"));
@@ -79,7 +85,9 @@ impl FromStr for FixedShapes {
         }
         let or = |key: &str, default: i64| found.get(key).copied().unwrap_or(default);
         Ok(Self {
-            prompt: *found.get("prompt").ok_or("prompt=N is missing: the text tokens of a prompt")?,
+            prompt: *found
+                .get("prompt")
+                .ok_or("prompt=N is missing: the text tokens of a prompt")?,
             images: or("images", 1),
             visual: found.get("visual").copied(),
             answer: or("answer", 128),
@@ -122,7 +130,11 @@ impl FixedRun {
 ///
 /// # Errors
 /// As [`rewrite`](super::rewrite); what has no fixed shapes, by name.
-pub fn rewrite_fixed(vlm: Vlm, recipe: &Recipe, shapes: &FixedShapes) -> Result<Rewritten, PassError> {
+pub fn rewrite_fixed(
+    vlm: Vlm,
+    recipe: &Recipe,
+    shapes: &FixedShapes,
+) -> Result<Rewritten, PassError> {
     refuse(&vlm, recipe)?;
     let (visual, gone) = counts(&vlm, recipe, shapes)?;
     let prompt = FixedRun {
@@ -143,7 +155,8 @@ pub fn rewrite_fixed(vlm: Vlm, recipe: &Recipe, shapes: &FixedShapes) -> Result<
     };
     let base = vlm.clone();
     let mut done = rewrite_with(vlm, recipe, &context(prompt))?;
-    done.summaries.push((NAME, format!("every shape fixed: {shapes}")));
+    done.summaries
+        .push((NAME, format!("every shape fixed: {shapes}")));
     let goes_on = base.decoders().any(|(_, d)| d.layers[0].past.is_some());
     let mut steps = match goes_on {
         true => Some(rewrite_with(base, recipe, &context(step))?),
@@ -157,7 +170,8 @@ pub fn rewrite_fixed(vlm: Vlm, recipe: &Recipe, shapes: &FixedShapes) -> Result<
         let part = &done.vlm.parts[index];
         let variant = part.variant.clone();
         let starts = |p: &Part| p.variant == variant && starts_cache(p);
-        let only_step = !starts_cache(part) && is_decoder(part) && done.vlm.parts.iter().any(starts);
+        let only_step =
+            !starts_cache(part) && is_decoder(part) && done.vlm.parts.iter().any(starts);
         if matches!(part.role, Role::Unknown(_)) {
             continue;
         }
@@ -166,7 +180,7 @@ pub fn rewrite_fixed(vlm: Vlm, recipe: &Recipe, shapes: &FixedShapes) -> Result<
             continue;
         }
         let inputs = inputs(part, &prompt, None, shapes)?;
-        fix_part(&mut done, index, &inputs, shapes)?;
+        fix_part(&mut done, index, &inputs, shapes, Some(visual + gone))?;
         let part = &mut done.vlm.parts[index];
         if let Role::Decoder(decoder) = &part.role {
             lengths.insert(part.variant.clone(), cache_lengths(&part.model, decoder));
@@ -176,7 +190,12 @@ pub fn rewrite_fixed(vlm: Vlm, recipe: &Recipe, shapes: &FixedShapes) -> Result<
             && let Some(output) = tower.features_index
             && shapes.visual.is_none()
         {
-            checked(part, part.model.graph().outputs[output], visual + gone, shapes)?;
+            checked(
+                part,
+                part.model.graph().outputs[output],
+                visual + gone,
+                shapes,
+            )?;
         }
     }
     let Some(steps) = &mut steps else {
@@ -195,7 +214,7 @@ pub fn rewrite_fixed(vlm: Vlm, recipe: &Recipe, shapes: &FixedShapes) -> Result<
         };
         let past: Vec<i64> = starts.iter().map(|s| s + shapes.answer - 1).collect();
         let inputs = inputs(part, &step, Some(&past), shapes)?;
-        fix_part(steps, index, &inputs, shapes)?;
+        fix_part(steps, index, &inputs, shapes, None)?;
         let mut part = steps.vlm.parts[index].clone();
         part.file = renamed(&part, true);
         let changes = steps.changes.iter().filter(|c| c.part == index);
@@ -313,8 +332,19 @@ fn counts(vlm: &Vlm, recipe: &Recipe, shapes: &FixedShapes) -> Result<(i64, i64)
 }
 
 /// Features that come out have to be as many as the decoder was told.
-fn checked(part: &Part, features: ValueId, expected: i64, shapes: &FixedShapes) -> Result<(), PassError> {
-    let dims = part.model.value(features).ty.as_ref().and_then(|t| t.shape()).unwrap_or_default();
+fn checked(
+    part: &Part,
+    features: ValueId,
+    expected: i64,
+    shapes: &FixedShapes,
+) -> Result<(), PassError> {
+    let dims = part
+        .model
+        .value(features)
+        .ty
+        .as_ref()
+        .and_then(|t| t.shape())
+        .unwrap_or_default();
     let rows = dims.split_last().map(|(_, rows)| rows).unwrap_or_default();
     let rows: Option<i64> = rows.iter().map(Dim::known).product();
     if rows == Some(expected * shapes.batch) {
@@ -342,7 +372,14 @@ fn inputs(
 ) -> Result<HashMap<ValueId, Vec<i64>>, PassError> {
     let model = &part.model;
     let (batch, length) = (run.batch, run.length());
-    let dims = |v: ValueId| model.value(v).ty.as_ref().and_then(|t| t.shape()).unwrap_or_default();
+    let dims = |v: ValueId| {
+        model
+            .value(v)
+            .ty
+            .as_ref()
+            .and_then(|t| t.shape())
+            .unwrap_or_default()
+    };
     let mut all = HashMap::new();
     let pixels = |v: ValueId| -> Vec<i64> {
         let rest = dims(v).iter().skip(1).map(|d| d.known().unwrap_or(-1));
@@ -358,7 +395,11 @@ fn inputs(
         }
         if let Some(positions) = decoder.position_ids {
             let rows = dims(positions).len();
-            let mut shape: Vec<i64> = dims(positions).iter().take(rows.saturating_sub(2)).filter_map(Dim::known).collect();
+            let mut shape: Vec<i64> = dims(positions)
+                .iter()
+                .take(rows.saturating_sub(2))
+                .filter_map(Dim::known)
+                .collect();
             shape.extend([batch, length]);
             all.insert(positions, shape);
         }
@@ -368,7 +409,10 @@ fn inputs(
         for (index, layer) in decoder.layers.iter().enumerate() {
             let columns = past.map_or(0, |p| p[index]);
             for cache in layer.past.into_iter().flat_map(|(k, v)| [k, v]) {
-                all.insert(cache, vec![batch, decoder.kv_heads, columns, decoder.head_dim]);
+                all.insert(
+                    cache,
+                    vec![batch, decoder.kv_heads, columns, decoder.head_dim],
+                );
             }
         }
         for name in [VISUAL_MASK_INPUT, SALIENT_MASK_INPUT] {
@@ -409,12 +453,16 @@ fn fix_part(
     index: usize,
     inputs: &HashMap<ValueId, Vec<i64>>,
     shapes: &FixedShapes,
+    visual: Option<i64>,
 ) -> Result<(), PassError> {
     let part = &mut done.vlm.parts[index];
     let named = |model: &Model, v: ValueId| model.name(v).to_owned();
     let caches: Vec<Option<(String, String)>> = match &part.role {
         Role::Decoder(d) => {
-            let present = |l: &DecoderLayer| l.present.map(|(k, v)| (named(&part.model, k), named(&part.model, v)));
+            let present = |l: &DecoderLayer| {
+                l.present
+                    .map(|(k, v)| (named(&part.model, k), named(&part.model, v)))
+            };
             d.layers.iter().map(present).collect()
         }
         _ => Vec::new(),
@@ -438,8 +486,12 @@ fn fix_part(
     if let Role::Decoder(decoder) = &mut part.role {
         for (layer, names) in decoder.layers.iter_mut().zip(&caches) {
             let output = |name: &String| model.output(name);
-            layer.present = names.as_ref().and_then(|(k, v)| Some((output(k)?, output(v)?)));
-            layer.past = layer.past.filter(|(key, _)| model.graph().inputs.contains(key));
+            layer.present = names
+                .as_ref()
+                .and_then(|(k, v)| Some((output(k)?, output(v)?)));
+            layer.past = layer
+                .past
+                .filter(|(key, _)| model.graph().inputs.contains(key));
         }
     }
     let padding = match &part.role {
@@ -458,6 +510,9 @@ fn fix_part(
         }
         if let Some(padding) = padding {
             patch.metadata(PADDING_KEY, padding);
+            if let Some(visual) = visual {
+                patch.metadata(VISUAL_KEY, &visual.to_string());
+            }
         }
         let plan = patch.finish();
         model.apply(plan)
@@ -494,10 +549,14 @@ fn renamed(part: &Part, step: bool) -> PathBuf {
     let module = part.module();
     let module = match (module.as_str(), step) {
         ("decoder_model_merged" | "decoder_model", false) => "decoder_model".to_owned(),
-        ("decoder_model_merged" | "decoder_with_past_model", true) => "decoder_with_past_model".to_owned(),
+        ("decoder_model_merged" | "decoder_with_past_model", true) => {
+            "decoder_with_past_model".to_owned()
+        }
         (name, false) => name.to_owned(),
         (name, true) => format!("{name}_with_past"),
     };
-    let extension = file.extension().map_or("onnx".into(), |e| e.to_string_lossy());
+    let extension = file
+        .extension()
+        .map_or("onnx".into(), |e| e.to_string_lossy());
     file.with_file_name(format!("{module}{suffix}.{extension}"))
 }

@@ -29,7 +29,7 @@ pub use budget::{BudgetShape, Planned, PlannedShare, Style, plan, plan_share};
 pub use div_prune::DivPrune;
 pub use error::PassError;
 pub use fast_v::FastV;
-pub use fixed::{FixedRun, FixedShapes, PADDING_KEY, SHAPES_KEY, rewrite_fixed};
+pub use fixed::{FixedRun, FixedShapes, PADDING_KEY, SHAPES_KEY, VISUAL_KEY, rewrite_fixed};
 pub use make_ups::{MakeUp, Space, make_ups};
 pub use manager::{Change, Rewritten, earlier_recipe, gives_fewer, rewrite};
 pub use marker::{Marker, VISUAL_MASK_INPUT};

@@ -39,13 +39,24 @@ pub fn check_fixed(
     progress("fixed shapes");
     let again = rewrite_fixed(base.clone(), recipe, shapes)?.vlm;
     files(fixed, &again, &mut report)?;
-    for part in fixed.parts.iter().filter(|p| p.model.metadata(SHAPES_KEY).is_some()) {
+    for part in fixed
+        .parts
+        .iter()
+        .filter(|p| p.model.metadata(SHAPES_KEY).is_some())
+    {
         let open = loose(&part.model);
         let detail = match open.first() {
-            None => format!("{} nodes, none of which computes a size", part.model.graph().nodes.len()),
+            None => format!(
+                "{} nodes, none of which computes a size",
+                part.model.graph().nodes.len()
+            ),
             Some(first) => format!("{} values or nodes are not fixed: {first}", open.len()),
         };
-        report.add(format!("{}: every size is a number", part.label()), open.is_empty(), detail);
+        report.add(
+            format!("{}: every size is a number", part.label()),
+            open.is_empty(),
+            detail,
+        );
     }
     let session = SessionOptions {
         optimization: Optimization::Off,
@@ -60,8 +71,13 @@ pub fn check_fixed(
         };
         let pair = Pair::open(base, &open, &again, fixed, set, &session);
         if let Some(Some(mut pair)) = report.opened(&label, pair)? {
-            for (name, missing) in [("full prompt", 0), ("prompt that is padded", shapes.prompt / 3)] {
-                let worst = pair.compare(shapes, missing, options.seed).map_err(ValidateError::of_rewritten);
+            for (name, missing) in [
+                ("full prompt", 0),
+                ("prompt that is padded", shapes.prompt / 3),
+            ] {
+                let worst = pair
+                    .compare(shapes, missing, options.seed)
+                    .map_err(ValidateError::of_rewritten);
                 let name = format!("{label}fixed shapes: {name}");
                 match report.opened(&name, worst)? {
                     Some((lengths, worst)) => report.add(
@@ -88,13 +104,16 @@ fn files(fixed: &Vlm, again: &Vlm, report: &mut Report) -> Result<(), ValidateEr
         let name = file.file.display();
         let same = match found.iter().find(|f| f.file == file.file) {
             Some(found) => {
-                let bytes = |model: &Model| Ok::<_, ValidateError>(serialize(verify(model)?).to_vec());
+                let bytes =
+                    |model: &Model| Ok::<_, ValidateError>(serialize(verify(model)?).to_vec());
                 bytes(&found.model)? == bytes(&file.model)?
             }
             None => false,
         };
         let detail = match same {
-            true => "rewriting the base with the stamped recipe and shapes gives this file, byte for byte",
+            true => {
+                "rewriting the base with the stamped recipe and shapes gives this file, byte for byte"
+            }
             false => "missing, or another file than the stamped recipe and shapes give",
         };
         report.add(format!("{name}: reproducible"), same, detail);
@@ -148,11 +167,14 @@ impl Pair {
         let variant = &base.parts[files.main].variant;
         let second = |past: bool| -> Result<Option<Session>, ValidateError> {
             let part = again.parts.iter().find(|p| {
-                let goes_on = matches!(&p.role, Role::Decoder(d) if d.layers[0].past.is_some() == past);
+                let goes_on =
+                    matches!(&p.role, Role::Decoder(d) if d.layers[0].past.is_some() == past);
                 goes_on && p.variant == *variant
             });
             let found = part.and_then(|p| fixed.parts.iter().find(|f| f.file == p.file));
-            let open = |p: &crate::arch::Part| probe::open_rewritten(&p.model, &p.file.display().to_string(), session);
+            let open = |p: &crate::arch::Part| {
+                probe::open_rewritten(&p.model, &p.file.display().to_string(), session)
+            };
             found.map(open).transpose()
         };
         let (Some(prompt), Some(step)) = (second(false)?, second(true)?) else {
@@ -185,7 +207,12 @@ impl Pair {
 
     /// Runs a prompt of `missing` tokens fewer than there may be, and some steps: lengths of the caches, and the
     /// largest difference of the last rows' logits.
-    fn compare(&mut self, shapes: &FixedShapes, missing: i64, seed: u64) -> Result<(Lengths, f64), ValidateError> {
+    fn compare(
+        &mut self,
+        shapes: &FixedShapes,
+        missing: i64,
+        seed: u64,
+    ) -> Result<(Lengths, f64), ValidateError> {
         let size = |n: i64| usize::try_from(n).unwrap_or(1);
         let batch = size(shapes.batch);
         let mut rng = Seeded::new(seed);
@@ -196,7 +223,9 @@ impl Pair {
         let mut segments = vec![text / (per_row + 1); per_row + 1];
         segments[per_row] += text - segments.iter().sum::<usize>();
         let turn = Turn {
-            rows: (0..batch).map(|_| segments.iter().map(|n| rng.ids(*n, 30)).collect()).collect(),
+            rows: (0..batch)
+                .map(|_| segments.iter().map(|n| rng.ids(*n, 30)).collect())
+                .collect(),
         };
         let layout = lay_out(&turn, &counts);
         let embeds = self.embeds(&layout, &features, &mut rng)?;
@@ -207,13 +236,20 @@ impl Pair {
         let mut worst: f64 = 0.0;
         for step in 0..=STEPS.min(size(shapes.answer - 1)) {
             let (one, other) = match &caches {
-                None => (self.decoders.0.prefill(&input)?, self.decoders.1.prefill(&input)?),
-                Some((a, b)) => (self.decoders.0.step(&input, a)?, self.decoders.1.step(&input, b)?),
+                None => (
+                    self.decoders.0.prefill(&input)?,
+                    self.decoders.1.prefill(&input)?,
+                ),
+                Some((a, b)) => (
+                    self.decoders.0.step(&input, a)?,
+                    self.decoders.1.step(&input, b)?,
+                ),
             };
             let (want, found) = (one.last_logits()?, other.last_logits()?);
             worst = worst.max(apart(&want, &found));
             caches = Some((one.cache, other.cache));
-            let ids = Array2::from_shape_fn((batch, 1), |(row, _)| ((7 + 11 * step + row) % 30) as i64);
+            let ids =
+                Array2::from_shape_fn((batch, 1), |(row, _)| ((7 + 11 * step + row) % 30) as i64);
             let layout = Layout {
                 visual: Array2::from_elem((batch, 1), false),
                 mask: Array2::ones((batch, 1)),
@@ -224,18 +260,29 @@ impl Pair {
             input = StepInput::new(embeds);
             input.ids = Some(layout.ids);
         }
-        let lengths = caches.map(|(a, b)| (a.lengths(), b.lengths())).unwrap_or_default();
+        let lengths = caches
+            .map(|(a, b)| (a.lengths(), b.lengths()))
+            .unwrap_or_default();
         Ok((lengths, worst))
     }
 
     /// Features of random images, `[tokens, width]` each; of a decoder alone, random ones.
-    fn features(&mut self, shapes: &FixedShapes, rng: &mut Seeded) -> Result<Vec<Tensor>, ValidateError> {
+    fn features(
+        &mut self,
+        shapes: &FixedShapes,
+        rng: &mut Seeded,
+    ) -> Result<Vec<Tensor>, ValidateError> {
         let size = |n: i64| usize::try_from(n).unwrap_or(1);
         let many = size(shapes.images * shapes.batch);
         let Some(vision) = &mut self.vision else {
             let rows = size(shapes.visual.unwrap_or(1));
-            let each = |rng: &mut Seeded| (0..rows * self.width).map(|_| rng.normal()).collect::<Vec<f32>>();
-            let all = (0..size(shapes.batch)).map(|_| Ok(Tensor::new([rows, self.width], each(rng))?));
+            let each = |rng: &mut Seeded| {
+                (0..rows * self.width)
+                    .map(|_| rng.normal())
+                    .collect::<Vec<f32>>()
+            };
+            let all =
+                (0..size(shapes.batch)).map(|_| Ok(Tensor::new([rows, self.width], each(rng))?));
             return all.collect();
         };
         let port = vision.inputs()[0].clone();
@@ -251,16 +298,24 @@ impl Pair {
         let all = features.f32s()?;
         let rows = all.len() / width.max(1) / many.max(1);
         let each = all.chunks_exact(rows * width);
-        each.map(|part| Ok(Tensor::new([rows, width], part.to_vec())?)).collect()
+        each.map(|part| Ok(Tensor::new([rows, width], part.to_vec())?))
+            .collect()
     }
 
-    fn embeds(&mut self, layout: &Layout, features: &[Tensor], rng: &mut Seeded) -> Result<Value, ValidateError> {
+    fn embeds(
+        &mut self,
+        layout: &Layout,
+        features: &[Tensor],
+        rng: &mut Seeded,
+    ) -> Result<Value, ValidateError> {
         let visual: Vec<bool> = layout.visual.iter().copied().collect();
         let embeds = match &mut self.embed {
             Some(embed) => embed.run(layout.ids.clone())?.to_tensor()?,
             None => {
                 let (rows, tokens) = layout.ids.dim();
-                let all: Vec<f32> = (0..rows * tokens * self.width).map(|_| rng.normal()).collect();
+                let all: Vec<f32> = (0..rows * tokens * self.width)
+                    .map(|_| rng.normal())
+                    .collect();
                 Tensor::new([rows, tokens, self.width], all)?.cast_float(self.dtype)?
             }
         };
@@ -274,6 +329,9 @@ fn apart(want: &Array2<f32>, found: &Array2<f32>) -> f64 {
         return f64::INFINITY;
     }
     let deviation = f64::from(want.std(0.0)).max(f64::MIN_POSITIVE);
-    let each = want.iter().zip(found).map(|(a, b)| f64::from((a - b).abs()));
+    let each = want
+        .iter()
+        .zip(found)
+        .map(|(a, b)| f64::from((a - b).abs()));
     each.fold(0.0, f64::max) / deviation
 }

@@ -131,7 +131,6 @@ pub(crate) fn rewritten(base: &Vlm, text: &str) -> Vlm {
 pub(crate) fn options() -> SessionOptions {
     SessionOptions {
         intra_threads: 1,
-        optimization: if std::env::var("OFF").is_ok() { duet_onnx::runtime::Optimization::Off } else { duet_onnx::runtime::Optimization::All },
         ..SessionOptions::default()
     }
 }
@@ -331,10 +330,6 @@ impl Runner {
         let mut session = self.vision.borrow_mut();
         let rank = session.input(&self.pixels).expect("pixels").dims.len();
         let pixels = lay_out_pixels(pixels, rank).expect("pixels");
-        let pixels = match session.input(&self.pixels).and_then(|port| port.dtype) {
-            Some(dtype) if dtype.is_float() => pixels.cast_float(dtype).expect("pixels"),
-            _ => pixels,
-        };
         let value = Value::new(pixels).expect("pixels");
         let outputs = session.run(&[(&self.pixels, &value)]);
         let outputs = outputs.unwrap_or_else(|e| panic!("{e}"));

@@ -54,7 +54,9 @@ impl Fact {
             return Some(Tensor::raw("", dtype, dims, Vec::new()));
         }
         let bytes: Vec<u8> = match (self.data.as_ref()?, dtype) {
-            (Data::Ints(all), DataType::Int64) => all.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            (Data::Ints(all), DataType::Int64) => {
+                all.iter().flat_map(|v| v.to_le_bytes()).collect()
+            }
             (Data::Ints(all), DataType::Int32) => {
                 let narrow = all.iter().map(|v| i32::try_from(*v).ok());
                 let narrow: Option<Vec<i32>> = narrow.collect();

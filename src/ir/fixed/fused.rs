@@ -13,7 +13,11 @@ pub(super) fn infer(call: &Call<'_>) -> Option<Vec<Fact>> {
     let known = |shape: Vec<i64>| Fact::of(call.dtype(0), shape);
     let own = || call.shape(0).map(|s| known(s.to_vec()));
     match call.node.op_type.as_str() {
-        "QuickGelu" | "BiasGelu" | "FastGelu" | "Gelu" | "RotaryEmbedding"
+        "QuickGelu"
+        | "BiasGelu"
+        | "FastGelu"
+        | "Gelu"
+        | "RotaryEmbedding"
         | "SimplifiedLayerNormalization" => Some(vec![own()?]),
         // Mean and deviation are given in training only; the fourth is the sum.
         "SkipSimplifiedLayerNormalization" | "SkipLayerNormalization" => {
@@ -31,7 +35,10 @@ pub(super) fn infer(call: &Call<'_>) -> Option<Vec<Fact>> {
                 }
                 Some(shape)
             };
-            let (a, b) = (side(0, "transA", "transBatchA")?, side(1, "transB", "transBatchB")?);
+            let (a, b) = (
+                side(0, "transA", "transBatchA")?,
+                side(1, "transB", "transBatchB")?,
+            );
             Some(vec![known(matmul(&a, &b)?)])
         }
         "MatMulNBits" => {
@@ -45,7 +52,10 @@ pub(super) fn infer(call: &Call<'_>) -> Option<Vec<Fact>> {
             let [batch, rows, _] = *call.shape(0)? else {
                 return None;
             };
-            let values = call.node.attr_ints("qkv_hidden_sizes").and_then(|s| s.last());
+            let values = call
+                .node
+                .attr_ints("qkv_hidden_sizes")
+                .and_then(|s| s.last());
             let packed = || call.shape(1)?.last().map(|all| all / 3);
             let width = values.copied().or_else(packed)?;
             Some(vec![known(vec![batch, rows, width])])
@@ -73,7 +83,11 @@ fn group(call: &Call<'_>) -> Option<Vec<Fact>> {
     };
     let past = cached(call.shape(3)).map_or(0, |p| p[2]);
     let cache = vec![batch, key_heads, past + rows, head];
-    Some(vec![known(vec![batch, rows, heads * head]), known(cache.clone()), known(cache)])
+    Some(vec![
+        known(vec![batch, rows, heads * head]),
+        known(cache.clone()),
+        known(cache),
+    ])
 }
 
 fn multi_head(call: &Call<'_>) -> Option<Vec<Fact>> {
@@ -91,5 +105,9 @@ fn multi_head(call: &Call<'_>) -> Option<Vec<Fact>> {
     };
     let key = vec![batch, heads, past + columns, width / heads];
     let value = vec![batch, heads, past + columns, values / heads];
-    Some(vec![known(vec![batch, rows, values]), known(key), known(value)])
+    Some(vec![
+        known(vec![batch, rows, values]),
+        known(key),
+        known(value),
+    ])
 }

@@ -139,7 +139,10 @@ impl<'m> Facts<'m> {
                 steps.is_some_and(|s| s.iter().all(|s| *s == 1))
             }),
             "GatherND" => self.every_row(node),
-            "Add" | "Sub" => node.input(1).and_then(|v| self.ints(v)).is_some_and(|all| all.iter().all(|v| *v == 0)),
+            "Add" | "Sub" => node
+                .input(1)
+                .and_then(|v| self.ints(v))
+                .is_some_and(|all| all.iter().all(|v| *v == 0)),
             _ => false,
         };
         (node.domain.is_empty() && same && idle).then_some(source)
@@ -182,13 +185,22 @@ impl<'m> Facts<'m> {
             } else if node.is("NonZero") {
                 "gives as many rows as there are elements that are not zero, which only the run tells".to_owned()
             } else {
-                let of = node.inputs.iter().map(|v| match v.and_then(|v| self.get(v).shape.as_ref()) {
-                    Some(shape) => format!("{shape:?}"),
-                    None => "–".into(),
-                });
-                format!("gives a shape that does not follow from those of its inputs ({})", of.collect::<Vec<_>>().join(", "))
+                let of =
+                    node.inputs
+                        .iter()
+                        .map(|v| match v.and_then(|v| self.get(v).shape.as_ref()) {
+                            Some(shape) => format!("{shape:?}"),
+                            None => "–".into(),
+                        });
+                format!(
+                    "gives a shape that does not follow from those of its inputs ({})",
+                    of.collect::<Vec<_>>().join(", ")
+                )
             };
-            open.push(Open { node: model.describe(id), why });
+            open.push(Open {
+                node: model.describe(id),
+                why,
+            });
         }
         open
     }
@@ -204,9 +216,10 @@ fn of_tensor(model: &Model, tensor: &Tensor) -> Fact {
         return fact;
     };
     fact.data = match tensor.dtype {
-        DataType::Int64 | DataType::Int32 | DataType::Bool => {
-            tensor.to_i64s(model.external()).ok().map(|all| Data::Ints(all.into()))
-        }
+        DataType::Int64 | DataType::Int32 | DataType::Bool => tensor
+            .to_i64s(model.external())
+            .ok()
+            .map(|all| Data::Ints(all.into())),
         #[allow(clippy::cast_possible_truncation, reason = "they are fp32")]
         DataType::Float if n <= 64 => tensor
             .to_f64s(model.external())
@@ -232,7 +245,11 @@ fn past_slots(node: &Node) -> &'static [usize] {
 ///
 /// # Errors
 /// The values whose shapes do not follow.
-pub fn fix(model: &Model, pass: &str, inputs: &HashMap<ValueId, Vec<i64>>) -> Result<PatchPlan, Vec<Open>> {
+pub fn fix(
+    model: &Model,
+    pass: &str,
+    inputs: &HashMap<ValueId, Vec<i64>>,
+) -> Result<PatchPlan, Vec<Open>> {
     let facts = Facts::of(model, inputs);
     let mut patch = Patch::new(model, pass);
     let mut plan = Plan {
@@ -246,7 +263,10 @@ pub fn fix(model: &Model, pass: &str, inputs: &HashMap<ValueId, Vec<i64>>) -> Re
     for &value in &graph.inputs {
         if facts.get(value).shape.is_none() {
             let node = format!("input '{}'", model.name(value));
-            open.push(Open { node, why: "has a shape that nothing says".into() });
+            open.push(Open {
+                node,
+                why: "has a shape that nothing says".into(),
+            });
         }
     }
     if !open.is_empty() {
@@ -272,7 +292,11 @@ impl Plan<'_, '_> {
             return None;
         }
         let all: Vec<ValueId> = node.inputs.iter().flatten().copied().collect();
-        let some: Vec<ValueId> = all.iter().copied().filter(|v| !self.facts.get(*v).is_empty()).collect();
+        let some: Vec<ValueId> = all
+            .iter()
+            .copied()
+            .filter(|v| !self.facts.get(*v).is_empty())
+            .collect();
         (!some.is_empty() && some.len() < all.len()).then_some(some)
     }
 
@@ -303,7 +327,9 @@ impl Plan<'_, '_> {
             if !seen.insert(value) || self.facts.folds(value) {
                 continue;
             }
-            let Some(id) = model.producer_of(value) else { continue };
+            let Some(id) = model.producer_of(value) else {
+                continue;
+            };
             if !live.insert(id) {
                 continue;
             }
@@ -322,7 +348,11 @@ impl Plan<'_, '_> {
                 for &inner in &g.nodes {
                     model.push_reads(inner, &mut reads);
                 }
-                stack.extend(reads.into_iter().filter(|v| model.value(*v).graph == model.main()));
+                stack.extend(
+                    reads
+                        .into_iter()
+                        .filter(|v| model.value(*v).graph == model.main()),
+                );
             }
         }
         live
@@ -345,7 +375,9 @@ impl Plan<'_, '_> {
         {
             let axis = node.attr_int("axis").unwrap_or(0);
             let parts: Vec<ValueId> = some.into_iter().map(|v| self.place(v)).collect();
-            place = self.patch.op_with("Concat", &parts, vec![int("axis", axis)]);
+            place = self
+                .patch
+                .op_with("Concat", &parts, vec![int("axis", axis)]);
             if let Some(ty) = self.ty(source) {
                 self.patch.state_type(place, ty);
             }
@@ -356,7 +388,12 @@ impl Plan<'_, '_> {
 
     fn ty(&self, value: ValueId) -> Option<ValueType> {
         let fact = self.facts.get(value);
-        let dims = fact.shape.as_ref()?.iter().map(|d| Dim::Known(*d)).collect();
+        let dims = fact
+            .shape
+            .as_ref()?
+            .iter()
+            .map(|d| Dim::Known(*d))
+            .collect();
         Some(ValueType::tensor(fact.dtype?, dims))
     }
 
@@ -370,7 +407,9 @@ impl Plan<'_, '_> {
             }
             let past = past_slots(node);
             for slot in 0..node.inputs.len() {
-                let Some(value) = node.input(slot) else { continue };
+                let Some(value) = node.input(slot) else {
+                    continue;
+                };
                 if past.contains(&slot) && self.facts.get(value).is_empty() {
                     self.patch.disconnect(id, slot);
                     continue;
@@ -426,9 +465,15 @@ pub fn loose(model: &Model) -> Vec<Open> {
     let mut open = facts.open(&nodes);
     for &id in &model.graph().nodes {
         let node = model.node(id);
-        if ["Shape", "Size", "Range", "NonZero"].iter().any(|op| node.is(op)) {
+        if ["Shape", "Size", "Range", "NonZero"]
+            .iter()
+            .any(|op| node.is(op))
+        {
             let why = "computes a size or depends on one".to_owned();
-            open.push(Open { node: model.describe(id), why });
+            open.push(Open {
+                node: model.describe(id),
+                why,
+            });
         }
     }
     open

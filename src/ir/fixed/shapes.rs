@@ -61,16 +61,53 @@ fn shape(call: &Call<'_>) -> Option<Vec<i64>> {
     let node = call.node;
     let own = || call.shape(0).map(<[i64]>::to_vec);
     match node.op_type.as_str() {
-        "Identity" | "Cast" | "CastLike" | "Neg" | "Abs" | "Sqrt" | "Exp" | "Log" | "Erf" | "Cos"
-        | "Sin" | "Tanh" | "Sigmoid" | "Reciprocal" | "Gelu" | "Softmax" | "LogSoftmax" | "Not"
-        | "Relu" | "IsNaN" | "IsInf" | "CumSum" | "Clip" | "Floor" | "Ceil" | "Round" | "Sign"
-        | "Softplus" | "HardSigmoid" | "HardSwish" | "Elu" | "LeakyRelu" | "Trilu" | "Swish"
-        | "RMSNormalization" | "SimplifiedLayerNormalization" | "InstanceNormalization"
-        | "GroupNormalization" | "RotaryEmbedding" | "QuantizeLinear" | "DequantizeLinear"
-        | "ScatterND" | "ScatterElements" | "LpNormalization" => own(),
+        "Identity"
+        | "Cast"
+        | "CastLike"
+        | "Neg"
+        | "Abs"
+        | "Sqrt"
+        | "Exp"
+        | "Log"
+        | "Erf"
+        | "Cos"
+        | "Sin"
+        | "Tanh"
+        | "Sigmoid"
+        | "Reciprocal"
+        | "Gelu"
+        | "Softmax"
+        | "LogSoftmax"
+        | "Not"
+        | "Relu"
+        | "IsNaN"
+        | "IsInf"
+        | "CumSum"
+        | "Clip"
+        | "Floor"
+        | "Ceil"
+        | "Round"
+        | "Sign"
+        | "Softplus"
+        | "HardSigmoid"
+        | "HardSwish"
+        | "Elu"
+        | "LeakyRelu"
+        | "Trilu"
+        | "Swish"
+        | "RMSNormalization"
+        | "SimplifiedLayerNormalization"
+        | "InstanceNormalization"
+        | "GroupNormalization"
+        | "RotaryEmbedding"
+        | "QuantizeLinear"
+        | "DequantizeLinear"
+        | "ScatterND"
+        | "ScatterElements"
+        | "LpNormalization" => own(),
         "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Mod" | "And" | "Or" | "Xor" | "Equal" | "Less"
-        | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "Where" | "Min" | "Max" | "Sum" | "Mean"
-        | "PRelu" => {
+        | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "Where" | "Min" | "Max" | "Sum"
+        | "Mean" | "PRelu" => {
             let shapes: Option<Vec<&[i64]>> =
                 (0..call.inputs.len()).map(|i| call.shape(i)).collect();
             broadcast(&shapes?)
@@ -109,14 +146,22 @@ fn shape(call: &Call<'_>) -> Option<Vec<i64>> {
             let axes = axes?;
             let mut rest = shape.iter();
             (0..rank)
-                .map(|at| if axes.contains(&at) { Some(1) } else { rest.next().copied() })
+                .map(|at| {
+                    if axes.contains(&at) {
+                        Some(1)
+                    } else {
+                        rest.next().copied()
+                    }
+                })
                 .collect()
         }
         "Transpose" => {
             let shape = call.shape(0)?;
             let reversed: Vec<i64> = (0..i64::try_from(shape.len()).ok()?).rev().collect();
             let perm = node.attr_ints("perm").unwrap_or(&reversed);
-            perm.iter().map(|p| shape.get(usize::try_from(*p).ok()?).copied()).collect()
+            perm.iter()
+                .map(|p| shape.get(usize::try_from(*p).ok()?).copied())
+                .collect()
         }
         "Concat" => {
             let mut out = own()?;
@@ -150,7 +195,8 @@ fn shape(call: &Call<'_>) -> Option<Vec<i64>> {
         "Expand" => broadcast(&[call.shape(0)?, call.ints(1)?]),
         "Tile" => {
             let (shape, times) = (call.shape(0)?, call.ints(1)?);
-            (shape.len() == times.len()).then(|| shape.iter().zip(times).map(|(d, t)| d * t).collect())
+            (shape.len() == times.len())
+                .then(|| shape.iter().zip(times).map(|(d, t)| d * t).collect())
         }
         "Range" => super::values::range_length(call).map(|n| vec![n]),
         "ConstantOfShape" => call.ints(0).map(<[i64]>::to_vec),
@@ -158,7 +204,10 @@ fn shape(call: &Call<'_>) -> Option<Vec<i64>> {
             let pads = call.ints_of("pads", 1)?;
             let shape = call.shape(0)?;
             let axes = match call.ints(3) {
-                Some(axes) => axes.iter().map(|a| axis_of(*a, shape.len())).collect::<Option<Vec<_>>>()?,
+                Some(axes) => axes
+                    .iter()
+                    .map(|a| axis_of(*a, shape.len()))
+                    .collect::<Option<Vec<_>>>()?,
                 None => (0..shape.len()).collect(),
             };
             let (front, back) = pads.split_at_checked(axes.len())?;
@@ -349,12 +398,19 @@ fn reshape(call: &Call<'_>) -> Option<Vec<i64>> {
 fn squeeze(call: &Call<'_>) -> Option<Vec<i64>> {
     let shape = call.shape(0)?;
     let axes = match call.ints_of("axes", 1) {
-        Some(axes) => axes.iter().map(|a| axis_of(*a, shape.len())).collect::<Option<Vec<_>>>()?,
+        Some(axes) => axes
+            .iter()
+            .map(|a| axis_of(*a, shape.len()))
+            .collect::<Option<Vec<_>>>()?,
         None if call.inputs.get(1).copied().flatten().is_some() => return None,
         None => (0..shape.len()).filter(|a| shape[*a] == 1).collect(),
     };
     let each = shape.iter().enumerate();
-    Some(each.filter(|(at, _)| !axes.contains(at)).map(|(_, d)| *d).collect())
+    Some(
+        each.filter(|(at, _)| !axes.contains(at))
+            .map(|(_, d)| *d)
+            .collect(),
+    )
 }
 
 /// The dimensions that `Shape` gives.

@@ -22,7 +22,9 @@ pub(super) fn evaluate(call: &Call<'_>, fact: &Fact) -> Option<Data> {
     let n = count(shape)?;
     let dtype = fact.dtype?;
     let data = match dtype {
-        DataType::Int64 | DataType::Int32 | DataType::Bool => Data::Ints(ints(call, shape, n, dtype)?.into()),
+        DataType::Int64 | DataType::Int32 | DataType::Bool => {
+            Data::Ints(ints(call, shape, n, dtype)?.into())
+        }
         DataType::Float if n <= FEW => Data::Floats(floats(call, shape, n)?.into()),
         _ => return None,
     };
@@ -45,7 +47,11 @@ pub(super) fn range_length(call: &Call<'_>) -> Option<i64> {
             }
         }
         (Data::Floats(a), Data::Floats(b), Data::Floats(d)) => {
-            let (a, b, d) = (f64::from(*a.first()?), f64::from(*b.first()?), f64::from(*d.first()?));
+            let (a, b, d) = (
+                f64::from(*a.first()?),
+                f64::from(*b.first()?),
+                f64::from(*d.first()?),
+            );
             let n = ((b - a) / d).ceil().max(0.0);
             #[allow(clippy::cast_possible_truncation, reason = "bounded in the line below")]
             (n < LIMIT as f64).then_some(n as i64)
@@ -76,7 +82,11 @@ fn ints(call: &Call<'_>, shape: &[i64], n: usize, dtype: DataType) -> Option<Vec
             // The sign is the divisor's.
             binary(call, shape, |a, b| {
                 let rest = a.checked_rem(b)?;
-                Some(if rest != 0 && (rest < 0) != (b < 0) { rest + b } else { rest })
+                Some(if rest != 0 && (rest < 0) != (b < 0) {
+                    rest + b
+                } else {
+                    rest
+                })
             })?
         }
         "Equal" => binary(call, shape, |a, b| Some(i64::from(a == b)))?,
@@ -90,8 +100,16 @@ fn ints(call: &Call<'_>, shape: &[i64], n: usize, dtype: DataType) -> Option<Vec
         "Min" if call.inputs.len() == 2 => binary(call, shape, |a, b| Some(a.min(b)))?,
         "Max" if call.inputs.len() == 2 => binary(call, shape, |a, b| Some(a.max(b)))?,
         "Not" => call.ints(0)?.iter().map(|v| i64::from(*v == 0)).collect(),
-        "Neg" => call.ints(0)?.iter().map(|v| v.checked_neg()).collect::<Option<_>>()?,
-        "Abs" => call.ints(0)?.iter().map(|v| v.checked_abs()).collect::<Option<_>>()?,
+        "Neg" => call
+            .ints(0)?
+            .iter()
+            .map(|v| v.checked_neg())
+            .collect::<Option<_>>()?,
+        "Abs" => call
+            .ints(0)?
+            .iter()
+            .map(|v| v.checked_abs())
+            .collect::<Option<_>>()?,
         "Where" => {
             let (which, yes, no) = (call.ints(0)?, call.ints(1)?, call.ints(2)?);
             let index = |slot: usize| spread(call.shape(slot)?, shape);
@@ -118,7 +136,9 @@ fn ints(call: &Call<'_>, shape: &[i64], n: usize, dtype: DataType) -> Option<Vec
         }
         "Range" => {
             let (start, step) = (call.int(0)?, call.int(2)?);
-            (0..i64::try_from(n).ok()?).map(|i| start + i * step).collect()
+            (0..i64::try_from(n).ok()?)
+                .map(|i| start + i * step)
+                .collect()
         }
         "ConstantOfShape" => match call.node.attr("value") {
             Some(AttrValue::Tensor(t)) => {
@@ -130,7 +150,9 @@ fn ints(call: &Call<'_>, shape: &[i64], n: usize, dtype: DataType) -> Option<Vec
         "ReduceSum" | "ReduceMax" | "ReduceMin" | "ReduceProd" => reduce(call, n)?,
         "CumSum" => {
             // Of one row only.
-            if call.attribute("exclusive", 0) != 0 || call.shape(0)?.iter().filter(|d| **d != 1).count() > 1 {
+            if call.attribute("exclusive", 0) != 0
+                || call.shape(0)?.iter().filter(|d| **d != 1).count() > 1
+            {
                 return None;
             }
             let rank = call.shape(0)?.len();
@@ -177,10 +199,17 @@ fn floats(call: &Call<'_>, shape: &[i64], n: usize) -> Option<Vec<f32>> {
     }
     let binary = |f: fn(f32, f32) -> f32| -> Option<Vec<f32>> {
         let (a, b) = (of(0)?, of(1)?);
-        let (at, bt) = (spread(call.shape(0)?, shape)?, spread(call.shape(1)?, shape)?);
-        at.iter().zip(&bt).map(|(i, j)| Some(f(*a.get(*i)?, *b.get(*j)?))).collect()
+        let (at, bt) = (
+            spread(call.shape(0)?, shape)?,
+            spread(call.shape(1)?, shape)?,
+        );
+        at.iter()
+            .zip(&bt)
+            .map(|(i, j)| Some(f(*a.get(*i)?, *b.get(*j)?)))
+            .collect()
     };
-    let unary = |f: fn(f32) -> f32| -> Option<Vec<f32>> { Some(of(0)?.iter().map(|v| f(*v)).collect()) };
+    let unary =
+        |f: fn(f32) -> f32| -> Option<Vec<f32>> { Some(of(0)?.iter().map(|v| f(*v)).collect()) };
     match call.node.op_type.as_str() {
         "Cast" | "CastLike" => match call.data(0)? {
             Data::Ints(all) => Some(all.iter().map(|v| *v as f32).collect()),
@@ -214,7 +243,10 @@ fn cast(data: &Data, to: DataType) -> Option<Vec<i64>> {
             .iter()
             .map(|v| match to {
                 DataType::Bool => Some(i64::from(*v != 0.0)),
-                #[allow(clippy::cast_possible_truncation, reason = "in range, and truncation is the operator's")]
+                #[allow(
+                    clippy::cast_possible_truncation,
+                    reason = "in range, and truncation is the operator's"
+                )]
                 _ => (v.abs() < 1e9).then(|| *v as i64),
             })
             .collect(),
@@ -223,8 +255,14 @@ fn cast(data: &Data, to: DataType) -> Option<Vec<i64>> {
 
 fn binary(call: &Call<'_>, shape: &[i64], f: impl Fn(i64, i64) -> Option<i64>) -> Option<Vec<i64>> {
     let (a, b) = (call.ints(0)?, call.ints(1)?);
-    let (at, bt) = (spread(call.shape(0)?, shape)?, spread(call.shape(1)?, shape)?);
-    at.iter().zip(&bt).map(|(i, j)| f(*a.get(*i)?, *b.get(*j)?)).collect()
+    let (at, bt) = (
+        spread(call.shape(0)?, shape)?,
+        spread(call.shape(1)?, shape)?,
+    );
+    at.iter()
+        .zip(&bt)
+        .map(|(i, j)| f(*a.get(*i)?, *b.get(*j)?))
+        .collect()
 }
 
 fn reduce(call: &Call<'_>, n: usize) -> Option<Vec<i64>> {
@@ -279,7 +317,12 @@ fn moved(call: &Call<'_>, shape: &[i64], n: usize) -> Option<Moved> {
             let sizes: Option<Vec<usize>> = own.iter().map(|d| usize::try_from(*d).ok()).collect();
             let sizes = sizes?;
             let from = Indices::of(shape)?.map(|index| {
-                index.iter().zip(&sizes).zip(&strides).map(|((i, d), s)| i % d.max(&1) * s).sum()
+                index
+                    .iter()
+                    .zip(&sizes)
+                    .zip(&strides)
+                    .map(|((i, d), s)| i % d.max(&1) * s)
+                    .sum()
             });
             at(from.collect())
         }
@@ -287,9 +330,13 @@ fn moved(call: &Call<'_>, shape: &[i64], n: usize) -> Option<Moved> {
             let rank = own.len();
             let reversed: Vec<i64> = (0..i64::try_from(rank).ok()?).rev().collect();
             let perm = call.node.attr_ints("perm").unwrap_or(&reversed);
-            let perm: Option<Vec<usize>> = perm.iter().map(|p| usize::try_from(*p).ok().filter(|p| *p < rank)).collect();
+            let perm: Option<Vec<usize>> = perm
+                .iter()
+                .map(|p| usize::try_from(*p).ok().filter(|p| *p < rank))
+                .collect();
             let (perm, strides) = (perm?, strides(own)?);
-            let from = Indices::of(shape)?.map(|index| index.iter().zip(&perm).map(|(i, p)| i * strides[*p]).sum());
+            let from = Indices::of(shape)?
+                .map(|index| index.iter().zip(&perm).map(|(i, p)| i * strides[*p]).sum());
             at(from.collect())
         }
         "Slice" => {

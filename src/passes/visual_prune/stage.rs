@@ -427,7 +427,10 @@ impl Plan<'_, '_> {
             stage: before,
             number,
             mask: self.pass.rank_mask,
-            text: self.fixed.map(|run| run.text).filter(|_| self.pass.text != TextQueries::Salient),
+            text: self
+                .fixed
+                .map(|run| run.text)
+                .filter(|_| self.pass.text != TextQueries::Salient),
             fixed: self.fixed.is_some(),
         }
         .scores()?;

@@ -16,6 +16,9 @@ use super::{Cache, Decoder, StepInput, StepOutput};
 /// Metadata entry in which a file says where it wants padding.
 const PADDING_KEY: &str = "duet.static.padding";
 
+/// Metadata entry in which a file says how many visual tokens a prompt has.
+const VISUAL_KEY: &str = "duet.static.visual";
+
 /// The shapes of a decoder in two graphs.
 #[derive(Debug, Clone)]
 pub(super) struct Fixed {
@@ -29,11 +32,18 @@ pub(super) struct Fixed {
     before: usize,
     /// Padding lies on the right.
     right: bool,
+    /// Visual tokens of each row of a prompt, where the file states their number.
+    visual: Option<usize>,
 }
 
 impl Fixed {
     /// Of the graph for prompts and what the other takes, if both state all sizes.
-    pub(super) fn of(prompt: &Session, ends: &Ends, slots: &[Slot], keys: &[usize]) -> Option<Self> {
+    pub(super) fn of(
+        prompt: &Session,
+        ends: &Ends,
+        slots: &[Slot],
+        keys: &[usize],
+    ) -> Option<Self> {
         let dims = &prompt.input(&ends.embeds)?.dims;
         let columns: Option<Vec<usize>> = slots.iter().map(|s| s.dims[s.axis]).collect();
         let columns = columns?;
@@ -43,6 +53,7 @@ impl Fixed {
             before: columns[*keys.first()?],
             columns,
             right: prompt.metadata(PADDING_KEY).as_deref() == Some("right"),
+            visual: prompt.metadata(VISUAL_KEY).and_then(|n| n.parse().ok()),
         })
     }
 }
@@ -62,7 +73,12 @@ fn resized(value: &Value, axis: usize, n: isize, right: bool) -> Result<Value> {
     if n == 0 {
         return Ok(value.clone());
     }
-    fn each<T: Element>(all: &[T], (from, to): (usize, usize), inner: usize, right: bool) -> Vec<T> {
+    fn each<T: Element>(
+        all: &[T],
+        (from, to): (usize, usize),
+        inner: usize,
+        right: bool,
+    ) -> Vec<T> {
         let keep = from.min(to) * inner;
         let mut out = Vec::with_capacity(all.len() / from.max(1) * to);
         for block in all.chunks_exact(from * inner) {
@@ -101,7 +117,12 @@ fn resized(value: &Value, axis: usize, n: isize, right: bool) -> Result<Value> {
 
 impl Decoder {
     /// As [`step`](Decoder::step), of graphs of fixed shapes.
-    pub(super) fn step_fixed(&mut self, fixed: &Fixed, input: &StepInput, cache: &Cache) -> Result<StepOutput> {
+    pub(super) fn step_fixed(
+        &mut self,
+        fixed: &Fixed,
+        input: &StepInput,
+        cache: &Cache,
+    ) -> Result<StepOutput> {
         let &[batch, new, _] = input.embeds.shape() else {
             return self.run(input, cache);
         };
@@ -111,15 +132,32 @@ impl Decoder {
             found,
         };
         if batch != fixed.batch {
-            return Err(refused(format!("{} rows, for which it was fixed", fixed.batch), format!("{batch}")));
+            return Err(refused(
+                format!("{} rows, for which it was fixed", fixed.batch),
+                format!("{batch}"),
+            ));
         }
         if cache.tokens() == 0 {
             let Some(missing) = fixed.tokens.checked_sub(new) else {
                 return Err(refused(
-                    format!("at most {} tokens in a prompt, for which it was fixed (--static prompt=N)", fixed.tokens),
+                    format!(
+                        "at most {} tokens in a prompt, for which it was fixed (--static prompt=N)",
+                        fixed.tokens
+                    ),
                     format!("{new}"),
                 ));
             };
+            let count = |row: ndarray::ArrayView1<'_, bool>| row.iter().filter(|v| **v).count();
+            if let (Some(flags), Some(visual)) = (&input.visual, fixed.visual)
+                && let Some(found) = flags.rows().into_iter().map(count).find(|n| *n != visual)
+            {
+                return Err(refused(
+                    format!(
+                        "{visual} visual tokens in each prompt, for which it was fixed (--static images=N)"
+                    ),
+                    format!("{found}"),
+                ));
+            }
             return self.prompt_fixed(fixed, input, cache, missing);
         }
         if input.visual.as_ref().is_some_and(|v| v.iter().any(|v| *v)) {
@@ -171,7 +209,10 @@ impl Decoder {
         let add = isize::try_from(missing).unwrap_or(isize::MAX);
         let mask = input.mask.clone().unwrap_or_else(|| Array2::ones(dim));
         let flags = |flags: &Option<Array2<bool>>| {
-            flags.as_ref().map(|f| wider(f, missing, false, right)).transpose()
+            flags
+                .as_ref()
+                .map(|f| wider(f, missing, false, right))
+                .transpose()
         };
         let positions = match &input.positions {
             Some(given) => {
@@ -189,7 +230,11 @@ impl Decoder {
         };
         let padded = StepInput {
             embeds: resized(&input.embeds, 1, add, right)?,
-            ids: input.ids.as_ref().map(|i| wider(i, missing, 0, right)).transpose()?,
+            ids: input
+                .ids
+                .as_ref()
+                .map(|i| wider(i, missing, 0, right))
+                .transpose()?,
             mask: Some(wider(&mask, missing, 0, right)?),
             positions,
             blocks: input.blocks.clone(),
@@ -214,7 +259,12 @@ impl Decoder {
         Ok(output)
     }
 
-    fn token_fixed(&mut self, fixed: &Fixed, input: &StepInput, cache: &Cache) -> Result<StepOutput> {
+    fn token_fixed(
+        &mut self,
+        fixed: &Fixed,
+        input: &StepInput,
+        cache: &Cache,
+    ) -> Result<StepOutput> {
         let missing = fixed.before - cache.tokens();
         let right = fixed.right;
         let mut padded = cache.clone();
