@@ -14,6 +14,8 @@
 mod fact;
 mod fused;
 mod shapes;
+#[cfg(test)]
+mod tests;
 mod values;
 
 use std::collections::{HashMap, HashSet};
@@ -175,13 +177,15 @@ impl<'m> Facts<'m> {
             let known = |v: &ValueId| self.get(*v).shape.is_some() && self.get(*v).dtype.is_some();
             let outputs = node.outputs.iter().flatten();
             let bad = outputs.filter(|v| !known(v) && self.is_read(**v)).count();
-            if bad == 0 || !node.inputs.iter().flatten().all(|v| known(v)) {
+            if bad == 0 || !node.inputs.iter().flatten().all(known) {
                 continue;
             }
             let why = if node.subgraphs().next().is_some() {
                 "holds a sub-graph, whose result may have any shape".to_owned()
             } else if model.is_function(node) {
                 "calls a model-local function, which is not looked into".to_owned()
+            } else if node.is("Range") {
+                "gives as many numbers as its inputs say, which only the run tells".to_owned()
             } else if node.is("NonZero") {
                 "gives as many rows as there are elements that are not zero, which only the run tells".to_owned()
             } else {

@@ -247,7 +247,7 @@ fn cast(data: &Data, to: DataType) -> Option<Vec<i64>> {
                     clippy::cast_possible_truncation,
                     reason = "in range, and truncation is the operator's"
                 )]
-                _ => (v.abs() < 1e9).then(|| *v as i64),
+                _ => (v.abs() < 1e9).then_some(*v as i64),
             })
             .collect(),
     }
