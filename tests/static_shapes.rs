@@ -232,10 +232,6 @@ fn same_answers(name: &str, base: &Vlm, text: &str, sizes_text: &str, images: us
         let want = hold(&open, &scenario, size, width);
         let found = hold(&closed, &scenario, size, width);
         let worst = apart(&want, &found);
-        println!(
-            "{name}, {text_tokens} tokens of text: {worst:.1e}, caches {:?}",
-            found.steps[0].lengths
-        );
         assert!(worst < 1e-4, "{name}: {worst} standard deviations\n{text}");
     }
 }
