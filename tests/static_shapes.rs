@@ -387,6 +387,14 @@ fn what_has_no_fixed_shapes_is_refused_by_name() {
         ),
         (
             refused(
+                &base,
+                &with("marker: static\nspan: {start: 5, count: 81}"),
+                "prompt=20",
+            ),
+            "marker: static",
+        ),
+        (
+            refused(
                 &parts_at(&form("if-ts-eager-mha").directory()),
                 &both(),
                 "prompt=20",

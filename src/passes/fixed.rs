@@ -22,7 +22,7 @@ use std::str::FromStr;
 
 use super::manager::{Rewritten, change, rewrite_with};
 use super::{
-    Change, Context, KvLayout, PassError, Placement, RatioBase, Recipe, SALIENT_MASK_INPUT,
+    Change, Context, KvLayout, Marker, PassError, Placement, RatioBase, Recipe, SALIENT_MASK_INPUT,
     VISUAL_MASK_INPUT,
 };
 use crate::arch::{Decoder, DecoderLayer, Part, Role, Vlm};
@@ -266,6 +266,13 @@ fn refuse(vlm: &Vlm, recipe: &Recipe) -> Result<(), PassError> {
         return fail(
             "'ratio_base: current' takes a share of what is visual at each drop point, which differs from prompt to \
              prompt; use 'ratio_base: entered'"
+                .into(),
+        );
+    }
+    if recipe.context.marker == Some(Marker::Static) {
+        return fail(
+            "'marker: static' says where visual tokens lie in a prompt without padding, and shorter prompts are padded \
+             here, which moves them; use 'marker: channel' or 'marker: input'"
                 .into(),
         );
     }
