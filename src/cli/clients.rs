@@ -9,8 +9,8 @@ use crate::arch::{Decoder, Kind, Part};
 use crate::ir::{Dim, Model, ValueId};
 use crate::onnx::{Layout, ModelDir};
 use crate::passes::{
-    KEPT_OUTPUT, KvLayout, Recipe, Rewritten, SALIENT_MASK_INPUT, TokenMerge, VISUAL_MASK_INPUT,
-    VisualPrune,
+    KEPT_OUTPUT, KvLayout, Recipe, Rewritten, SALIENT_MASK_INPUT, SHAPES_KEY, TokenMerge,
+    VISUAL_MASK_INPUT, VisualPrune,
 };
 
 /// `model_type`s that transformers.js 4.3 has a class of three files for.
@@ -96,6 +96,8 @@ struct Facts {
     kept_output: bool,
     /// Images of several crops, whose merged tokens the processor does not count.
     merged_crops: bool,
+    /// Every shape is fixed.
+    fixed: bool,
 }
 
 /// Every client, in the order of the documentation.
@@ -157,6 +159,7 @@ impl Facts {
             placed,
             kept_output: parts.iter().any(kept),
             merged_crops: crops && merges && !placed,
+            fixed: parts.iter().any(|p| p.model.metadata(SHAPES_KEY).is_some()),
         }
     }
 
@@ -182,8 +185,17 @@ impl Facts {
         }
     }
 
-    fn fill(&self) -> String {
-        format!("the decoder's {} is given", self.extra.join(" and "))
+    /// What one has to do to fill the inputs.
+    fn fill(&self) -> Option<String> {
+        let given = |extra: &[&str]| format!("the decoder's {} is given", extra.join(" and "));
+        let padded =
+            "prompts and caches are padded to the fixed lengths (docs/clients.md, fixed shapes)";
+        match (self.extra.as_slice(), self.fixed) {
+            ([], false) => None,
+            ([], true) => Some(padded.to_owned()),
+            (extra, false) => Some(given(extra)),
+            (extra, true) => Some(format!("{}, and {padded}", given(extra))),
+        }
     }
 
     fn transformers_js(&self) -> Suits {
@@ -195,6 +207,11 @@ impl Facts {
                 "it gives no {}; use marker: channel",
                 self.extra.join(", ")
             ));
+        }
+        if self.fixed {
+            return Suits::No(
+                "it gives prompts and caches of any length; rewrite without --static".into(),
+            );
         }
         if !self.merged_decoder {
             return Suits::No(
@@ -211,16 +228,12 @@ impl Facts {
     fn auto_processor(&self) -> Suits {
         match self.directory() {
             Some(no) => no,
-            None if self.extra.is_empty() => Suits::Yes,
-            None => Suits::With(self.fill()),
+            None => self.fill().map_or(Suits::Yes, Suits::With),
         }
     }
 
     fn plain(&self) -> Suits {
-        match self.extra.is_empty() {
-            true => Suits::Yes,
-            false => Suits::With(self.fill()),
-        }
+        self.fill().map_or(Suits::Yes, Suits::With)
     }
 
     fn genai(&self) -> Suits {
@@ -293,6 +306,7 @@ mod tests {
             placed: false,
             kept_output: false,
             merged_crops: false,
+            fixed: false,
         }
     }
 

@@ -6,7 +6,7 @@ use super::{Global, ModelArgument, Outcome, counts, family, load, print_json, st
 use crate::arch::{Decoder, FileSet, Part, PatchRows, Role, VisionTower, Vlm};
 use crate::ir::{Model, TensorData};
 use crate::onnx::ModelDir;
-use crate::passes::earlier_recipe;
+use crate::passes::{SHAPES_KEY, earlier_recipe};
 
 /// Arguments of `duet inspect`.
 #[derive(Debug, clap::Args)]
@@ -162,6 +162,9 @@ fn describe(part: &Part) -> Value {
     }
     if let Some((version, recipe)) = earlier_recipe(model) {
         file["rewritten"] = json!({ "duet_version": version, "recipe": recipe });
+        if let Some(shapes) = model.metadata(SHAPES_KEY) {
+            file["rewritten"]["static"] = json!(shapes);
+        }
     }
     let found = match &part.role {
         Role::Vision(t) => tower(model, t),
@@ -311,6 +314,14 @@ fn print(parts: &[Part]) {
         if let Some((version, recipe)) = earlier_recipe(model) {
             anstream::println!("  rewritten by duet {version} with");
             recipe.lines().for_each(|l| anstream::println!("    {l}"));
+            if let Some(shapes) = model.metadata(SHAPES_KEY) {
+                anstream::println!("  static     {shapes}");
+                for &input in &model.graph().inputs {
+                    let ty = model.value(input).ty.as_ref();
+                    let ty = ty.map_or_else(String::new, ToString::to_string);
+                    anstream::println!("    '{}' {ty}", model.name(input));
+                }
+            }
             continue;
         }
         match &part.role {

@@ -309,6 +309,15 @@ pub(super) fn base_of(path: &Path, rewritten: &Vlm) -> anyhow::Result<Vlm> {
     Ok(base)
 }
 
+/// The same where files have other names: the precisions that `rewritten` has.
+pub(super) fn base_of_variants(path: &Path, rewritten: &Vlm) -> anyhow::Result<Vlm> {
+    let (_, mut base) = everything(path)?;
+    drop_besides(&mut base, &mut |_| ());
+    let held: BTreeSet<&str> = rewritten.parts.iter().map(|p| p.variant.as_str()).collect();
+    base.parts.retain(|p| held.contains(p.variant.as_str()));
+    Ok(base)
+}
+
 /// What the precisions of a module have in common.
 fn family(part: &Part) -> (Option<PathBuf>, String) {
     (part.file.parent().map(Path::to_owned), part.module())

@@ -1,5 +1,6 @@
 //! `duet rewrite`
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -14,7 +15,10 @@ use crate::onnx::{
     DataMode, Layout, ModelDir, Outputs, mark_newline, patch_genai, patch_processor, serialize,
     suffixed, write_beside, write_out,
 };
-use crate::passes::{KvLayout, Placement, Recipe, Rewritten, rewrite};
+use crate::passes::{
+    FixedShapes, KvLayout, PADDING_KEY, Placement, Recipe, Rewritten, SHAPES_KEY, rewrite,
+    rewrite_fixed,
+};
 
 /// Arguments of `duet rewrite`.
 #[derive(Debug, clap::Args)]
@@ -41,6 +45,14 @@ pub(super) struct Arguments {
     /// a precision has no file of a module, the one with the same element types is taken along.
     #[arg(long, value_name = "NAME")]
     variant: Vec<String>,
+    /// Fix every shape, for runtimes that take no others: prompt=64,images=1,answer=128,batch=1
+    ///
+    /// `prompt` is the number of text tokens of a prompt (shorter ones are padded), `images` that of its images,
+    /// `answer` the most tokens of an answer, `batch` the number of rows; all but `prompt` may be left out. `visual`
+    /// says how many visual tokens enter the decoder, where the vision encoder does not say it. A decoder becomes
+    /// two files, one for prompts and one for a token on the cache. May be repeated.
+    #[arg(long = "static", value_name = "KEY=N", conflicts_with = "beside")]
+    fixed: Vec<String>,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
@@ -65,14 +77,34 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         family::check(found.as_ref(), &arguments.recipe, load::RECIPES)?;
     }
     let crops = family::crops(&dir.root, &selected.vlm);
+    let shapes = match arguments.fixed.as_slice() {
+        [] => None,
+        given => {
+            let shapes: Result<FixedShapes, String> = given.join(",").parse();
+            Some(shapes.map_err(|problem| anyhow!("--static: {problem}"))?)
+        }
+    };
     let read = Instant::now();
-    let done = rewrite(selected.vlm, &recipe)?;
+    let files: BTreeSet<PathBuf> = selected.vlm.parts.iter().map(|p| p.file.clone()).collect();
+    let done = match &shapes {
+        None => rewrite(selected.vlm, &recipe)?,
+        Some(_) if dir.layout == Layout::GenAi => bail!(
+            "--static: ONNX Runtime GenAI gives its graphs prompts of any length; export the model for ONNX Runtime \
+             (Hugging Face's layout) to fix its shapes"
+        ),
+        Some(shapes) => rewrite_fixed(selected.vlm, &recipe, shapes)?,
+    };
     let patched = Instant::now();
     let mut outputs = outputs(dir, &done, &recipe, arguments.beside.as_deref())?;
     for left in &selected.left_out {
         outputs.left_out.insert(left.file.clone());
         outputs.left_out.extend(left.data.iter().cloned());
     }
+    // Decoders of fixed shapes have files of other names.
+    let named = |file: &PathBuf| done.vlm.parts.iter().any(|p| p.file == *file);
+    outputs
+        .left_out
+        .extend(files.into_iter().filter(|f| !named(f)));
     if arguments.data == Data::Hardlink {
         if let Some(place) = data_in_bodies(&done.vlm)? {
             bail!(
@@ -121,6 +153,9 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         .for_each(|line| global.say(line));
     if arguments.json {
         let mut document = document(&done, &recipe, &arguments.recipe, crops, &written);
+        if let Some(shapes) = &shapes {
+            document["static"] = static_document(&done, shapes);
+        }
         document["clients"] = clients.iter().map(clients::Client::json).collect();
         print_json(&document)?;
     }
@@ -157,6 +192,31 @@ fn document(
         "visual_tokens": tables.iter().map(counts::LayerTable::json).collect::<Vec<_>>(),
         "written": written,
     })
+}
+
+/// The shapes that files were fixed to, for programs.
+fn static_document(done: &Rewritten, shapes: &FixedShapes) -> serde_json::Value {
+    let list = |model: &Model, values: &[ValueId]| -> serde_json::Value {
+        let each = values.iter().map(|&v| {
+            let dims = model.value(v).ty.as_ref().and_then(|t| t.shape());
+            let dims: Vec<Option<i64>> =
+                dims.unwrap_or_default().iter().map(|d| d.known()).collect();
+            (model.name(v).to_owned(), json!(dims))
+        });
+        each.collect::<serde_json::Map<_, _>>().into()
+    };
+    let parts = done.vlm.parts.iter();
+    let fixed = parts.filter(|p| p.model.metadata(SHAPES_KEY).is_some());
+    let files = fixed.map(|part| {
+        let graph = part.model.graph();
+        json!({
+            "file": part.file,
+            "inputs": list(&part.model, &graph.inputs),
+            "outputs": list(&part.model, &graph.outputs),
+            "padding": part.model.metadata(PADDING_KEY),
+        })
+    });
+    json!({ "shapes": shapes.to_string(), "files": files.collect::<Vec<_>>() })
 }
 
 /// What is to be written for a rewritten model, with `beside`'s suffix if the
@@ -318,12 +378,15 @@ fn report(done: &Rewritten, recipe: &Recipe, crops: Option<i64>, global: &Global
         global.say(format!("{}{pass}{}  {summary}", style::NEW, style::RESET));
         for change in done.changes.iter().filter(|c| c.pass == *pass) {
             let part = &done.vlm.parts[change.part];
-            global.say(format!(
-                "  {}: {} nodes inserted{}",
-                part.label(),
-                change.inserted,
-                inlined(part)
-            ));
+            let what = match part
+                .model
+                .metadata(SHAPES_KEY)
+                .filter(|_| *pass == "static")
+            {
+                Some(_) => format!("{} nodes are left", part.model.graph().nodes.len()),
+                None => format!("{} nodes inserted", change.inserted),
+            };
+            global.say(format!("  {}: {what}{}", part.label(), inlined(part)));
         }
     }
     for table in counts::tables(&done.vlm, recipe, crops) {

@@ -1,13 +1,14 @@
 //! `duet validate`
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 
 use super::{Engine, Global, Outcome, load, print_json, style};
 use crate::arch::{Role, Vlm};
-use crate::passes::{Recipe, earlier_recipe};
-use crate::validate::{Options, Report, check, structure};
+use crate::passes::{FixedShapes, Recipe, SHAPES_KEY, earlier_recipe};
+use crate::validate::{Options, Report, check, check_fixed, structure};
 
 /// Arguments of `duet validate`.
 #[derive(Debug, clap::Args)]
@@ -31,7 +32,12 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
     let rewritten = load::select(&arguments.rewritten, &arguments.variant, global)?.vlm;
-    let base = load::base_of(&arguments.base, &rewritten)?;
+    let shapes = fixed(&rewritten)?;
+    let base = match shapes {
+        // Its decoders have other names.
+        Some(_) => load::base_of_variants(&arguments.base, &rewritten)?,
+        None => load::base_of(&arguments.base, &rewritten)?,
+    };
     if let Some(part) = base
         .parts
         .iter()
@@ -44,7 +50,10 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     }
     let recipe = stamped(&rewritten)
         .with_context(|| format!("{} is not a rewritten model", arguments.rewritten.display()))?;
-    let (base, rewritten) = structure::pair(base, rewritten)?;
+    let (base, rewritten) = match shapes {
+        Some(_) => (base, rewritten),
+        None => structure::pair(base, rewritten)?,
+    };
     if base
         .parts
         .iter()
@@ -59,9 +68,11 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         session: arguments.engine.options(),
         seed: arguments.seed,
     };
-    let report = check(&base, &rewritten, &recipe, &options, &mut |step| {
-        global.detail(step)
-    })?;
+    let mut progress = |step: &str| global.detail(step);
+    let report = match &shapes {
+        Some(shapes) => check_fixed(&base, &rewritten, &recipe, shapes, &options, &mut progress)?,
+        None => check(&base, &rewritten, &recipe, &options, &mut progress)?,
+    };
     if arguments.json {
         print_json(&serde_json::to_value(&report)?)?;
     } else {
@@ -72,6 +83,28 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     } else {
         Outcome::Failed
     })
+}
+
+/// The shapes that the files were fixed to, if they were; all have to agree.
+fn fixed(vlm: &Vlm) -> anyhow::Result<Option<FixedShapes>> {
+    let stamps = vlm
+        .parts
+        .iter()
+        .filter_map(|p| p.model.metadata(SHAPES_KEY));
+    let stamps: BTreeSet<&str> = stamps.collect();
+    match stamps.into_iter().collect::<Vec<_>>()[..] {
+        [] => Ok(None),
+        [one] => {
+            let shapes = one.parse::<FixedShapes>();
+            Ok(Some(shapes.map_err(|problem| {
+                anyhow!("metadata '{SHAPES_KEY}': {problem}")
+            })?))
+        }
+        ref several => bail!(
+            "its files are fixed to different shapes: {}",
+            several.join(" and ")
+        ),
+    }
 }
 
 /// The recipe that the files are stamped with; all stamps must agree.

@@ -65,12 +65,33 @@ impl Model {
             self.graphs[graph.index()].nodes.push(id);
             self.nodes.push(Some(node));
         }
+        let mut gone = Vec::new();
+        let mut stated = Vec::new();
         for edit in plan.edits {
-            self.edit(graph, edit).map_err(at)?;
+            match edit {
+                // What reads it may be removed with this patch.
+                Edit::RemoveInput { value } => gone.push(value),
+                Edit::StateType { value, ty } => {
+                    stated.push(value);
+                    self.edit(
+                        graph,
+                        Edit::SetType {
+                            value,
+                            ty: Some(ty),
+                        },
+                    )
+                    .map_err(at)?;
+                }
+                edit => self.edit(graph, edit).map_err(at)?,
+            }
         }
         if structural {
             self.touch(graph);
             self.remove_newly_dead(graph, &dead_before);
+            self.state(graph, &stated);
+            for value in gone {
+                self.remove_input(graph, value).map_err(at)?;
+            }
             let unread = self.unread_initializers(graph);
             self.graphs[graph.index()]
                 .initializers
@@ -186,6 +207,28 @@ impl Model {
                 v.ty = ty;
                 v.info_origin = None;
             }
+            Edit::StateType { value, ty } => {
+                let ty = Some(ty);
+                self.edit(graph, Edit::SetType { value, ty })?;
+                self.state(graph, &[value]);
+            }
+            Edit::RemoveInput { value } => self.remove_input(graph, value)?,
+            Edit::Disconnect { node, slot } => {
+                let Some(old) = self.try_node(node).and_then(|n| n.input(slot)) else {
+                    return Err(format!("input {slot} of {node}, which it does not have"));
+                };
+                let here = Use { node, slot };
+                self.values[old.index()].uses.retain(|u| *u != here);
+                let owner = self.node(node).graph;
+                let target = self.node_mut(node);
+                target.inputs[slot] = None;
+                // Nothing is written for what is left out at the end.
+                while target.inputs.last() == Some(&None) {
+                    target.inputs.pop();
+                }
+                target.edited = true;
+                self.touch(owner);
+            }
             Edit::AddInput { value } => self.graphs[graph.index()].inputs.push(value),
             Edit::AddOutput { value } => self.graphs[graph.index()].outputs.push(value),
             Edit::Metadata { key, value } => {
@@ -197,6 +240,31 @@ impl Model {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Lists intermediate values among those whose type the file states.
+    fn state(&mut self, graph: GraphId, values: &[ValueId]) {
+        let listed: HashSet<ValueId> = self.subgraph(graph).typed.iter().copied().collect();
+        let inner = |v: &ValueId| matches!(self.value(*v).def, Def::Node { .. });
+        let new: Vec<ValueId> = values
+            .iter()
+            .copied()
+            .filter(|v| inner(v) && !self.is_output(*v) && !listed.contains(v))
+            .collect();
+        self.graphs[graph.index()].typed.extend(new);
+    }
+
+    /// Takes an input that nothing reads off the interface.
+    fn remove_input(&mut self, graph: GraphId, value: ValueId) -> Result<(), String> {
+        if let Some(reader) = self.value(value).uses.first() {
+            return Err(format!(
+                "the input '{}' cannot go, {} reads it",
+                self.name(value),
+                self.describe(reader.node)
+            ));
+        }
+        self.graphs[graph.index()].inputs.retain(|v| *v != value);
         Ok(())
     }
 

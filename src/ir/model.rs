@@ -378,9 +378,13 @@ impl Model {
 
     /// Value of the main graph by name (linear search: for tests and tools).
     pub fn find(&self, name: &str) -> Option<ValueId> {
+        let there = |v: &Value| match v.def {
+            Def::Node { node, .. } => self.try_node(node).is_some(),
+            _ => true,
+        };
         self.values
             .iter()
-            .position(|v| v.graph == self.main && v.name == name)
+            .position(|v| v.graph == self.main && v.name == name && there(v))
             .map(ValueId::new)
     }
 

@@ -42,6 +42,18 @@ pub(in crate::ir) enum Edit {
     AddOutput {
         value: ValueId,
     },
+    /// As `SetType`, and the file states it also where it stated none.
+    StateType {
+        value: ValueId,
+        ty: ValueType,
+    },
+    Disconnect {
+        node: NodeId,
+        slot: usize,
+    },
+    RemoveInput {
+        value: ValueId,
+    },
     Metadata {
         key: String,
         value: String,
@@ -345,6 +357,21 @@ impl<'m> Patch<'m> {
             value,
             ty: Some(ty),
         });
+    }
+
+    /// States the type of an intermediate value, also where the file states none so far.
+    pub fn state_type(&mut self, value: ValueId, ty: ValueType) {
+        self.edits.push(Edit::StateType { value, ty });
+    }
+
+    /// Leaves out input `slot`, which is optional, of a node of the model.
+    pub fn disconnect(&mut self, node: NodeId, slot: usize) {
+        self.edits.push(Edit::Disconnect { node, slot });
+    }
+
+    /// Takes a graph input off the interface; nothing may read it any more.
+    pub fn remove_input(&mut self, value: ValueId) {
+        self.edits.push(Edit::RemoveInput { value });
     }
 
     /// Withdraws the type that the file states for an intermediate value.

@@ -1,7 +1,7 @@
 //! Running a recipe: requires → plan → apply → verify → ensures, pass by pass,
 //! then the stamp.
 
-use super::{KvLayout, PassError, Recipe, padded};
+use super::{Context, KvLayout, PassError, Recipe, padded};
 use crate::arch::{Part, ROLE_KEY, Vlm};
 use crate::ir::{Model, Patch, verify};
 
@@ -51,7 +51,16 @@ pub fn earlier_recipe(model: &Model) -> Option<(&str, &str)> {
 /// # Errors
 /// A model that was rewritten before, a pass that does not fit the model, or a
 /// broken invariant after a pass.
-pub fn rewrite(mut vlm: Vlm, recipe: &Recipe) -> Result<Rewritten, PassError> {
+pub fn rewrite(vlm: Vlm, recipe: &Recipe) -> Result<Rewritten, PassError> {
+    rewrite_with(vlm, recipe, &recipe.context)
+}
+
+/// Rewrites a model with other settings than the recipe's own.
+pub(super) fn rewrite_with(
+    mut vlm: Vlm,
+    recipe: &Recipe,
+    context: &Context,
+) -> Result<Rewritten, PassError> {
     for part in &vlm.parts {
         if let Some((version, earlier)) = earlier_recipe(&part.model) {
             return Err(PassError::Rewritten {
@@ -65,10 +74,10 @@ pub fn rewrite(mut vlm: Vlm, recipe: &Recipe) -> Result<Rewritten, PassError> {
     let mut summaries = Vec::new();
     // Everything is checked before anything is changed.
     for pass in &recipe.passes {
-        pass.requires(&vlm, &recipe.context)?;
+        pass.requires(&vlm, context)?;
         summaries.push((pass.name(), pass.summary(&vlm)));
     }
-    if let Some(problem) = padded::refused(&vlm, &recipe.context) {
+    if let Some(problem) = padded::refused(&vlm, context) {
         return Err(PassError::Requires {
             pass: padded::NAME,
             problem,
@@ -77,7 +86,7 @@ pub fn rewrite(mut vlm: Vlm, recipe: &Recipe) -> Result<Rewritten, PassError> {
     let outputs = padded::outputs(&vlm);
     for pass in &recipe.passes {
         let name = pass.name();
-        for (index, plan) in pass.plan(&vlm, &recipe.context)? {
+        for (index, plan) in pass.plan(&vlm, context)? {
             changes.push(Change {
                 pass: name,
                 part: index,
@@ -85,9 +94,9 @@ pub fn rewrite(mut vlm: Vlm, recipe: &Recipe) -> Result<Rewritten, PassError> {
             });
             change(&mut vlm.parts[index], name, |model| model.apply(plan))?;
         }
-        pass.ensures(&vlm, &recipe.context)?;
+        pass.ensures(&vlm, context)?;
     }
-    if recipe.context.kv == KvLayout::Padded {
+    if context.kv == KvLayout::Padded {
         let plans = padded::plan(&vlm, recipe, &outputs);
         if !plans.is_empty() {
             summaries.push((padded::NAME, padded::SUMMARY.to_owned()));
@@ -128,7 +137,7 @@ pub fn rewrite(mut vlm: Vlm, recipe: &Recipe) -> Result<Rewritten, PassError> {
     })
 }
 
-fn change(
+pub(super) fn change(
     part: &mut Part,
     pass: &'static str,
     apply: impl FnOnce(Model) -> Result<Model, crate::ir::IrError>,

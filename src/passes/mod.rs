@@ -11,6 +11,7 @@ mod div_prune;
 mod error;
 mod fast_v;
 mod fewer;
+mod fixed;
 mod make_ups;
 mod manager;
 mod marker;
@@ -28,6 +29,7 @@ pub use budget::{BudgetShape, Planned, PlannedShare, Style, plan, plan_share};
 pub use div_prune::DivPrune;
 pub use error::PassError;
 pub use fast_v::FastV;
+pub use fixed::{FixedRun, FixedShapes, PADDING_KEY, SHAPES_KEY, VISUAL_KEY, rewrite_fixed};
 pub use make_ups::{MakeUp, Space, make_ups};
 pub use manager::{Change, Rewritten, earlier_recipe, gives_fewer, rewrite};
 pub use marker::{Marker, VISUAL_MASK_INPUT};
@@ -65,6 +67,8 @@ pub struct Context {
     pub fewer: bool,
     /// Whether it prunes in the decoder.
     pub prunes: bool,
+    /// What the graphs are for, where their shapes are to be fixed.
+    pub fixed: Option<FixedRun>,
 }
 
 impl Context {

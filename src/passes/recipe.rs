@@ -195,6 +195,7 @@ impl Recipe {
                 .any(|p| stage(p.as_ref()) == Some(Stage::Encoder)),
             placement: merge.and_then(|m| m.placement),
             prunes: passes.iter().any(|p| p.pruning().is_some()),
+            fixed: None,
         };
         Ok(Self {
             passes,

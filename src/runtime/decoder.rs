@@ -3,12 +3,14 @@
 //! Nothing here knows which model it is. Inputs named `past_key_values.*` are filled from the outputs named
 //! `present.*` of the run before, as they are; which other inputs there are decides what else is given.
 
+mod fixed;
 mod interface;
 
 use std::time::{Duration, Instant};
 
 use ndarray::{Array2, Axis, concatenate, s};
 
+use self::fixed::Fixed;
 use self::interface::{Ends, Slot, fillable, keys, slot};
 use super::error::{Result, RuntimeError};
 use super::grid::{self, Block, GridPositions};
@@ -191,6 +193,8 @@ pub struct Decoder {
     keys: Vec<usize>,
     /// Where data goes in and comes out of `session`.
     ends: Ends,
+    /// What both graphs are for, if their shapes are fixed.
+    fixed: Option<Fixed>,
 }
 
 impl Decoder {
@@ -224,6 +228,7 @@ impl Decoder {
             slots,
             keys,
             ends,
+            fixed: None,
         })
     }
 
@@ -259,6 +264,7 @@ impl Decoder {
             ));
         }
         fillable(&prompt, &ends)?;
+        self.fixed = Fixed::of(&prompt, &ends, &self.slots, &self.keys);
         self.prompt = Some((prompt, ends));
         Ok(self)
     }
@@ -339,6 +345,14 @@ impl Decoder {
     /// # Errors
     /// Shapes do not agree, or the run fails.
     pub fn step(&mut self, input: &StepInput, cache: &Cache) -> Result<StepOutput> {
+        match self.fixed.clone() {
+            Some(fixed) => self.step_fixed(&fixed, input, cache),
+            None => self.run(input, cache),
+        }
+    }
+
+    /// Runs a graph as the tokens come.
+    fn run(&mut self, input: &StepInput, cache: &Cache) -> Result<StepOutput> {
         let (batch, new) = match *input.embeds.shape() {
             [batch, new, _] if batch > 0 && new > 0 => (batch, new),
             ref other => {

@@ -210,6 +210,11 @@ impl Session {
         &self.model
     }
 
+    /// An entry of the model's metadata.
+    pub fn metadata(&self, key: &str) -> Option<String> {
+        self.session.metadata().ok()?.custom(key)
+    }
+
     /// Declared inputs, in order.
     pub fn inputs(&self) -> &[Port] {
         &self.inputs

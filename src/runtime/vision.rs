@@ -399,6 +399,13 @@ impl Embedder {
     /// The model takes no features; those of several images differ in number where the model wants them in one
     /// tensor; an id is outside the table, or the run fails.
     pub fn run_with(&mut self, ids: Array2<i64>, features: &[Tensor]) -> Result<Value> {
+        let fixed = |axis: usize| self.ids.dims.get(axis).and_then(|dim| dim.fixed());
+        if let (None, Some(rows), Some(tokens)) = (&self.features, fixed(0), fixed(1))
+            && ids.nrows() == rows
+            && ids.ncols() != tokens
+        {
+            return self.run_fixed(&ids, tokens);
+        }
         let ids: Tensor = match self.ids.dtype {
             Some(DType::I32) => ids.map(|id| i32::try_from(*id).unwrap_or(i32::MAX)).into(),
             _ => ids.into(),
@@ -420,6 +427,29 @@ impl Embedder {
             }
         };
         outputs.first().cloned()
+    }
+
+    /// Embeddings of any number of tokens by a graph that takes `tokens` of them: in parts, the last one filled up
+    /// with the first token of the table.
+    fn run_fixed(&mut self, ids: &Array2<i64>, tokens: usize) -> Result<Value> {
+        let (rows, all) = ids.dim();
+        let mut parts = Vec::new();
+        for from in (0..all).step_by(tokens.max(1)) {
+            let part = Array2::from_shape_fn((rows, tokens), |(row, at)| {
+                ids.get((row, from + at)).copied().unwrap_or(0)
+            });
+            parts.push(self.run_with(part, &[])?.to_tensor()?);
+        }
+        let width = parts[0].shape()[2];
+        let (dtype, mut data) = (parts[0].dtype(), Vec::with_capacity(rows * all * width));
+        let numbers: Vec<_> = parts.iter().map(Tensor::f32s).collect::<Result<_>>()?;
+        for row in 0..rows {
+            for at in 0..all {
+                let start = (row * tokens + at % tokens) * width;
+                data.extend_from_slice(&numbers[at / tokens][start..start + width]);
+            }
+        }
+        Value::new(Tensor::new([rows, all, width], data)?.cast_float(dtype)?)
     }
 
     /// Embeddings of one row of tokens.

@@ -14,6 +14,7 @@ mod tally;
 mod decoders;
 mod embed;
 mod error;
+mod fixed;
 mod numeric;
 mod padded;
 mod precision;
@@ -24,5 +25,6 @@ mod second;
 mod whole;
 
 pub use error::ValidateError;
+pub use fixed::check_fixed;
 pub use numeric::{Options, check};
 pub use report::{Finding, Report};

@@ -24,6 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 MODELS = ROOT / "models"
+TRAINED = MODELS / "vqa"
 TOKENS = 24
 AT_LEAST = (5, 16)  # answers to pictures have as many tokens
 
@@ -65,12 +66,15 @@ class Model:
     kv: str = "ragged"
     without: tuple[str, ...] = ()  # cases that the unmodified model cannot do either
     whole: tuple[str, ...] = ()  # all that is asked where nothing is reduced, if not everything
+    trained: bool = False  # it answers with a word, to questions about pictures of its own
 
     def source(self, into: Path) -> Path:
         """The directory of the unmodified model: a copy of a fixture, or a packed form put together."""
         target = into / f"{self.name}-original"
         form = MODELS / "forms/packed" / self.name / "form.json"
-        if not form.is_file():
+        if self.trained:
+            shutil.copytree(TRAINED / "llava", target)
+        elif not form.is_file():
             shutil.copytree(MODELS / "llava/fixtures" / self.name, target)
         else:
             for file, source in json.loads(form.read_text())["files"].items():
@@ -110,6 +114,14 @@ MODELS_TESTED = [
     Model(
         "genai09-mha-mha", 126, recipes(3, 6, 24, 6, 81, ["both"]), ("onnxruntime (Python)", LOOP), without=("turns",)
     ),  # it takes one token at a time on top of a cache
+    Model(
+        "trained",
+        196,
+        {"both": (ROOT / "passes/tiles-43.yaml").read_text()},
+        GENERAL,
+        whole=("image 1", "image 2", "batch"),
+        trained=True,
+    ),  # its answers end, after a word; the others go on for TOKENS tokens
     Model("genaivlm-fp32-gqa", 126, recipes(3, 6, 24, 6, 81, ["both", "placed", "keep"]), (GENAI,), kv="padded"),
 ]
 
@@ -156,6 +168,22 @@ def pictures(side: int, into: Path) -> list[str]:
         kind((side, side), seed).save(file)
         files.append(str(file))
     return files
+
+
+def questions() -> list[dict]:
+    """What the trained model is asked: of pictures that it has not seen, questions of every type that it knows."""
+    asked, types = [], set()
+    for line in (TRAINED / "test/questions.jsonl").read_text().splitlines():
+        question = json.loads(line)
+        if question["type"] not in types:
+            types.add(question["type"])
+            image = str(TRAINED / "test" / question["image"])
+            asked.append({"prompt": question["question"], "images": [image]})
+    rows = [asked[at % len(asked)] for at in range(3)]
+    return [
+        *({"name": f"image {n + 1}", "turns": [turn]} for n, turn in enumerate(asked)),
+        {"name": "batch", "batch": True, "rows": [{**row, "prompt": asked[0]["prompt"]} for row in rows]},
+    ]
 
 
 def cases(images: list[str]) -> list[dict]:
@@ -289,7 +317,8 @@ def prepare(duet: Duet, models: list[Model], scratch: Path) -> list[Job]:
     """Every variant of every model, rewritten, with what `duet run` answers."""
     jobs = []
     for model in models:
-        asked = [case for case in cases(pictures(model.side, scratch)) if case["name"] not in model.without]
+        everything = questions() if model.trained else cases(pictures(model.side, scratch))
+        asked = [case for case in everything if case["name"] not in model.without]
         original = model.source(scratch)
         folders = {"original": original}
         suits: dict[str, dict[str, str]] = {"original": {}}
@@ -318,7 +347,7 @@ def prepare(duet: Duet, models: list[Model], scratch: Path) -> list[Job]:
             long = [
                 case for case, (tokens, *_) in job.expected.items() if "image" in case and len(tokens) >= AT_LEAST[1]
             ]
-            if len(long) < AT_LEAST[0] and not limited:
+            if len(long) < AT_LEAST[0] and not limited and not model.trained:
                 raise SystemExit(
                     f"{job.name}: only {long} have {AT_LEAST[1]} tokens; expected {AT_LEAST[0]} such answers"
                 )

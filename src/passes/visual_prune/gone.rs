@@ -151,8 +151,17 @@ impl Plan<'_, '_> {
     pub(super) fn mask_of_past(&mut self, layer: usize, past: Size) -> Option<ValueId> {
         let before = self.mask_before?;
         let dtype = self.mask_type();
+        let right = self.pads_right();
         let p = &mut *self.patch;
-        let mask = p.slice(before, Size::Known(0), past, 1);
+        let mask = match right {
+            true => {
+                // A cache of fixed length is padded on the right there.
+                let given = p.size_of(before, 1);
+                let dropped = p.size_sub(given, past);
+                p.slice(before, dropped, Size::Known(i64::MAX), 1)
+            }
+            false => p.slice(before, Size::Known(0), past, 1),
+        };
         let Some((keys, _)) = self.decoder.layers[layer].past.filter(|_| self.hides) else {
             return Some(mask);
         };
@@ -171,7 +180,7 @@ impl Plan<'_, '_> {
         let label = "drop0".to_owned();
         self.patch.scope(&label);
         let gone = before.gone.unwrap_or(before.visual);
-        let count = self.count(gone);
+        let count = self.count_or(gone, self.fixed.map(|run| run.gone));
         let p = &mut *self.patch;
         let lost = Size::Value(p.reduce("ReduceMin", count, &[0], true));
         let length = p.size_sub(before.length, lost);

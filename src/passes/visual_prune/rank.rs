@@ -37,6 +37,10 @@ pub(super) struct Ranking<'a, 'm> {
     pub(super) number: usize,
     /// Which keys an asking token weighs.
     pub(super) mask: RankMask,
+    /// All tokens that ask are among this many at the end, if that is known.
+    pub(super) text: Option<i64>,
+    /// Whether the number of rows has to follow from the shapes.
+    pub(super) fixed: bool,
 }
 
 impl Ranking<'_, '_> {
@@ -70,7 +74,15 @@ impl Ranking<'_, '_> {
         };
         // Only rows from the first token that asks on: T of L. (Gathered: tract
         // cannot run a Slice whose start only the run tells.)
-        let queries = asking_rows(p, rows, length);
+        let queries = match (self.text, self.fixed) {
+            (Some(text), _) => {
+                let first = p.size_sub(length, Size::Known(text));
+                let (first, places) = (p.size_value(first), p.iota(Size::Known(text)));
+                p.op("Add", &[places, first])
+            }
+            (None, true) => p.iota(length),
+            (None, false) => asking_rows(p, rows, length),
+        };
         let query = p.gather(query, queries, if grouped { 3 } else { 2 });
         let asks = p.gather(rows, queries, 1);
         #[allow(clippy::cast_possible_truncation, reason = "scores are fp32")]

@@ -10,7 +10,7 @@ use crate::ir::cone::{descendants, descendants_up_to};
 use crate::ir::{
     DataType, Dim, Model, NodeId, Patch, PatchPlan, Size, Substitution, ValueId, ValueType,
 };
-use crate::passes::{Context, Positions};
+use crate::passes::{Context, FixedRun, Positions};
 
 /// What the layers of one stage read. Shapes: b batch, L tokens of the stage
 /// that are processed now, S past + L.
@@ -88,6 +88,7 @@ pub(super) fn plan(
         positions: job.prune.positions_of(decoder, job.placed),
         mask_before: None,
         cuts: &cuts,
+        fixed: context.fixed,
     };
     plan.inputs()?;
     if entry.embeds != decoder.embeds {
@@ -188,6 +189,8 @@ pub(super) struct Plan<'a, 'm> {
     /// What the client's mask says of the cache, `[b, S − L]`; none without a cache.
     pub(super) mask_before: Option<ValueId>,
     pub(super) cuts: &'a Cuts,
+    /// What the graph is for, where its shapes are to be fixed.
+    pub(super) fixed: Option<FixedRun>,
 }
 
 impl Plan<'_, '_> {
@@ -348,9 +351,27 @@ impl Plan<'_, '_> {
 
     /// What each row had when it entered.
     fn entered(&mut self, stage: &Stage) -> Entered {
+        let stated = self.fixed.map(|run| (run.visual, run.gone));
         Entered {
-            visual: self.count(stage.visual),
-            gone: stage.gone.map(|g| self.count(g)),
+            visual: self.count_or(stage.visual, stated.map(|s| s.0)),
+            gone: stage.gone.map(|g| self.count_or(g, stated.map(|s| s.1))),
+        }
+    }
+
+    /// Whether prompts and caches of a graph of fixed shapes are padded on the right: attention goes by the length
+    /// of each row.
+    pub(super) fn pads_right(&self) -> bool {
+        self.fixed.is_some() && !self.decoder.hides_columns()
+    }
+
+    /// Flags of each row, int64 `[b]`: counted, unless their number is stated.
+    pub(super) fn count_or(&mut self, flags: ValueId, stated: Option<i64>) -> ValueId {
+        match (stated, self.fixed) {
+            (Some(count), Some(run)) => {
+                let rows = usize::try_from(run.batch).unwrap_or(1);
+                self.patch.i64s(&vec![count; rows])
+            }
+            _ => self.count(flags),
         }
     }
 
@@ -406,6 +427,11 @@ impl Plan<'_, '_> {
             stage: before,
             number,
             mask: self.pass.rank_mask,
+            text: self
+                .fixed
+                .map(|run| run.text)
+                .filter(|_| self.pass.text != TextQueries::Salient),
+            fixed: self.fixed.is_some(),
         }
         .scores()?;
         // Text and padding always stay: a probability never reaches 2. What is gone
@@ -460,6 +486,7 @@ impl Plan<'_, '_> {
             Some(earlier) => self.patch.concat(&[earlier, now], 1),
             None => now,
         });
+        let right = self.pads_right();
         let p = &mut *self.patch;
         let ids = before.ids.map(|ids| p.gather_rows(ids, kept));
         let positions = before.positions.map(|positions| {
@@ -487,7 +514,16 @@ impl Plan<'_, '_> {
                         }
                     };
                     let gone = cast_like(p, self.model, self.decoder.position_ids, gone);
-                    p.op("Sub", &[gathered, gone])
+                    let new = p.op("Sub", &[gathered, gone]);
+                    match right {
+                        // Padding behind the tokens is at 0 in front of a drop too.
+                        true => {
+                            let zero = p.i64(0);
+                            let zero = cast_like(p, self.model, self.decoder.position_ids, zero);
+                            p.op("Max", &[new, zero])
+                        }
+                        false => new,
+                    }
                 }
             }
         });

@@ -115,7 +115,10 @@ pub(super) fn slot(
     }
     // What varies besides the rows is the number of tokens: the head count and head size are known.
     let mut growing = (1..dims.len()).filter(|&axis| dims[axis].is_none());
-    let (Some(axis), None, Some(dtype)) = (growing.next(), growing.next(), port.dtype) else {
+    let (first, second) = (growing.next(), growing.next());
+    // Of fixed shapes, as [batch, heads, tokens, width].
+    let axis = first.or((dims.len() == 4 && dims[0].is_some()).then_some(2));
+    let (Some(axis), None, Some(dtype)) = (axis, second, port.dtype) else {
         return Err(wrong(
             format!(
                 "`{}` with a fixed head count and head size and one growing axis, like \
