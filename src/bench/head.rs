@@ -31,7 +31,9 @@ impl Head {
         });
         // Of two branches either will do.
         let (model, decoder) = parts.last().ok_or_else(|| {
-            BenchError::Input(format!("{name}: no decoder is recognised, so no head is found"))
+            BenchError::Input(format!(
+                "{name}: no decoder is recognised, so no head is found"
+            ))
         })?;
         let (cut, dtype, width) = place(model, decoder).ok_or_else(|| {
             BenchError::Input(format!(
@@ -85,7 +87,11 @@ fn place(model: &Model, decoder: &Decoder) -> Option<(ValueId, DataType, usize)>
         if let Some((weight, rest)) = weight_behind(model, cut, decoder.logits, vocabulary) {
             let width = decoder.width.filter(|w| *w > 0).or(rest)?;
             let stated = model.value(cut).ty.as_ref().and_then(ValueType::dtype);
-            let dtype = stated.unwrap_or(if weight.is_float() { weight } else { decoder.dtype });
+            let dtype = stated.unwrap_or(if weight.is_float() {
+                weight
+            } else {
+                decoder.dtype
+            });
             return Some((cut, dtype, usize::try_from(width).ok()?));
         }
     }

@@ -41,7 +41,9 @@ impl Curve {
             [] => return f64::NAN,
             [only] => return only.1,
             points => {
-                let next = points.partition_point(|p| p.0 < at).clamp(1, points.len() - 1);
+                let next = points
+                    .partition_point(|p| p.0 < at)
+                    .clamp(1, points.len() - 1);
                 (points[next - 1], points[next])
             }
         };
@@ -106,7 +108,10 @@ mod tests {
             depth,
             prefill: Curve::new(vec![at(100), at(10), at(40)]),
             head: Curve::new(vec![(1, 1.0), (100, 100.0)]),
-            step: Curve::new(vec![(10, (depth * 10) as f64 + 1.0), (100, (depth * 100) as f64 + 1.0)]),
+            step: Curve::new(vec![
+                (10, (depth * 10) as f64 + 1.0),
+                (100, (depth * 100) as f64 + 1.0),
+            ]),
         }
     }
 
@@ -128,7 +133,10 @@ mod tests {
         let curve = Curve::new(vec![(30, 9.0), (10, 1.0), (20, 3.0), (20, 3.0)]);
         let found = [10, 15, 20, 25, 30, 32, 5].map(|n| curve.at(n));
         let want = [1.0, 2.0, 3.0, 6.0, 9.0, 10.2, 0.0];
-        assert!(found.iter().zip(want).all(|(f, w)| (f - w).abs() < 1e-12), "{found:?}");
+        assert!(
+            found.iter().zip(want).all(|(f, w)| (f - w).abs() < 1e-12),
+            "{found:?}"
+        );
         assert_eq!(Curve::new(vec![(4, 2.0)]).at(99), 2.0);
         assert!(Curve::default().at(1).is_nan());
     }

@@ -37,11 +37,7 @@ pub(super) fn ids(
 
 /// The last three dimensions of pixels, those that the input fixes; channels are 3 and the edges `size` where it does
 /// not.
-pub(super) fn pixel_size(
-    port: &Port,
-    size: Option<[usize; 2]>,
-    model: &str,
-) -> Result<[usize; 3]> {
+pub(super) fn pixel_size(port: &Port, size: Option<[usize; 2]>, model: &str) -> Result<[usize; 3]> {
     let fixed = |from_end: usize| {
         let at = port.dims.len().checked_sub(from_end)?;
         port.dims.get(at).and_then(Dim::fixed)
@@ -163,7 +159,11 @@ mod tests {
         let mut random = SplitMix64::new(1);
         let found = ids(&mut random, 500, 3, Some(0));
         assert!(found.iter().all(|id| (1..3).contains(id)), "{found:?}");
-        assert!(ids(&mut random, 50, 3, Some(2)).iter().all(|id| (0..2).contains(id)));
+        assert!(
+            ids(&mut random, 50, 3, Some(2))
+                .iter()
+                .all(|id| (0..2).contains(id))
+        );
         assert_eq!(ids(&mut random, 4, 1, Some(0)), [0; 4], "there is no other");
     }
 
@@ -184,7 +184,13 @@ mod tests {
         let mut random = SplitMix64::new(1);
         let text = embeddings(&mut random, 2, 3, true, DType::F32).unwrap();
         let image = features(&mut random, 2, 3, true).unwrap();
-        let last = |t: &Tensor| t.f32s().unwrap().chunks(3).map(|r| r[2]).collect::<Vec<_>>();
+        let last = |t: &Tensor| {
+            t.f32s()
+                .unwrap()
+                .chunks(3)
+                .map(|r| r[2])
+                .collect::<Vec<_>>()
+        };
         assert_eq!((last(&text), last(&image)), (vec![0.0; 2], vec![1.0; 2]));
         let noise = noise(&mut random, 10_000);
         let variance = noise.iter().map(|v| f64::from(v * v)).sum::<f64>() / 1e4;

@@ -23,6 +23,9 @@ pub mod ideal;
 mod inputs;
 mod job;
 mod memory;
+pub mod profile;
+pub mod render;
+pub mod report;
 pub mod rounds;
 pub mod schedule;
 mod statistics;
@@ -30,6 +33,7 @@ mod subject;
 
 pub use error::{BenchError, Result};
 pub use job::{Files, Inputs, Job, LengthTime, Reply, Task, Turn};
+pub use report::Report;
 pub use rounds::{Measured, Performer, Settings};
 pub use schedule::Schedule;
 pub use statistics::{Spread, median};

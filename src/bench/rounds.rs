@@ -1,9 +1,12 @@
 //! Models in turns: what slows a machine down for a while slows all of them down.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::error::{BenchError, Result};
 use super::job::{LengthTime, Reply, Task, Turn};
+use super::profile::Profile;
+use super::subject::PROFILED as TURNS;
 
 /// Carries out tasks: a model in this process, or one in a process of its own.
 pub trait Performer {
@@ -164,8 +167,26 @@ fn head(model: &mut dyn Performer, rows: usize) -> Result<f64> {
     }
 }
 
+/// Profiles of a model's vision encoder and prompt, those that it has, written into `folder`.
+///
+/// # Errors
+/// The model cannot be run, or the profile not be read.
+pub fn profile(model: &mut dyn Performer, folder: &Path) -> Result<Vec<Profile>> {
+    match model.perform(&Task::Profile(folder.to_owned()))? {
+        Reply::Profile { vision, prefill } => {
+            let parts = [("vision", vision), ("prefill", prefill)].into_iter();
+            let files = parts.filter_map(|(part, file)| Some((part, file?)));
+            let name = model.name();
+            files
+                .map(|(part, file)| Profile::read(name, part, &file, TURNS))
+                .collect()
+        }
+        other => Err(unexpected(model, &other)),
+    }
+}
+
 /// A reply to another task, or a failure.
-pub(super) fn unexpected(model: &dyn Performer, reply: &Reply) -> BenchError {
+fn unexpected(model: &dyn Performer, reply: &Reply) -> BenchError {
     BenchError::Worker {
         model: model.name().to_owned(),
         reason: match reply {

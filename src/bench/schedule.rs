@@ -41,7 +41,10 @@ impl Schedule {
             Some(recipe) => {
                 let entering = match base.placed {
                     true => left_behind_first_layer(recipe, base.tower, given, images),
-                    false => recipe.context.span.map_or(given, |span| span.count.min(given)),
+                    false => recipe
+                        .context
+                        .span
+                        .map_or(given, |span| span.count.min(given)),
                 };
                 let mut layers = recipe.tokens_per_layer(entering, depth);
                 // A span that ends before the last feature leaves the others alone.
@@ -54,7 +57,10 @@ impl Schedule {
                 layers
             }
         };
-        let visual: Vec<usize> = visual.iter().map(|n| usize::try_from(*n).unwrap_or(0)).collect();
+        let visual: Vec<usize> = visual
+            .iter()
+            .map(|n| usize::try_from(*n).unwrap_or(0))
+            .collect();
         let tokens: Vec<usize> = visual.iter().map(|n| n + text).collect();
         let padded = recipe.is_some_and(|r| r.context.kv == KvLayout::Padded);
         let caches = base.decoder.layers.iter().all(|l| l.present.is_some());

@@ -16,6 +16,9 @@ use crate::runtime::{
     StepInput, Tensor, Value, Vision, VisionEncoder, WholeInput, WholeModel, scatter,
 };
 
+/// Turns in a profile, of which the last counts.
+pub(super) const PROFILED: usize = 2;
+
 /// A vision encoder with what it looks at.
 #[derive(Debug)]
 enum Eye {
@@ -85,13 +88,19 @@ impl Subject {
         let mut decoder = match &files.decoder {
             // Of two files only that of the prompt is profiled.
             Some(path) => {
-                let part = if files.prompt.is_some() { "later" } else { "prefill" };
+                let part = if files.prompt.is_some() {
+                    "later"
+                } else {
+                    "prefill"
+                };
                 Some(Decoder::with_heads(open(path, part)?, heads)?)
             }
             None => None,
         };
-        if let (Some(path), Some(open_decoder)) = (&files.prompt, decoder.take()) {
-            decoder = Some(open_decoder.with_prompt(open(path, "prefill")?)?);
+        if let Some(path) = &files.prompt
+            && let Some(later) = decoder.take()
+        {
+            decoder = Some(later.with_prompt(open(path, "prefill")?)?);
         }
         let whole = match &files.whole {
             Some(path) => Some(WholeModel::new(open(path, "prefill")?)?),
@@ -215,7 +224,11 @@ impl Subject {
                 .map(|_| inputs::features(&mut self.random, wanted.features, width, marker))
                 .collect::<Result<_>>()?,
         };
-        let features = if self.eye.is_some() { &seen.features } else { &made };
+        let features = if self.eye.is_some() {
+            &seen.features
+        } else {
+            &made
+        };
         let visual_tokens: usize = features.iter().map(|f| f.shape()[0]).sum();
         let [before, after] = wanted.text;
         let tokens = before + visual_tokens + after;
@@ -327,7 +340,9 @@ impl Subject {
             none => {
                 let files = &self.job.files;
                 let Some(path) = files.prompt.as_ref().or(files.decoder.as_ref()) else {
-                    return Err(BenchError::Input("the model has no decoder of its own".into()));
+                    return Err(BenchError::Input(
+                        "the model has no decoder of its own".into(),
+                    ));
                 };
                 none.insert(Head::open(path, &self.options)?)
             }
@@ -383,10 +398,13 @@ impl Subject {
         // Decode steps would be in the decoder's profile.
         job.inputs.steps = 0;
         let mut subject = Self::open_with(&job, |part| {
-            ["vision", "prefill"].contains(&part).then(|| folder.join(part))
+            ["vision", "prefill"]
+                .contains(&part)
+                .then(|| folder.join(part))
         })?;
-        subject.turn()?;
-        subject.turn()?;
+        for _ in 0..PROFILED {
+            subject.turn()?;
+        }
         let vision = match &mut subject.eye {
             Some(eye) => eye.session_mut().end_profiling()?,
             None => None,
@@ -421,7 +439,10 @@ impl Eye {
             let data = inputs::noise(random, wanted.images * frames * c * h * w);
             let pixels = Array5::from_shape_vec(shape, data);
             let pixels = pixels.map_err(|e| BenchError::Input(e.to_string()))?;
-            return Ok(Self::Clips(VisionEncoder::for_clips(session)?, pixels.into()));
+            return Ok(Self::Clips(
+                VisionEncoder::for_clips(session)?,
+                pixels.into(),
+            ));
         }
         if let Some(port) = float(4).or(float(5)) {
             let size = inputs::pixel_size(port, wanted.image_size, &name)?;
