@@ -75,7 +75,7 @@ pub enum Task {
     Head(usize),
     /// Peak memory so far.
     Memory,
-    /// A turn with ONNX Runtime's profiler, after one that warms up; profiles are written into this folder.
+    /// Some turns with ONNX Runtime's profiler; profiles are written into this folder.
     Profile(PathBuf),
 }
 

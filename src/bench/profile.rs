@@ -5,12 +5,14 @@
 //! (`…/MatMulScaleFusion/`, `InsertedPrecisionFreeCast_…`). All others are the base's. A node that the runtime makes
 //! and names after none (`Gather_token_39`, arithmetic of shapes) counts as the base's.
 
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use serde::Serialize;
 use serde_json::Value;
 
 use super::error::{BenchError, Result};
+use super::statistics::median;
 
 /// What a node is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -114,7 +116,8 @@ pub struct Profile {
 }
 
 impl Profile {
-    /// Reads a profile of some turns and sums the last one's nodes.
+    /// Reads a profile of some turns, of which the first warms up. A node's time is the median of its times in the
+    /// others.
     ///
     /// # Errors
     /// The file cannot be read, or is no profile.
@@ -141,22 +144,35 @@ impl Profile {
         if starts.is_empty() || starts.len() % turns.max(1) != 0 {
             return None;
         }
-        let last = starts[starts.len() - starts.len() / turns.max(1)];
-        let mut groups: Vec<GroupTime> = Vec::new();
+        // Where each turn begins; it may be several runs (images one by one).
+        let starts: Vec<f64> = starts
+            .chunks(starts.len() / turns.max(1))
+            .map(|c| c[0])
+            .collect();
+        // A node is what has its name, the how many-th in the turn it is.
+        let mut nodes: BTreeMap<(&str, usize), (Group, Vec<f64>)> = BTreeMap::new();
+        let mut seen: HashMap<(usize, &str), usize> = HashMap::new();
         for event in events {
             let name = event["name"].as_str().unwrap_or_default();
             let Some(name) = name.strip_suffix("_kernel_time") else {
                 continue;
             };
             let op = event["args"]["op_name"].as_str().unwrap_or_default();
+            let turn = starts.partition_point(|start| *start <= micros(event, "ts"));
             // What holds other nodes takes their time: they are events of their own.
-            if event["cat"] != "Node"
-                || micros(event, "ts") < last
-                || ["If", "Loop", "Scan"].contains(&op)
-            {
+            let holds = ["If", "Loop", "Scan"].contains(&op);
+            if event["cat"] != "Node" || holds || turn <= usize::from(turns > 1) {
                 continue;
             }
-            let (group, ms) = (Group::of(name, op), micros(event, "dur") / 1e3);
+            let number = seen.entry((turn, name)).or_default();
+            let times = nodes.entry((name, *number));
+            *number += 1;
+            let (_, times) = times.or_insert((Group::of(name, op), Vec::new()));
+            times.push(micros(event, "dur") / 1e3);
+        }
+        let mut groups: Vec<GroupTime> = Vec::new();
+        for (group, times) in nodes.into_values() {
+            let ms = median(&times);
             match groups.iter_mut().find(|g| g.group == group) {
                 Some(found) => {
                     found.nodes += 1;
@@ -242,35 +258,45 @@ mod tests {
         json!({"cat": "Session", "name": "model_run", "ts": ts, "dur": 90})
     }
 
-    /// Two turns of one run: the second counts, and the groups are all of it.
+    /// Of three turns the first warms up; a node's time is the median of the others, and the groups are all of it.
     #[test]
     fn groups_are_complete() {
-        let events = [
-            json!({"cat": "Session", "name": "session_initialization", "ts": 0, "dur": 5}),
-            event("a_kernel_time", "MatMul", 110, 5000),
-            event("duet/p/drop1/GatherND_kernel_time", "GatherND", 120, 700),
-            run(100),
-            event("a_kernel_time", "MatMul", 210, 4000),
-            event("a_fence_before", "MatMul", 209, 1),
-            event("duet/p/drop1/GatherND_kernel_time", "GatherND", 220, 500),
-            event("duet/p/drop1/TopK_kernel_time", "TopK", 221, 250),
-            event("branch_kernel_time", "If", 200, 9000),
-            event("b_kernel_time", "Add", 230, 1000),
-            run(200),
-        ];
-        let profile = Profile::of("m", "prefill", &events, 2).unwrap();
+        let turn = |at: u64, times: [u64; 4]| {
+            [
+                event("a_kernel_time", "MatMul", at + 10, times[0]),
+                event("a_fence_before", "MatMul", at + 9, 1),
+                event(
+                    "duet/p/drop1/GatherND_kernel_time",
+                    "GatherND",
+                    at + 20,
+                    times[1],
+                ),
+                event("duet/p/drop1/TopK_kernel_time", "TopK", at + 21, times[2]),
+                event("branch_kernel_time", "If", at + 1, 9000),
+                // Two nodes of one name.
+                event("_kernel_time", "Add", at + 30, times[3]),
+                event("_kernel_time", "Add", at + 31, 1000),
+                run(at),
+            ]
+        };
+        let mut events =
+            vec![json!({"cat": "Session", "name": "session_initialization", "ts": 0, "dur": 5})];
+        events.extend(turn(100, [50_000, 7000, 7000, 7000]));
+        events.extend(turn(200, [4000, 600, 200, 900]));
+        events.extend(turn(300, [4400, 400, 300, 1100]));
+        let profile = Profile::of("m", "prefill", &events, 3).unwrap();
         let found: Vec<_> = profile
             .groups
             .iter()
             .map(|g| (g.group, g.nodes, g.ms))
             .collect();
         let want = [
-            (Group::Base, 2, 5.0),
+            (Group::Base, 3, 6.2),
             (Group::Ranking, 1, 0.25),
             (Group::Gather, 1, 0.5),
         ];
         assert_eq!(found, want);
-        assert_eq!((profile.total_ms, profile.inserted_ms()), (5.75, 0.75));
+        assert_eq!((profile.total_ms, profile.inserted_ms()), (6.95, 0.75));
         let base = Profile::of(
             "b",
             "prefill",
@@ -278,7 +304,7 @@ mod tests {
             1,
         );
         assert_eq!(profile.beside(&base.unwrap()).inserted_of_base, Some(0.1));
-        assert!(Profile::of("m", "prefill", &events, 3).is_none());
+        assert!(Profile::of("m", "prefill", &events, 2).is_none());
         assert!(Profile::of("m", "prefill", &[], 2).is_none());
     }
 }

@@ -44,6 +44,14 @@ fn cell<T>(reading: &Reading<T>, of: impl Fn(&T) -> String) -> String {
     reading.known().map_or(NONE.to_owned(), of)
 }
 
+/// What is ideal for a model that a recipe made; any other is its own ideal.
+fn ideal(model: &ModelReport, reading: &Reading<Ideal>, of: impl Fn(&Ideal) -> String) -> String {
+    match model.recipe {
+        Some(_) => cell(reading, of),
+        None => NONE.to_owned(),
+    }
+}
+
 /// `307 → 191.75`
 fn tokens(model: &ModelReport) -> String {
     match model.average_visual_tokens {
@@ -66,7 +74,7 @@ fn row(what: &str, models: &[ModelReport], cell: impl Fn(&ModelReport) -> String
 /// The tables: the first row of each is its head.
 pub fn tables(report: &Report) -> Vec<Vec<Vec<String>>> {
     let models = &report.models;
-    let ideal = |i: &Ideal| digits(i.median_ms);
+    let taken = |i: &Ideal| digits(i.median_ms);
     let share = |i: &Ideal| format!("{:.1} %", 100.0 * i.share);
     let mut rows = vec![
         row("milliseconds", models, |m| m.name.clone()),
@@ -74,17 +82,17 @@ pub fn tables(report: &Report) -> Vec<Vec<Vec<String>>> {
         row("vision encoder", models, |m| cell(&m.vision, time)),
         row("embeddings", models, |m| cell(&m.embed, time)),
         row("prefill", models, |m| cell(&m.prefill, time)),
-        row("  ideal", models, |m| cell(&m.ideal_prefill, ideal)),
+        row("  ideal", models, |m| ideal(m, &m.ideal_prefill, taken)),
         row("  share of ideal", models, |m| {
-            cell(&m.ideal_prefill, share)
+            ideal(m, &m.ideal_prefill, share)
         }),
         row("to first token", models, |m| {
             cell(&m.time_to_first_token, time)
         }),
         row("decode step", models, |m| cell(&m.decode_step, time)),
-        row("  ideal", models, |m| cell(&m.ideal_decode_step, ideal)),
+        row("  ideal", models, |m| ideal(m, &m.ideal_decode_step, taken)),
         row("  share of ideal", models, |m| {
-            cell(&m.ideal_decode_step, share)
+            ideal(m, &m.ideal_decode_step, share)
         }),
         row("tokens/s", models, |m| {
             cell(&m.tokens_per_second, |t| digits(*t))
@@ -163,7 +171,7 @@ pub fn notes(report: &Report) -> Vec<String> {
         },
         how.images,
         how.text_tokens,
-        how.runtime
+        how.library
     )];
     for model in &report.models {
         if let Some(cache) = model.cache.known()

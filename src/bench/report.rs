@@ -154,8 +154,10 @@ pub struct HeadReport {
 /// How it was measured.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Circumstances {
-    /// ONNX Runtime.
-    pub runtime: String,
+    /// File name of ONNX Runtime's library, which holds its version.
+    pub library: String,
+    /// What the library says of its build.
+    pub build: String,
     /// Threads inside an operator.
     pub threads: usize,
     /// Execution providers, best first; empty is the CPU.

@@ -16,8 +16,8 @@ use crate::runtime::{
     StepInput, Tensor, Value, Vision, VisionEncoder, WholeInput, WholeModel, scatter,
 };
 
-/// Turns in a profile, of which the last counts.
-pub(super) const PROFILED: usize = 2;
+/// Turns in a profile, of which the first warms up.
+pub(super) const PROFILED: usize = 4;
 
 /// A vision encoder with what it looks at.
 #[derive(Debug)]
@@ -392,7 +392,7 @@ impl Subject {
         Ok(())
     }
 
-    /// One turn in sessions of their own, with the profiler, behind one that warms up (and is in the profile too).
+    /// Turns in sessions of their own, with the profiler.
     fn profile(&mut self, folder: &Path) -> Result<Reply> {
         let mut job = self.job.clone();
         // Decode steps would be in the decoder's profile.

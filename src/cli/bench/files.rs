@@ -142,7 +142,9 @@ impl Models {
     fn features(&self, recipe: Option<&Recipe>) -> usize {
         let base = self.base();
         let tower = tower(base);
-        let span = recipe.and_then(|r| r.context.span).map(|s| s.count);
+        // Where no tower says, what a rewritten model was made for.
+        let mut spans = self.recipes.iter().flatten().filter_map(|r| r.context.span);
+        let span = spans.next().map(|s| s.count);
         let all = tower.and_then(VisionTower::features_per_image);
         let left = recipe.filter(|r| !r.placed(&base.vlm)).and_then(|recipe| {
             match tower.filter(|t| t.candidates().is_some()) {
@@ -150,7 +152,7 @@ impl Models {
                 None => recipe.tokens_left_of(USUAL_FEATURES as i64, false),
             }
         });
-        let count = left.or(span).or(all).and_then(|n| usize::try_from(n).ok());
+        let count = left.or(all).or(span).and_then(|n| usize::try_from(n).ok());
         count.unwrap_or(USUAL_FEATURES)
     }
 

@@ -151,8 +151,11 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     };
 
     let about: Vec<About> = models.about(&named, schedules);
+    let runtime = Runtime::get()?;
+    let library = runtime.library().path.file_name().unwrap_or_default();
     let circumstances = Circumstances {
-        runtime: Runtime::get()?.build_info().to_owned(),
+        library: library.to_string_lossy().into_owned(),
+        build: runtime.build_info().to_owned(),
         threads: arguments.threads,
         providers: arguments.providers.clone(),
         rounds: measured.rounds,
