@@ -31,6 +31,9 @@ pub struct Settings {
 
 /// Time for the rounds, where their number is left open.
 pub const USUAL: Duration = Duration::from_secs(45);
+/// Rest in front of each turn: threads that have just computed wait for more on a core of their own for some
+/// milliseconds, which the next model would share.
+const REST: Duration = Duration::from_millis(20);
 /// Rounds at least.
 pub const LEAST: usize = 3;
 /// Rounds at most.
@@ -121,6 +124,7 @@ pub fn measure(
         let at = round % units.len().max(1);
         let order = units[at..].iter().chain(&units[..at]);
         for unit in order {
+            std::thread::sleep(REST);
             match *unit {
                 Unit::Model(i) => measured.turns[i].push(turn(&mut *models[i])?),
                 Unit::Length(tokens) => {

@@ -10,6 +10,7 @@ use super::head::Head;
 use super::inputs::{self, row};
 use super::job::{Job, LengthTime, Reply, Task, Turn};
 use super::memory;
+use super::statistics::median;
 use crate::random::SplitMix64;
 use crate::runtime::{
     Block, Cache, CacheHeads, DType, Decoder, Embedder, Patches, Session, SessionOptions,
@@ -45,10 +46,41 @@ pub struct Subject {
     whole: Option<WholeModel>,
     head: Option<Head>,
     random: SplitMix64,
+    /// Repetitions of what is short, at most.
+    again: usize,
 }
 
 fn seconds(spent: Duration) -> f64 {
     spent.as_secs_f64()
+}
+
+/// What takes less than this is run again until it has taken so much, [`AGAIN`] times at most.
+const ENOUGH: f64 = 0.05;
+/// Repetitions at most.
+const AGAIN: usize = 9;
+
+/// Decode steps that a turn has at least, if so many are asked for, and the seconds after which these are enough.
+const FEW: usize = 3;
+const LONG: f64 = 0.5;
+
+/// Runs something until it can be timed: what takes long, once; of what is short, several times and the median
+/// without the first, which pays for caches and threads that others have used meanwhile. Gives what the last run gave.
+fn timed<T>(again: usize, mut run: impl FnMut() -> Result<(T, f64)>) -> Result<(T, f64)> {
+    let (mut last, first) = run()?;
+    let (mut spent, mut times) = (first, Vec::new());
+    while spent < ENOUGH && times.len() < again {
+        let (found, time) = run()?;
+        (last, spent) = (found, spent + time);
+        times.push(time);
+    }
+    Ok((
+        last,
+        if times.is_empty() {
+            first
+        } else {
+            median(&times)
+        },
+    ))
 }
 
 impl Subject {
@@ -124,6 +156,7 @@ impl Subject {
             whole,
             head: None,
             random,
+            again: AGAIN,
         })
     }
 
@@ -154,11 +187,16 @@ impl Subject {
         }
         let (input, visual) = self.prompt(&seen, &mut turn)?;
         turn.visual_tokens = visual;
+        let again = self.again;
         let Some(decoder) = &mut self.decoder else {
             return Ok(turn);
         };
-        let first = decoder.prefill(&input)?;
-        turn.prefill = Some(seconds(first.elapsed));
+        let (first, time) = timed(again, || {
+            let first = decoder.prefill(&input)?;
+            let time = seconds(first.elapsed);
+            Ok((first, time))
+        })?;
+        turn.prefill = Some(time);
         turn.logits_rows = match *first.logits.shape() {
             [_, rows, _] => rows,
             _ => 1,
@@ -173,31 +211,16 @@ impl Subject {
 
     /// The vision encoder over all images.
     fn see(&mut self, turn: &mut Turn) -> Result<Seen> {
+        let again = self.again;
         let Some(eye) = &mut self.eye else {
             return Ok(Seen::default());
         };
-        let before = eye.session().spent();
-        let seen = match eye {
-            Eye::Images(encoder, images) => Seen {
-                features: encoder.encode(images)?,
-                blocks: None,
-            },
-            Eye::Clips(encoder, clips) => Seen {
-                features: encoder.run(clips.clone())?,
-                blocks: None,
-            },
-            Eye::Patches(Vision::Patches(encoder), images) => {
-                let each = images.iter().map(|patches| encoder.encode(patches));
-                let each = each.collect::<std::result::Result<Vec<_>, _>>()?;
-                let blocks = each.iter().map(|f| f.block.clone()).collect();
-                Seen {
-                    features: each.into_iter().map(|f| f.features).collect(),
-                    blocks: Some(blocks),
-                }
-            }
-            Eye::Patches(Vision::Images(_), _) => Seen::default(),
-        };
-        turn.vision = Some(seconds(eye.session().spent() - before));
+        let (seen, time) = timed(again, || {
+            let before = eye.session().spent();
+            let seen = eye.see()?;
+            Ok((seen, seconds(eye.session().spent() - before)))
+        })?;
+        turn.vision = Some(time);
         Ok(seen)
     }
 
@@ -217,6 +240,7 @@ impl Subject {
     /// The prompt as the decoder reads it: text, images, text.
     fn prompt(&mut self, seen: &Seen, turn: &mut Turn) -> Result<(StepInput, usize)> {
         let (width, marker) = self.width();
+        let again = self.again;
         let wanted = &self.job.inputs;
         let made: Vec<Tensor> = match self.eye {
             Some(_) => Vec::new(),
@@ -238,11 +262,14 @@ impl Subject {
         let ids = self.ids(&visual);
         let embeds = match &mut self.embedder {
             Some(embedder) => {
-                let start = embedder.session().spent();
                 let takes = embedder.takes_features();
                 let given: &[Tensor] = if takes { features } else { &[] };
-                let embeds = embedder.run_with(row(&ids), given)?;
-                turn.embed = Some(seconds(embedder.session().spent() - start));
+                let (embeds, time) = timed(again, || {
+                    let before = embedder.session().spent();
+                    let embeds = embedder.run_with(row(&ids), given)?;
+                    Ok((embeds, seconds(embedder.session().spent() - before)))
+                })?;
+                turn.embed = Some(time);
                 match takes || features.is_empty() {
                     true => embeds,
                     false => Value::new(scatter(embeds.to_tensor()?, &visual, features)?)?,
@@ -276,21 +303,26 @@ impl Subject {
         ids
     }
 
-    /// Steps of one token, all on the same cache: that of the prompt.
+    /// Steps of one token, all on the same cache: that of the prompt. Of several the first does not count.
     fn decode(&mut self, cache: &Cache, turn: &mut Turn) -> Result<()> {
         if !self.decoder.as_ref().is_some_and(Decoder::has_cache) {
             return Ok(());
         }
         let (width, marker) = self.width();
         let dtype = self.dtype();
-        for _ in 0..self.job.inputs.steps {
+        let mut spent = 0.0;
+        let steps = self.job.inputs.steps;
+        for step in 0..steps + usize::from(steps > 1) {
+            if step > FEW && spent > LONG {
+                break;
+            }
             let ids = self.ids(&[false]);
             let embeds = match &mut self.embedder {
                 Some(embedder) => {
                     let before = embedder.session().spent();
                     let embeds = embedder.run(row(&ids))?;
-                    let spent = embedder.session().spent() - before;
-                    turn.decode_embed.push(seconds(spent));
+                    let taken = embedder.session().spent() - before;
+                    turn.decode_embed.push(seconds(taken));
                     embeds
                 }
                 None => Value::new(inputs::embeddings(
@@ -304,8 +336,14 @@ impl Subject {
             let mut input = StepInput::new(embeds);
             input.ids = Some(row(&ids));
             if let Some(decoder) = &mut self.decoder {
-                let step = decoder.step(&input, cache)?;
-                turn.decode.push(seconds(step.elapsed));
+                let found = decoder.step(&input, cache)?;
+                spent += seconds(found.elapsed);
+                turn.decode.push(seconds(found.elapsed));
+            }
+        }
+        for times in [&mut turn.decode, &mut turn.decode_embed] {
+            if times.len() > 1 {
+                times.remove(0);
             }
         }
         Ok(())
@@ -317,6 +355,7 @@ impl Subject {
         let dtype = self.dtype();
         let embeds = inputs::embeddings(&mut self.random, tokens, width, marker, dtype)?;
         let ids = self.ids(&vec![false; tokens]);
+        let again = self.again;
         let Some(decoder) = &mut self.decoder else {
             return Err(BenchError::Input(
                 "the model has no decoder of its own whose prompt could be shortened".into(),
@@ -325,16 +364,21 @@ impl Subject {
         let mut input = StepInput::new(Value::new(embeds)?);
         input.ids = Some(row(&ids));
         input.blocks = Some(Vec::new());
-        let first = decoder.prefill(&input)?;
+        let (first, prefill) = timed(again, || {
+            let first = decoder.prefill(&input)?;
+            let time = seconds(first.elapsed);
+            Ok((first, time))
+        })?;
         let mut turn = Turn::default();
         self.decode(&first.cache, &mut turn)?;
         Ok(LengthTime {
-            prefill: seconds(first.elapsed),
+            prefill,
             decode: turn.decode,
         })
     }
 
     fn head(&mut self, rows: usize) -> Result<f64> {
+        let again = self.again;
         let head = match &mut self.head {
             Some(head) => head,
             none => {
@@ -347,7 +391,8 @@ impl Subject {
                 none.insert(Head::open(path, &self.options)?)
             }
         };
-        head.run(rows, &mut self.random)
+        let random = &mut self.random;
+        Ok(timed(again, || Ok(((), head.run(rows, random)?)))?.1)
     }
 
     /// A file that takes ids and pixels.
@@ -382,9 +427,14 @@ impl Subject {
             visual: Some(row(&visual)),
             salient: None,
         };
+        let again = self.again;
         if let Some(whole) = &mut self.whole {
-            let output = whole.run(&input)?;
-            turn.prefill = Some(seconds(output.elapsed));
+            let (output, time) = timed(again, || {
+                let output = whole.run(&input)?;
+                let time = seconds(output.elapsed);
+                Ok((output, time))
+            })?;
+            turn.prefill = Some(time);
             turn.prompt_tokens = tokens;
             turn.visual_tokens = count;
             turn.logits_rows = output.logits.shape().get(1).copied().unwrap_or(1);
@@ -402,6 +452,8 @@ impl Subject {
                 .contains(&part)
                 .then(|| folder.join(part))
         })?;
+        // Each part once in a turn.
+        subject.again = 0;
         for _ in 0..PROFILED {
             subject.turn()?;
         }
@@ -470,6 +522,30 @@ impl Eye {
         });
         let images = images.collect::<Result<_>>()?;
         Ok(Self::Patches(vision, images))
+    }
+
+    /// Runs the encoder over all it looks at.
+    fn see(&mut self) -> Result<Seen> {
+        Ok(match self {
+            Self::Images(encoder, images) => Seen {
+                features: encoder.encode(images)?,
+                blocks: None,
+            },
+            Self::Clips(encoder, clips) => Seen {
+                features: encoder.run(clips.clone())?,
+                blocks: None,
+            },
+            Self::Patches(Vision::Patches(encoder), images) => {
+                let each = images.iter().map(|patches| encoder.encode(patches));
+                let each = each.collect::<std::result::Result<Vec<_>, _>>()?;
+                let blocks = each.iter().map(|f| f.block.clone()).collect();
+                Seen {
+                    features: each.into_iter().map(|f| f.features).collect(),
+                    blocks: Some(blocks),
+                }
+            }
+            Self::Patches(Vision::Images(_), _) => Seen::default(),
+        })
     }
 
     fn session(&self) -> &Session {

@@ -34,7 +34,8 @@ pub(super) struct Arguments {
     /// Tokens of text in the prompt, beside the image's
     #[arg(long, default_value = "32", value_name = "N", value_parser = count(2))]
     prompt_tokens: usize,
-    /// Decode steps in each turn, all on the cache that the prompt leaves
+    /// Decode steps in each turn, all on the cache that the prompt leaves; fewer, but at least 3, once they took half a
+    /// second
     #[arg(long, default_value = "8", value_name = "N", value_parser = count(0))]
     new_tokens: usize,
     /// Images (crops, clips) in the prompt
