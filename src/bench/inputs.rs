@@ -96,8 +96,9 @@ pub(super) fn patch_grid(
 /// The rows and columns of a grid of `tokens` tokens that is nearest to a square.
 pub(super) fn near_square(tokens: usize) -> [usize; 2] {
     let tokens = tokens.max(1);
-    let root = (tokens as f64).sqrt() as usize + 1;
-    let height = (1..=root).rev().find(|h| tokens.is_multiple_of(*h));
+    let height = (1..=tokens.isqrt())
+        .rev()
+        .find(|h| tokens.is_multiple_of(*h));
     let height = height.unwrap_or(1);
     [height, tokens / height]
 }
@@ -172,7 +173,7 @@ mod tests {
         assert_eq!(near_square(576), [24, 24]);
         assert_eq!(near_square(12), [3, 4]);
         assert_eq!(near_square(7), [1, 7]);
-        assert_eq!(near_square(2), [2, 1]);
+        assert_eq!(near_square(2), [1, 2]);
         assert_eq!(patch_grid(None, 1176, 2, None).unwrap(), [48, 48]);
         assert_eq!(patch_grid(None, 1176, 2, Some([56, 90])).unwrap(), [4, 6]);
         assert_eq!(patch_grid(Some(48), 1176, 2, None).unwrap(), [6, 8]);

@@ -338,3 +338,78 @@ fn shortened(name: &str) -> String {
         _ => name.to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::report::tests::report;
+    use super::*;
+
+    #[test]
+    fn numbers_have_three_digits() {
+        let found = [0.0123, 1.234, 12.34, 123.4, 1234.5].map(digits);
+        assert_eq!(found, ["0.012", "1.23", "12.3", "123", "1234"]);
+        let found = [999.0, 12_345.0, 2.5e9, 7e12].map(bytes);
+        assert_eq!(found, ["999 B", "12.3 KB", "2.50 GB", "7000 GB"]);
+    }
+
+    #[test]
+    fn tables_say_what_was_measured_and_notes_why_not() {
+        let report = report();
+        let table = &tables(&report)[0];
+        let row = |what: &str| table.iter().find(|r| r[0] == what).map(|r| &r[1..]);
+        let is = |what: &str, cells: [&str; 2]| {
+            assert_eq!(row(what).unwrap(), cells, "{what}");
+        };
+        is("milliseconds", ["base", "a <b> & \"c\" | d"]);
+        is("visual tokens", ["80", "40 → 25"]);
+        is("prefill", ["900 (900–1000)  1.00×", "300 (250–500)  3.60×"]);
+        is("  ideal", ["–", "280"]);
+        is("  share of ideal", ["–", "100.0 %"]);
+        is("cache", ["3.20 KB  1.00×", "1.44 KB  2.22×"]);
+        is("peak memory", ["1.00 MB", "–"]);
+        assert!(row("vision encoder").is_none(), "no model has one");
+        let notes = notes(&report);
+        let has = |text: &str| assert!(notes.iter().any(|n| n.contains(text)), "{text}: {notes:?}");
+        has("base: no vision encoder, to first token: the model has no vision encoder");
+        has("d: no peak memory: nobody knows");
+        has("medians (smallest–largest) of 3 interleaved rounds, 2 thread(s)");
+        let text = markdown(&report);
+        assert!(
+            text.starts_with("| milliseconds | base | a <b> & \"c\" \\| d |\n|---|---:|---:|\n"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn the_chart_has_a_bar_for_each_model_and_a_mark_for_its_ideal() {
+        let report = report();
+        let chart = svg(&report);
+        assert_eq!(chart, svg(&report), "the same report gives the same chart");
+        // The longest round, 1000 ms, is as long as bars get.
+        let bar = |width: &str| format!("width=\"{width}\" height=\"20\"");
+        assert!(
+            chart.contains(&bar("342.0")) && chart.contains(&bar("114.0")),
+            "{chart}"
+        );
+        let ideal = "<line x1=\"286.4\" y1=\"72\" x2=\"286.4\"";
+        assert!(chart.contains(ideal), "{chart}");
+        assert_eq!(
+            chart.matches("#d9480f").count(),
+            1,
+            "the base is its own ideal"
+        );
+        assert!(
+            chart.contains("a &lt;b&gt; &amp; &quot;c&quot; | d"),
+            "{chart}"
+        );
+    }
+
+    #[test]
+    fn what_xml_cannot_hold_is_left_out() {
+        assert_eq!(xml("a\u{1}\u{ffff}\n<é>"), "a   &lt;é&gt;");
+        assert_eq!(
+            shortened("abcdefghijklmnopqrstuvwxyz"),
+            "…defghijklmnopqrstuvwxyz"
+        );
+    }
+}

@@ -457,3 +457,6 @@ fn model(about: &About, at: usize, measured: &Measured) -> ModelReport {
         },
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests;

@@ -199,3 +199,6 @@ fn unexpected(model: &dyn Performer, reply: &Reply) -> BenchError {
         },
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -120,9 +120,9 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
             Some(Err(why)) => return Err(why.clone()),
             None => 0,
         };
-        if turns[0].prefill.is_none() || depth == 0 {
+        if models.jobs[0].files.decoder.is_none() || depth == 0 {
             return Err(
-                "the base has no decoder of its own, so it is not measured at other lengths".into(),
+                "the base has no decoder of its own, whose prompt could be shortened".into(),
             );
         }
         let all = schedules
