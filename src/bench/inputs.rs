@@ -6,16 +6,41 @@ use super::error::{BenchError, Result};
 use crate::random::SplitMix64;
 use crate::runtime::{DType, Dim, Grid, Port, Tensor};
 
-/// Numbers of mean 0 and variance 1, evenly spread.
-pub(super) fn noise(random: &mut SplitMix64, count: usize) -> Vec<f32> {
+/// Elements of a tensor at most: more is a mistake of a file or an option, not something to time.
+const MOST_ELEMENTS: usize = 1 << 30;
+
+/// Tokens of a prompt at most.
+const MOST_TOKENS: usize = 1 << 24;
+
+/// Numbers of mean 0 and variance 1, evenly spread, for a tensor of this shape.
+pub(super) fn noise(random: &mut SplitMix64, shape: &[usize]) -> Result<Vec<f32>> {
+    let volume = shape.iter().try_fold(1usize, |n, dim| n.checked_mul(*dim));
+    let count = volume.filter(|n| *n <= MOST_ELEMENTS).ok_or_else(|| {
+        BenchError::Input(format!(
+            "a tensor {shape:?} is too large to be measured with; expected at most {MOST_ELEMENTS} elements"
+        ))
+    })?;
     let half = 3f64.sqrt();
-    (0..count)
+    Ok((0..count)
         .map(|_| {
             #[allow(clippy::cast_possible_truncation, reason = "noise")]
             let value = ((random.uniform() * 2.0 - 1.0) * half) as f32;
             value
         })
-        .collect()
+        .collect())
+}
+
+/// Which tokens of a prompt are images': text, images, text.
+pub(super) fn places([before, after]: [usize; 2], images: usize) -> Result<Vec<bool>> {
+    let tokens = before.saturating_add(images).saturating_add(after);
+    if tokens > MOST_TOKENS {
+        return Err(BenchError::Input(format!(
+            "a prompt of {before} tokens of text, {images} of images and {after} of text is too long to be measured; \
+             expected at most {MOST_TOKENS}"
+        )));
+    }
+    let visual = before..before + images;
+    Ok((0..tokens).map(|i| visual.contains(&i)).collect())
 }
 
 /// Token ids below `vocabulary` other than `not`.
@@ -60,7 +85,7 @@ pub(super) fn image(
     random: &mut SplitMix64,
     [channels, height, width]: [usize; 3],
 ) -> Result<Array3<f32>> {
-    let data = noise(random, channels * height * width);
+    let data = noise(random, &[channels, height, width])?;
     Array3::from_shape_vec((channels, height, width), data)
         .map_err(|e| BenchError::Input(e.to_string()))
 }
@@ -75,6 +100,11 @@ pub(super) fn patch_grid(
 ) -> Result<[usize; 2]> {
     let merge = merge.max(1);
     if let Some(patches) = fixed {
+        if patches > MOST_TOKENS {
+            return Err(BenchError::Input(format!(
+                "a vision encoder of {patches} patches cannot be measured; expected at most {MOST_TOKENS}"
+            )));
+        }
         let tokens = patches / (merge * merge);
         let [height, width] = near_square(tokens);
         return Ok([height * merge, width * merge]);
@@ -121,7 +151,7 @@ pub(super) fn embeddings(
     marker: bool,
     dtype: DType,
 ) -> Result<Tensor> {
-    let mut data = noise(random, tokens * width);
+    let mut data = noise(random, &[tokens, width])?;
     if marker {
         data.chunks_exact_mut(width.max(1)).for_each(|row| {
             row[width - 1] = 0.0;
@@ -137,7 +167,7 @@ pub(super) fn features(
     width: usize,
     marker: bool,
 ) -> Result<Tensor> {
-    let mut data = noise(random, rows * width);
+    let mut data = noise(random, &[rows, width])?;
     if marker {
         data.chunks_exact_mut(width.max(1)).for_each(|row| {
             row[width - 1] = 1.0;
@@ -178,6 +208,7 @@ mod tests {
         assert_eq!(patch_grid(None, 1176, 2, Some([56, 90])).unwrap(), [4, 6]);
         assert_eq!(patch_grid(Some(48), 1176, 2, None).unwrap(), [6, 8]);
         assert!(patch_grid(None, 5, 2, None).is_err());
+        assert!(patch_grid(Some(usize::MAX), 1176, 2, None).is_err());
     }
 
     #[test]
@@ -193,8 +224,22 @@ mod tests {
                 .collect::<Vec<_>>()
         };
         assert_eq!((last(&text), last(&image)), (vec![0.0; 2], vec![1.0; 2]));
-        let noise = noise(&mut random, 10_000);
+        let noise = noise(&mut random, &[100, 100]).unwrap();
         let variance = noise.iter().map(|v| f64::from(v * v)).sum::<f64>() / 1e4;
         assert!((variance - 1.0).abs() < 0.05, "{variance}");
+    }
+
+    #[test]
+    fn sizes_that_no_machine_holds_are_errors() {
+        let mut random = SplitMix64::new(1);
+        for shape in [&[1 << 31][..], &[1 << 40, 1 << 40, 2]] {
+            let error = noise(&mut random, shape).unwrap_err().to_string();
+            assert!(error.contains("too large"), "{error}");
+        }
+        assert_eq!(
+            places([1, 2], 3).unwrap(),
+            [false, true, true, true, false, false]
+        );
+        assert!(places([usize::MAX, 2], 3).is_err() && places([1, 1], 1 << 25).is_err());
     }
 }

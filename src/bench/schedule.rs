@@ -70,9 +70,10 @@ impl Schedule {
         };
         let sizes = [base.decoder.kv_heads, base.decoder.head_dim];
         let sizes = sizes.map(|n| usize::try_from(n).unwrap_or(0));
-        let per_token = 2 * sizes[0] * sizes[1] * turn.cache_element;
+        let factors = [2, sizes[0], sizes[1], turn.cache_element];
+        let bytes = factors.into_iter().try_fold(held, usize::checked_mul);
         Self {
-            cache_bytes: (caches && turn.cache_element > 0).then_some(held * per_token),
+            cache_bytes: bytes.filter(|_| caches && turn.cache_element > 0),
             tokens,
             visual,
             padded,

@@ -254,11 +254,8 @@ impl Subject {
             &made
         };
         let visual_tokens: usize = features.iter().map(|f| f.shape()[0]).sum();
-        let [before, after] = wanted.text;
-        let tokens = before + visual_tokens + after;
-        let visual: Vec<bool> = (0..tokens)
-            .map(|i| (before..before + visual_tokens).contains(&i))
-            .collect();
+        let visual = inputs::places(wanted.text, visual_tokens)?;
+        let tokens = visual.len();
         let ids = self.ids(&visual);
         let embeds = match &mut self.embedder {
             Some(embedder) => {
@@ -354,7 +351,7 @@ impl Subject {
         let (width, marker) = self.width();
         let dtype = self.dtype();
         let embeds = inputs::embeddings(&mut self.random, tokens, width, marker, dtype)?;
-        let ids = self.ids(&vec![false; tokens]);
+        let ids = self.ids(&inputs::places([tokens, 0], 0)?);
         let again = self.again;
         let Some(decoder) = &mut self.decoder else {
             return Err(BenchError::Input(
@@ -411,14 +408,11 @@ impl Subject {
         let size = inputs::pixel_size(port, wanted.image_size, &name)?;
         let images = whole.images().unwrap_or(wanted.images);
         let [channels, height, width] = size;
-        let data = inputs::noise(&mut self.random, images * channels * height * width);
+        let data = inputs::noise(&mut self.random, &[images, channels, height, width])?;
         let pixels = Tensor::new([images, channels, height, width], data)?;
-        let count = images * wanted.features;
-        let [before, after] = wanted.text;
-        let tokens = before + count + after;
-        let visual: Vec<bool> = (0..tokens)
-            .map(|i| (before..before + count).contains(&i))
-            .collect();
+        let count = images.saturating_mul(wanted.features);
+        let visual = inputs::places(wanted.text, count)?;
+        let tokens = visual.len();
         let ids = self.ids(&visual);
         let input = WholeInput {
             ids: row(&ids),
@@ -488,7 +482,7 @@ impl Eye {
             let [c, h, w] = inputs::pixel_size(port, wanted.image_size, &name)?;
             let frames = port.dims[1].fixed().unwrap_or(wanted.frames);
             let shape = (wanted.images, frames, c, h, w);
-            let data = inputs::noise(random, wanted.images * frames * c * h * w);
+            let data = inputs::noise(random, &[wanted.images, frames, c, h, w])?;
             let pixels = Array5::from_shape_vec(shape, data);
             let pixels = pixels.map_err(|e| BenchError::Input(e.to_string()))?;
             return Ok(Self::Clips(
@@ -512,7 +506,7 @@ impl Eye {
         };
         let [rows, columns] = inputs::patch_grid(fixed, values, wanted.merge, wanted.image_size)?;
         let images = (0..wanted.images).map(|_| {
-            let data = inputs::noise(random, rows * columns * values);
+            let data = inputs::noise(random, &[rows, columns, values])?;
             let values = Array2::from_shape_vec((rows * columns, values), data);
             Ok(Patches {
                 values: values.map_err(|e| BenchError::Input(e.to_string()))?,

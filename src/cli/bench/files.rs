@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 
 use super::Arguments;
 use crate::arch::{Decoder, Embedding, Kind, Role, VisionTower, cache_heads};
@@ -230,11 +230,21 @@ fn used(parts: &Parts) -> impl Iterator<Item = usize> {
 
 /// The recipe that a model's files are stamped with.
 fn recipe(parts: &Parts) -> anyhow::Result<Option<Recipe>> {
-    let mut stamps = used(parts).filter_map(|p| earlier_recipe(&parts.vlm.parts[p].model));
-    let Some((_, text)) = stamps.next() else {
+    let each = used(parts).map(|p| &parts.vlm.parts[p]);
+    let mut stamps = each.filter_map(|p| Some((p, earlier_recipe(&p.model)?.1)));
+    let Some((part, text)) = stamps.next() else {
         return Ok(None);
     };
-    Ok(Some(Recipe::parse(text)?))
+    if let Some((other, _)) = stamps.find(|(_, other)| *other != text) {
+        bail!(
+            "{} and {} are stamped with different recipes; they are not one model",
+            part.label(),
+            other.label()
+        );
+    }
+    let recipe = Recipe::parse(text);
+    let recipe = recipe.with_context(|| format!("the recipe stamped in {}", part.label()))?;
+    Ok(Some(recipe))
 }
 
 fn tower(parts: &Parts) -> Option<&VisionTower> {
