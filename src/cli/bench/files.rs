@@ -368,14 +368,15 @@ impl Interface {
 
 /// Makes sure that a model may have been made from the base.
 fn one_model(base: &Parts, other: &Parts, path: &Path) -> anyhow::Result<()> {
+    // Decoders first: they say most about a model.
     let kinds = [
+        (base.decoder, other.decoder, Kind::Decoder),
         (
             base.vision.or(base.video),
             other.vision.or(other.video),
             Kind::Vision,
         ),
         (base.embed, other.embed, Kind::Embedding),
-        (base.decoder, other.decoder, Kind::Decoder),
         (base.whole, other.whole, Kind::Whole),
     ];
     let mut common = false;
