@@ -293,6 +293,26 @@ span: {start: 5, count: 81}
     let layers = json!([113, 113, 113, 72, 72, 72, 72, 72]);
     assert_eq!(model["cache"]["tokens_by_layer"], layers);
     assert_eq!(model["cache"]["as_scheduled"], true);
+    // Or of as many visual tokens as are asked for.
+    let told = "version: 1
+passes:
+  - visual_prune: {drops: [{after_layer: 3, keep: 0.5}]}
+marker: input
+";
+    let out = rewrite(&place, &decoder, told, "told");
+    let out = format!("{out}/decoder_model_merged.onnx");
+    let rest = [
+        "--visual-tokens",
+        "20",
+        "--images",
+        "2",
+        "--prompt-tokens",
+        "5",
+    ];
+    let document = bench(&[text(&decoder), &out], &rest);
+    let lengths = |model: usize| &document["models"][model]["cache"]["tokens_by_layer"];
+    assert_eq!(lengths(0), &json!([45; 8]));
+    assert_eq!(lengths(1), &json!([45, 45, 45, 25, 25, 25, 25, 25]));
     // A model in one file.
     let whole = form("vlm-batch-dynamo18-gqa").directory();
     let out = rewrite(&place, &whole, BOTH, "whole");

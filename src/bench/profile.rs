@@ -141,7 +141,7 @@ impl Profile {
         let runs = events.iter().filter(|e| e["name"] == "model_run");
         let mut starts: Vec<f64> = runs.map(|e| micros(e, "ts")).collect();
         starts.sort_by(f64::total_cmp);
-        if starts.is_empty() || starts.len() % turns.max(1) != 0 {
+        if starts.is_empty() || !starts.len().is_multiple_of(turns.max(1)) {
             return None;
         }
         // Where each turn begins; it may be several runs (images one by one).

@@ -110,7 +110,7 @@ impl Models {
                 image_size: size,
                 frames: USUAL_FRAMES,
                 text,
-                features: self.features(recipe.as_ref()),
+                features: self.features(recipe.as_ref(), arguments.visual_tokens),
                 merge: (per.max(1) as f64).sqrt() as usize,
                 vocabulary,
                 placeholder,
@@ -139,21 +139,23 @@ impl Models {
     }
 
     /// Features of an image that the model's encoder gives, or would give.
-    fn features(&self, recipe: Option<&Recipe>) -> usize {
+    fn features(&self, recipe: Option<&Recipe>, stated: Option<usize>) -> usize {
         let base = self.base();
         let tower = tower(base);
         // Where no tower says, what a rewritten model was made for.
         let mut spans = self.recipes.iter().flatten().filter_map(|r| r.context.span);
         let span = spans.next().map(|s| s.count);
+        let usual = stated.unwrap_or(USUAL_FEATURES);
         let all = tower.and_then(VisionTower::features_per_image);
         let left = recipe.filter(|r| !r.placed(&base.vlm)).and_then(|recipe| {
             match tower.filter(|t| t.candidates().is_some()) {
                 Some(tower) => recipe.tokens_left(tower, Placement::Encoder),
-                None => recipe.tokens_left_of(USUAL_FEATURES as i64, false),
+                None => recipe.tokens_left_of(i64::try_from(usual).unwrap_or(i64::MAX), false),
             }
         });
+        let span = span.filter(|_| stated.is_none());
         let count = left.or(all).or(span).and_then(|n| usize::try_from(n).ok());
-        count.unwrap_or(USUAL_FEATURES)
+        count.unwrap_or(usual)
     }
 
     /// Tokens by layer of each model, or why they are not known.

@@ -44,6 +44,9 @@ pub(super) struct Arguments {
     /// Size of an image, as in 1280x720, for models that take any
     #[arg(long, value_name = "WxH", value_parser = image_size)]
     image_size: Option<(usize, usize)>,
+    /// Visual tokens of an image, where no vision encoder gives them [default: 576]
+    #[arg(long, value_name = "N", value_parser = count(1))]
+    visual_tokens: Option<usize>,
     /// Seed of the random pixels and token ids
     #[arg(long, default_value_t = 0, value_name = "N")]
     seed: u64,
