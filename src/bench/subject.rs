@@ -55,7 +55,7 @@ fn seconds(spent: Duration) -> f64 {
 }
 
 /// What takes less than this is run again until it has taken so much, [`AGAIN`] times at most.
-const ENOUGH: f64 = 0.05;
+const ENOUGH: f64 = 0.2;
 /// Repetitions at most.
 const AGAIN: usize = 9;
 
@@ -73,14 +73,11 @@ fn timed<T>(again: usize, mut run: impl FnMut() -> Result<(T, f64)>) -> Result<(
         (last, spent) = (found, spent + time);
         times.push(time);
     }
-    Ok((
-        last,
-        if times.is_empty() {
-            first
-        } else {
-            median(&times)
-        },
-    ))
+    let time = match times.as_slice() {
+        [] => first,
+        warm => median(warm),
+    };
+    Ok((last, time))
 }
 
 impl Subject {
@@ -120,10 +117,9 @@ impl Subject {
         let mut decoder = match &files.decoder {
             // Of two files only that of the prompt is profiled.
             Some(path) => {
-                let part = if files.prompt.is_some() {
-                    "later"
-                } else {
-                    "prefill"
+                let part = match files.prompt {
+                    Some(_) => "later",
+                    None => "prefill",
                 };
                 Some(Decoder::with_heads(open(path, part)?, heads)?)
             }
@@ -554,5 +550,31 @@ impl Eye {
             Self::Images(encoder, _) | Self::Clips(encoder, _) => encoder.session_mut(),
             Self::Patches(vision, _) => vision.session_mut(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs that take these times, in order; how many were done, and what was measured.
+    fn of(again: usize, times: &[f64]) -> (usize, f64) {
+        let mut done = 0;
+        let (last, time) = timed(again, || {
+            done += 1;
+            Ok((done, times[done - 1]))
+        })
+        .unwrap();
+        assert_eq!(last, done);
+        (done, time)
+    }
+
+    #[test]
+    fn what_is_short_is_repeated_and_its_first_run_does_not_count() {
+        assert_eq!(of(9, &[3.0]), (1, 3.0));
+        assert_eq!(of(9, &[0.15, 0.04, 0.02]), (3, 0.03));
+        assert_eq!(of(9, &[0.001; 10]), (10, 0.001));
+        assert_eq!(of(0, &[0.001]), (1, 0.001), "a profile is of single runs");
+        assert!(timed(9, || Err::<((), f64), _>(BenchError::Input("no".into()))).is_err());
     }
 }
