@@ -311,7 +311,7 @@ marker: input
     ];
     let document = bench(&[text(&decoder), &out], &rest);
     let lengths = |model: usize| &document["models"][model]["cache"]["tokens_by_layer"];
-    assert_eq!(lengths(0), &json!([45; 8]));
+    assert_eq!(lengths(0), &json!(vec![45; 8]));
     assert_eq!(lengths(1), &json!([45, 45, 45, 25, 25, 25, 25, 25]));
     // A model in one file.
     let whole = form("vlm-batch-dynamo18-gqa").directory();
