@@ -66,7 +66,7 @@ class Answerer:
     """A trained model with the two stages of a recipe (None: the model as it is), greedy."""
 
     def __init__(self, net, recipe: dict | None, length: int = 3):
-        self.asked = (Clips if to_onnx.is_film(net.state_dict()) else Pictures)(
+        self.asked = (Clips if film.is_film(net.state_dict()) else Pictures)(
             net, parse(recipe) if recipe else (None, None)
         )
         self.length = length

@@ -1,8 +1,7 @@
 """Clips of 8 frames in which something moves and something changes, and questions about them: scene.py's sibling.
 
 A frame is 98 x 98 pixels, 7 x 7 patches. One tile moves from patch to patch, one or two stay; on one of them another
-digit or shape appears half-way. Only a comparison of frames tells where a tile goes, and which frame it is what was
-there first.
+digit or shape appears half-way. What was there at first is on the first frames only, what is there at last on the last.
 """
 
 from dataclasses import dataclass, replace
@@ -14,13 +13,15 @@ from scene import COLOUR_NAMES, DIGITS, LETTERS, PATCH, SHAPES, Tile, pick
 
 FRAMES, GRID = 8, 7
 SIDE = GRID * PATCH
-WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
-STILL = "nowhere"
+WAYS = [(0, -1), (0, 1), (-1, 0), (1, 0)]
 FORMS = {
-    "way": ["Which way does the {} tile move?", "Where does the {} tile go?"],
-    "mover": ["What colour is the tile that moves?", "Which colour has the tile that moves?"],
     "first": ["What is on the {} tile at first?", "What does the {} tile show at first?"],
     "last": ["What is on the {} tile at last?", "What does the {} tile show at last?"],
+    "colour first": [
+        "What colour is the tile with the {} at first?",
+        "Which colour has the tile with the {} at first?",
+    ],
+    "colour last": ["What colour is the tile with the {} at last?", "Which colour has the tile with the {} at last?"],
     "digit": scene.FORMS["digit"],
     "shape": scene.FORMS["shape"],
     "letter": scene.FORMS["letter"],
@@ -31,18 +32,17 @@ FORMS = {
 class Clip:
     """Frames [FRAMES, SIDE, SIDE, 3] uint8 and the tiles as they lie in the first one.
 
-    The first tile moves `way`; on the tile of number `changing` is `after` from some frame on.
+    On the tile of number `changing` is `after` from some frame on.
     """
 
     pixels: np.ndarray
     tiles: list[Tile]
-    way: str
     changing: int
     after: str
 
-    def last(self, index: int) -> str:
-        """What is on a tile in the last frame."""
-        return self.after if index == self.changing else self.tiles[index].content
+    def contents(self, last: bool) -> list[str]:
+        """What is on each tile in the first frame, or in the last one."""
+        return [self.after if last and i == self.changing else t.content for i, t in enumerate(self.tiles)]
 
 
 def clip(rng: np.random.Generator, split: str) -> Clip:
@@ -52,9 +52,9 @@ def clip(rng: np.random.Generator, split: str) -> Clip:
     levels = rng.integers(90, 190) + (np.arange(7) - 3)[:, None] * rng.uniform(1, 7) + rng.integers(-10, 11, 3)
     ground = np.round(levels).astype(np.float32)[texture[top : top + SIDE, left : left + SIDE]]
 
-    way = pick(rng, list(WAYS))
+    way = pick(rng, WAYS)
     span = int(rng.integers(2, 5))
-    dy, dx = (d * span for d in WAYS[way])
+    dy, dx = (d * span for d in way)
     row = int(rng.integers(max(0, -dy), GRID - 2 - max(0, dy)))
     column = int(rng.integers(max(0, -dx), GRID - 2 - max(0, dx)))
     colours = rng.permutation(len(COLOUR_NAMES))
@@ -97,11 +97,11 @@ def clip(rng: np.random.Generator, split: str) -> Clip:
         pixels = ground.copy()
         moved = round(span * number / (FRAMES - 1))
         for index, one in enumerate(tiles):
-            y, x = (moved * d for d in WAYS[way]) if index == 0 else (0, 0)
+            y, x = (moved * d for d in way) if index == 0 else (0, 0)
             stamp = changed if index == changing and number >= since else stamps[index]
             stamp(pixels, one.top + y, one.left + x)
         frames[number] = np.clip(np.round(pixels), 0, 255)
-    return Clip(frames, tiles, way, changing, after)
+    return Clip(frames, tiles, changing, after)
 
 
 def ask(rng: np.random.Generator, made: Clip, count: int) -> list[tuple[str, str, str]]:
@@ -124,21 +124,19 @@ def ask(rng: np.random.Generator, made: Clip, count: int) -> list[tuple[str, str
 def question(rng: np.random.Generator, made: Clip, kind: str) -> tuple[str, str, str] | None:
     """A question of a type, or None if nothing of this type can be asked about the clip."""
     numbers = list(range(len(made.tiles)))
+    shown = made.contents("last" in kind)
     if kind in ("digit", "shape"):  # of a tile on which nothing changes
-        numbers = [i for i in numbers if i != made.changing and (made.tiles[i].content in DIGITS) == (kind == "digit")]
+        numbers = [i for i in numbers if i != made.changing and (shown[i] in DIGITS) == (kind == "digit")]
+    elif "colour" in kind:
+        numbers = [i for i in numbers if shown.count(shown[i]) == 1]
     if not numbers:
         return None
     index = pick(rng, numbers)
-    if kind == "way" and rng.random() < 0.5 or kind == "mover":
-        index = 0
-    elif kind in ("first", "last") and rng.random() < 0.5:
+    if kind != "letter" and made.changing in numbers and rng.random() < 0.5:
         index = made.changing
-    tile = made.tiles[index]
-    name = COLOUR_NAMES[tile.colour]
-    answers = {
-        "way": made.way if index == 0 else STILL,
-        "mover": name,
-        "last": made.last(index),
-        "letter": tile.letter,
-    }
-    return kind, pick(rng, FORMS[kind]).format(name), answers.get(kind, tile.content)
+    tile, name = made.tiles[index], COLOUR_NAMES[made.tiles[index].colour]
+    form = pick(rng, FORMS[kind])
+    if "colour" in kind:
+        what = shown[index]
+        return kind, form.format(f"digit {what}" if what in DIGITS else what), name
+    return kind, form.format(name), tile.letter if kind == "letter" else shown[index]

@@ -1,6 +1,7 @@
 """The video sibling: Video-LLaVA's architecture, its towers and the start of its decoder from the trained model.
 
     python models/vqa/film.py --start work/llava.pt --out work/film.pt [--steps N]
+    python models/vqa/film.py --start work/film.pt --out work/more.pt [--steps N]
 
 Both towers are the trained one with the positions of its top left 7 x 7 patches, and stay as they are; projector and
 decoder learn questions about clips. As Transformers' class has it, a clip of 8 frames is 8 x 50 tokens, CLS of each
@@ -34,9 +35,7 @@ import network  # noqa: E402
 def tokenizer():
     """The trained model's words, a clip's placeholder and the words of questions about clips."""
     lines = [form.format(c) for forms in clip.FORMS.values() for form in forms for c in scene.COLOURS for _ in range(6)]
-    ways = (*clip.WAYS, clip.STILL)
-    lines += words.corpus() + [f" {word}" for word in ways for _ in range(9)]
-    return words.tokenizer(lines, (*words.ANSWERS, *ways), (network.VIDEO_TOKEN,))
+    return words.tokenizer(words.corpus() + lines, (network.VIDEO_TOKEN,))
 
 
 def size(layers: int) -> network.Size:
@@ -58,11 +57,15 @@ def empty(layers: int, vocabulary: int) -> VideoLlavaForConditionalGeneration:
 
 
 def video_llava(start: Path, tok) -> VideoLlavaForConditionalGeneration:
-    """What the trained model knows, under Video-LLaVA's names; of words that both have, the rows."""
+    """A model of this file, or what the trained model knows under Video-LLaVA's names; of words that both have, the
+    rows."""
     saved = torch.load(start)
     old = words.tokenizer()
     net = empty(saved["layers"], tok.get_vocab_size())
     state, mine = saved["state"], net.state_dict()
+    if state.keys() == mine.keys():
+        net.load_state_dict(state)
+        return net
     grid = torch.arange(scene.GRID**2).view(scene.GRID, scene.GRID)[: clip.GRID, : clip.GRID].flatten()
     places = torch.cat([torch.zeros(1, dtype=torch.long), grid + 1])
     pairs = [(i, old.token_to_id(t)) for t, i in tok.get_vocab().items() if old.token_to_id(t) is not None]
@@ -77,6 +80,11 @@ def video_llava(start: Path, tok) -> VideoLlavaForConditionalGeneration:
             mine[name] = source
     net.load_state_dict(mine)
     return net
+
+
+def is_film(state: dict[str, torch.Tensor]) -> bool:
+    """Whether weights are those of a model for clips."""
+    return any("video_tower" in name for name in state)
 
 
 class Asked(IterableDataset):

@@ -30,15 +30,11 @@ import tokens  # noqa: E402
 def trained(path: Path, attention: str = "sdpa"):
     """The model in a file of decoder.py or film.py, its weights rounded to half precision and kept in single."""
     saved = torch.load(path)
-    make = film.empty if is_film(saved["state"]) else model.llava
+    make = film.empty if film.is_film(saved["state"]) else model.llava
     net = make(saved["layers"], saved["state"]["lm_head.weight"].shape[0])
     net.load_state_dict({k: v.half().float() if v.is_floating_point() else v for k, v in saved["state"].items()})
     net.set_attn_implementation(attention)
     return net.eval().requires_grad_(False)
-
-
-def is_film(state: dict[str, torch.Tensor]) -> bool:
-    return any("video_tower" in name for name in state)
 
 
 def halved(path: Path) -> None:
@@ -58,7 +54,7 @@ def main() -> int:
     tokens.VOCAB = net.config.text_config.vocab_size
     shutil.rmtree(args.out, ignore_errors=True)
     (args.out / "onnx").mkdir(parents=True)
-    if is_film(net.state_dict()):
+    if film.is_film(net.state_dict()):
         size, form, compare = film.size(layers), export_video.FORMS["ts-sdpa"], export_video.compare
         export_video.configs(net, args.out, size, film.tokenizer())
         parts = export_video.parts(net, form, size)[1:]

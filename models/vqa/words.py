@@ -26,12 +26,10 @@ def corpus() -> list[str]:
     return lines + ["USER: \n ASSISTANT:"] * 9
 
 
-def tokenizer(
-    lines: list[str] | None = None, answers: tuple[str, ...] = ANSWERS, extra: tuple[str, ...] = ()
-) -> Tokenizer:
-    """Of the pictures' questions, or of `lines`; every one of `answers` is one token, `extra` are special ones."""
+def tokenizer(lines: list[str] | None = None, extra: tuple[str, ...] = ()) -> Tokenizer:
+    """Of the pictures' questions, or of `lines`; every answer is one token, `extra` are special ones."""
     tok = tokens.train(lines or corpus(), VOCAB, extra)
-    for word in answers:
+    for word in ANSWERS:
         if len(tok.encode(f" {word}", add_special_tokens=False).ids) != 1:
             raise RuntimeError(f"expected one token for '{word}'; raise VOCAB")
     return tok
