@@ -188,6 +188,18 @@ fn what_cannot_be_searched_is_refused() {
             "no such directory",
         ),
         (
+            vec![
+                text(&model),
+                "--budget",
+                "30",
+                "--calibrate",
+                &set,
+                "--method",
+                "visionzip",
+            ],
+            "with --method visionzip there is nothing to search",
+        ),
+        (
             vec![text(&model), "--budget", "30", "--candidates", "4"],
             "--calibrate",
         ),

@@ -1,4 +1,4 @@
-//! The trained model: how much accuracy the recipes made for it keep, and that ONNX Runtime answers what the PyTorch
+//! The trained models: how much accuracy the recipes made for them keep, and that ONNX Runtime answers what the PyTorch
 //! implementation of the method answers.
 
 mod commands;
@@ -8,12 +8,32 @@ use std::path::Path;
 
 use commands::{BOTH, Place, duet, runtime, source, text};
 
-const MODEL: &str = "models/vqa/llava";
-const TEST: &str = "models/vqa/test";
-/// Recipes, and the least share of accuracy that they keep of these questions.
-const RECIPES: [(&str, f64); 3] = [("tiles-65", 0.96), ("tiles-43", 0.94), ("tiles-21", 0.92)];
-/// Questions: a slice of the test set, whole pictures.
-const QUESTIONS: &str = "240";
+/// A trained model, its questions (a slice of the test set, whole pictures or clips) and, of each recipe made for it, the
+/// least share of accuracy that it keeps and the visual tokens of a layer.
+struct Trained {
+    model: &'static str,
+    test: &'static str,
+    questions: &'static str,
+    recipes: &'static [(&'static str, f64, f64)],
+}
+
+const PICTURES: Trained = Trained {
+    model: "llava",
+    test: "models/vqa/test",
+    questions: "240",
+    recipes: &[
+        ("tiles-65", 0.96, 65.0),
+        ("tiles-43", 0.94, 43.25),
+        ("tiles-21", 0.92, 21.25),
+    ],
+};
+
+const CLIPS: Trained = Trained {
+    model: "film",
+    test: "models/vqa/test-clips",
+    questions: "120",
+    recipes: &[("clips-188", 0.98, 188.0), ("clips-26", 0.75, 26.0)],
+};
 
 fn value(row: &serde_json::Value, what: &str) -> f64 {
     row["all"][what]["value"].as_f64().expect("a number")
@@ -21,10 +41,20 @@ fn value(row: &serde_json::Value, what: &str) -> f64 {
 
 #[test]
 fn most_of_the_accuracy_is_kept_on_few_tokens() {
+    keeps(&PICTURES);
+}
+
+#[test]
+fn most_of_the_accuracy_is_kept_on_few_tokens_of_clips() {
+    keeps(&CLIPS);
+}
+
+#[track_caller]
+fn keeps(trained: &Trained) {
     runtime();
     let place = Place::new(BOTH);
-    let base = source(MODEL);
-    let rewritten = RECIPES.map(|(recipe, _)| {
+    let base = source("models/vqa").join(trained.model);
+    let rewritten = trained.recipes.iter().map(|(recipe, ..)| {
         let out = place.path(recipe);
         let ran = duet(&[
             "rewrite",
@@ -37,14 +67,15 @@ fn most_of_the_accuracy_is_kept_on_few_tokens() {
         assert_eq!(ran.code, 0, "{}", ran.stderr);
         out
     });
-    let (test, out) = (source(TEST), place.path("out"));
+    let rewritten: Vec<_> = rewritten.collect();
+    let (test, out) = (source(trained.test), place.path("out"));
     let mut all = vec!["eval", text(&base)];
     all.extend(rewritten.iter().map(|p| text(p)));
     all.extend([
         "--dataset",
         text(&test),
         "--limit",
-        QUESTIONS,
+        trained.questions,
         "--out",
         text(&out),
     ]);
@@ -56,15 +87,10 @@ fn most_of_the_accuracy_is_kept_on_few_tokens() {
         first >= 0.95,
         "the unmodified model knows its task: {first}"
     );
-    for (row, (recipe, least)) in rows[1..].iter().zip(RECIPES) {
+    for (row, (recipe, least, stated)) in rows[1..].iter().zip(trained.recipes) {
         let kept = value(row, "kept");
-        assert!(kept >= least, "{recipe}: {kept}");
+        assert!(kept >= *least, "{recipe}: {kept}");
         let tokens = row["visual_tokens"]["by_layer_average"].as_f64();
-        let stated: f64 = match recipe {
-            "tiles-65" => 65.0,
-            "tiles-43" => 43.25,
-            _ => 21.25,
-        };
         assert!(
             (tokens.expect("measured") - stated).abs() < 1e-9,
             "{recipe}: {tokens:?}"
@@ -72,10 +98,10 @@ fn most_of_the_accuracy_is_kept_on_few_tokens() {
     }
 
     // What the PyTorch implementation answers, question by question.
-    for name in ["llava", "tiles-65", "tiles-43", "tiles-21"] {
+    for name in std::iter::once(trained.model).chain(trained.recipes.iter().map(|r| r.0)) {
         let torch = answers(&source("models/vqa/answers").join(format!("torch-{name}.jsonl")));
         let ours = answers(&out.join(format!("{name}.jsonl")));
-        assert_eq!(ours.len().to_string(), QUESTIONS);
+        assert_eq!(ours.len().to_string(), trained.questions);
         for (id, answer) in ours {
             assert_eq!(
                 torch.get(&id),

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
@@ -137,7 +138,7 @@ def parts(net, form: Form, size: Size) -> list[llava.Part]:
     return [*encoders, *llava.language_parts(net, size)]
 
 
-def configs(net, folder: Path, size: Size) -> None:
+def configs(net, folder: Path, size: Size, tok: Tokenizer) -> None:
     """The JSON files around the graphs, as Transformers' VideoLlavaProcessor saves them."""
     config = json.loads(net.config.to_json_string(use_diff=False))
     config.pop("_name_or_path", None)
@@ -173,7 +174,7 @@ def configs(net, folder: Path, size: Size) -> None:
         },
         folder / "processor_config.json",
     )
-    tokens.save(folder, network.tokenizer(), "VideoLlavaProcessor", {"video_token": network.VIDEO_TOKEN}, TEMPLATE)
+    tokens.save(folder, tok, "VideoLlavaProcessor", {"video_token": network.VIDEO_TOKEN}, TEMPLATE)
 
 
 # Images first, then clips, then text.
@@ -199,22 +200,28 @@ class Files:
 
 
 def compare(folder: Path, net, size: Size) -> dict[str, float]:
-    """Largest absolute differences from PyTorch: an image and a clip in one prompt, then one token."""
+    """Largest absolute differences from PyTorch: an image, if there is an encoder for images, and a clip in one
+    prompt."""
     files, rng = Files(folder), np.random.default_rng(3)
     image = rng.standard_normal((1, 3, size.image, size.image)).astype(np.float32)
     clips = rng.standard_normal((2, 4, 3, size.image, size.image)).astype(np.float32)
     result = {}
+    features = None
     if (folder / "onnx" / "video_encoder.onnx").exists():
-        features = files.run("vision_encoder", {"pixel_values_images": image})[0]
         video = files.run("video_encoder", {"pixel_values_videos": clips})[0]
+        if (folder / "onnx" / "vision_encoder.onnx").exists():
+            features = files.run("vision_encoder", {"pixel_values_images": image})[0]
     else:
         given = {"pixel_values_images": image, "pixel_values_videos": clips}
         features, video = files.run("vision_encoder", given)
     video = video.reshape(2, -1, size.width)
-    rows = [tokens.BOS, 20, *[tokens.IMAGE] * features.shape[1], 30, *[VIDEO] * video.shape[1], 40, 41, 42]
+    images = 0 if features is None else features.shape[1]
+    rows = [tokens.BOS, 20, *[tokens.IMAGE] * images, 30, *[VIDEO] * video.shape[1], 40, 41, 42]
     ids = np.array([rows], np.int64)
     embeds = files.run("embed_tokens", {"input_ids": ids})[0]
-    embeds[ids == tokens.IMAGE], embeds[ids == VIDEO] = features[0], video[0]
+    embeds[ids == VIDEO] = video[0]
+    if features is not None:
+        embeds[ids == tokens.IMAGE] = features[0]
     mask = np.ones_like(ids)
     heads = (1, size.kv_heads, 0, size.width // size.heads)
     past = {n: np.zeros(heads, np.float32) for n in llava.cache_names("past_key_values", size.layers)}
@@ -224,7 +231,10 @@ def compare(folder: Path, net, size: Size) -> dict[str, float]:
     with torch.no_grad():
         both = net.model.get_video_features(torch.from_numpy(clips), vision_feature_layer=-2).pooler_output.numpy()
         want = net(
-            input_ids=given[0], pixel_values=given[1], pixel_values_videos=given[2], past_key_values=DynamicCache()
+            input_ids=given[0],
+            pixel_values=None if features is None else given[1],
+            pixel_values_videos=given[2],
+            past_key_values=DynamicCache(),
         )
         result["clips"] = float(np.abs(video - both.reshape(video.shape)).max())
         result["logits"] = float(np.abs(logits - want.logits.numpy()).max())
@@ -249,7 +259,7 @@ def main() -> int:
         net = network.model(form.attention, size)
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "onnx").mkdir(parents=True)
-        configs(net, folder, size)
+        configs(net, folder, size, network.tokenizer())
         for part in parts(net, form, size):
             llava.export(part, form, folder / "onnx")
         for what, difference in compare(folder, network.model("eager", size), size).items():

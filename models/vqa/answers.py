@@ -1,6 +1,7 @@
 """Answers a data set with the PyTorch implementation of the method, question by question.
 
     python models/vqa/answers.py --model work/llava.pt --dataset models/vqa/test [--recipe FILE] --out answers.jsonl
+    python models/vqa/answers.py --model work/film.pt --dataset models/vqa/test-clips …
 
 A line of the result is {"id": ..., "answer": ...}: `duet eval --answers` compares it with what ONNX Runtime answers.
 """
@@ -13,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageSequence
 
+import film
 import to_onnx
 import tower
 import words
@@ -24,36 +26,72 @@ from reference import tower as reference_tower  # noqa: E402, F401
 from reference.llava import Llava  # noqa: E402
 from reference.merge import merge  # noqa: E402, F401
 from reference.recipe import parse  # noqa: E402
+from reference.video_llava import VideoLlava  # noqa: E402
+
+
+class Pictures:
+    """A trained LLaVA with the two stages of a recipe (None: that stage is absent)."""
+
+    key, token = "image", words.IMAGE
+
+    def __init__(self, net, stages: tuple):
+        self.model, self.texts = Llava(net, *stages), words.Texts()
+
+    def features(self, path: Path) -> torch.Tensor:
+        pixels = torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy())[None]
+        return self.model.image_features(tower.normalised(pixels))[0]
+
+    def call(self, ids, mask, positions, features, past):
+        return self.model.call(ids, mask, positions, features, past)
+
+
+class Clips:
+    """A trained Video-LLaVA with the two stages of a recipe."""
+
+    key, token = "video", film.network.VIDEO
+
+    def __init__(self, net, stages: tuple):
+        self.model, self.texts = VideoLlava(net, *stages), words.Texts(film.tokenizer())
+
+    def features(self, path: Path) -> torch.Tensor:
+        with Image.open(path) as read:
+            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(read)]
+        return self.model.video_features(tower.normalised(torch.from_numpy(np.stack(frames)))[None])[0]
+
+    def call(self, ids, mask, positions, features, past):
+        return self.model.call(ids, mask, positions, None, features, past)
 
 
 class Answerer:
     """A trained model with the two stages of a recipe (None: the model as it is), greedy."""
 
     def __init__(self, net, recipe: dict | None, length: int = 3):
-        self.llava = Llava(net, *(parse(recipe) if recipe else (None, None)))
-        self.texts, self.length = words.Texts(), length
+        self.asked = (Clips if film.is_film(net.state_dict()) else Pictures)(
+            net, parse(recipe) if recipe else (None, None)
+        )
+        self.length = length
 
     @torch.no_grad()
-    def features(self, picture: Path) -> torch.Tensor:
-        pixels = torch.from_numpy(np.asarray(Image.open(picture).convert("RGB")).copy())[None]
-        return self.llava.image_features(tower.normalised(pixels))[0]
+    def features(self, path: Path) -> torch.Tensor:
+        return self.asked.features(path)
 
     @torch.no_grad()
     def answer(self, features: torch.Tensor, question: str) -> str:
-        ids = [*self.texts.prefix, *[words.IMAGE] * features.shape[1], *self.texts.question(question)]
+        texts = self.asked.texts
+        ids = [*texts.prefix, *[self.asked.token] * features.shape[1], *texts.question(question)]
         past, said, place = None, [], 0
         mask = torch.ones(1, 0, dtype=torch.long)
         while True:
             mask = torch.cat([mask, torch.ones(1, len(ids), dtype=torch.long)], 1)
             positions = torch.arange(place, place + len(ids))[None]
-            out = self.llava.call(torch.tensor([ids]), mask, positions, None if past else features, past)
+            out = self.asked.call(torch.tensor([ids]), mask, positions, None if past else features, past)
             past, place = out.cache, place + len(ids)
             token = int(out.logits[0].argmax())
             if token == words.EOS or len(said) == self.length:
                 break
             said.append(token)
             ids = [token]
-        return self.texts.tok.decode(said).strip()
+        return texts.tok.decode(said).strip()
 
 
 def main() -> None:
@@ -71,8 +109,9 @@ def main() -> None:
     lines, last, right = [], None, []
     for text in (args.dataset / "questions.jsonl").read_text().splitlines()[: args.limit]:
         asked = json.loads(text)
-        if asked["image"] != last:
-            last, features = asked["image"], answerer.features(args.dataset / asked["image"])
+        seen = asked[answerer.asked.key]
+        if seen != last:
+            last, features = seen, answerer.features(args.dataset / seen)
         answer = answerer.answer(features, asked["question"])
         right.append(answer == asked["answer"])
         lines.append(json.dumps({"id": asked["id"], "answer": answer}))

@@ -37,7 +37,7 @@ class Asked(IterableDataset):
             made = [scene.scene(rng, self.split) for _ in range(self.batch)]
             asked = [scene.ask(rng, m, self.questions) for m in made]
             pixels = torch.from_numpy(np.stack([m.pixels for m in made]))
-            yield model.seen(net, pixels)[:, 1:], asked
+            yield model.seen(net.model.vision_tower, pixels)[:, 1:], asked
 
 
 @torch.no_grad()

@@ -77,9 +77,8 @@ def grow(net: LlavaForConditionalGeneration, layers: int) -> LlavaForConditional
 
 
 @torch.no_grad()
-def seen(net: LlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, H, W, 3] -> what the projector reads, CLS first: [B, 1 + N, D]."""
-    vision = net.model.vision_tower
+def seen(vision: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> what the projector reads of a tower, CLS first: [B, 1 + N, D]."""
     states = vision.pre_layrnorm(vision.embeddings(tower.normalised(pixels)))
     for layer in vision.encoder.layers[: tower.LIVE]:
         states = layer(states, attention_mask=None)

@@ -1,6 +1,7 @@
 """Fine-tunes a trained model with both stages of a recipe active: the "trained" column.
 
     python models/vqa/tune.py --start work/llava.pt --recipe passes/NAME.yaml --out work/llava-duet.pt
+    python models/vqa/tune.py --start work/film.pt …
 
 The token merge runs behind the frozen tower; projector and decoder learn on its tokens, and the decoder drops visual
 tokens at the recipe's layers by what the question asks. Gradients go through the tokens that are kept. The model is
@@ -11,6 +12,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+import clip
+import film
 import model
 import optimise
 import scene
@@ -30,7 +34,7 @@ from reference.order import Margins
 
 
 class Merged(IterableDataset):
-    """Endless batches of merged tokens [pictures, tokens, D] as the projector reads them, and questions."""
+    """Endless batches of merged tokens [pictures or clips, tokens, D] as the projector reads them, and questions."""
 
     def __init__(self, start: Path, merging, seed: int, batch: int, questions: int, split: str):
         self.start, self.merging = start, merging
@@ -40,21 +44,28 @@ class Merged(IterableDataset):
     def __iter__(self):
         torch.set_num_threads(1)
         net = loaded(self.start)
+        moving = film.is_film(net.state_dict())
+        draw, ask = (clip.clip, clip.ask) if moving else (scene.scene, scene.ask)
+        if moving:
+            net = SimpleNamespace(model=SimpleNamespace(vision_tower=net.model.video_tower), config=net.config)
         rng = np.random.default_rng(self.seed)
         while True:
-            made = [scene.scene(rng, self.split) for _ in range(self.batch)]
-            asked = [scene.ask(rng, m, self.questions) for m in made]
-            out = reference_tower.run(net, tower.normalised(torch.from_numpy(np.stack([m.pixels for m in made]))))
+            made = [draw(rng, self.split) for _ in range(self.batch)]
+            asked = [ask(rng, m, self.questions) for m in made]
+            pixels = torch.from_numpy(np.stack([m.pixels for m in made])).view(-1, *made[0].pixels.shape[-3:])
+            out = reference_tower.run(net, tower.normalised(pixels))
             if self.merging is None:
-                yield out.hidden[:, 1:].clone(), asked
-                continue
-            merged = [merge(*one, self.merging, Margins()).hidden for one in zip(out.hidden, out.probs, out.metric)]
-            yield torch.stack(merged), asked
+                tokens = out.hidden[:, int(not moving) :]
+            else:
+                images = zip(out.hidden, out.probs, out.metric)
+                tokens = torch.stack([merge(*one, self.merging, Margins()).hidden for one in images])
+            yield tokens.reshape(self.batch, -1, tokens.shape[-1]), asked
 
 
 def loaded(path: Path):
     saved = torch.load(path)
-    net = model.llava(saved["layers"], saved["state"]["lm_head.weight"].shape[0])
+    make = film.empty if film.is_film(saved["state"]) else model.llava
+    net = make(saved["layers"], saved["state"]["lm_head.weight"].shape[0])
     net.load_state_dict(saved["state"])
     return net
 
@@ -154,8 +165,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     merging, pruning = parse(yaml.safe_load(args.recipe.read_text()))
     net = loaded(args.start)
-    net.model.vision_tower.requires_grad_(False)
-    pruned = Pruned(net, words.Texts(), dict(pruning.drops) if pruning else {})
+    moving = film.is_film(net.state_dict())
+    for vision in (net.model.image_tower, net.model.video_tower) if moving else (net.model.vision_tower,):
+        vision.requires_grad_(False)
+    texts = words.Texts(film.tokenizer() if moving else None)
+    pruned = Pruned(net, texts, dict(pruning.drops) if pruning else {})
 
     def batches(seed: int, split: str, batch: int, questions: int):
         data = Merged(args.start, merging, seed, batch, questions, split)

@@ -26,8 +26,9 @@ def corpus() -> list[str]:
     return lines + ["USER: \n ASSISTANT:"] * 9
 
 
-def tokenizer() -> Tokenizer:
-    tok = tokens.train(corpus(), VOCAB)
+def tokenizer(lines: list[str] | None = None, extra: tuple[str, ...] = ()) -> Tokenizer:
+    """Of the pictures' questions, or of `lines`; every answer is one token, `extra` are special ones."""
+    tok = tokens.train(lines or corpus(), VOCAB, extra)
     for word in ANSWERS:
         if len(tok.encode(f" {word}", add_special_tokens=False).ids) != 1:
             raise RuntimeError(f"expected one token for '{word}'; raise VOCAB")
@@ -37,10 +38,10 @@ def tokenizer() -> Tokenizer:
 class Texts:
     """Questions and answers as token ids."""
 
-    def __init__(self):
-        self.tok = tokenizer()
+    def __init__(self, tok: Tokenizer | None = None):
+        self.tok = tok or tokenizer()
         self.known: dict[str, list[int]] = {}
-        self.prefix = self.tok.encode("USER: ").ids  # with <s>; the image's placeholders follow
+        self.prefix = self.tok.encode("USER: ").ids  # with <s>; the placeholders follow
 
     def ids(self, text: str) -> list[int]:
         if text not in self.known:

@@ -27,6 +27,8 @@ pub(super) const RECIPES: &[(&str, &str)] = recipes![
     "tiles-65",
     "tiles-43",
     "tiles-21",
+    "clips-188",
+    "clips-26",
     "llava-1.5-192",
     "llava-1.5-128",
     "llava-1.5-64",
