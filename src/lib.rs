@@ -13,6 +13,7 @@ pub mod arch;
 pub mod cli;
 pub mod diff;
 pub mod eval;
+pub mod explain;
 pub mod ir;
 pub mod onnx;
 pub mod passes;

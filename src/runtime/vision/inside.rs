@@ -14,12 +14,17 @@ pub struct Inside {
 }
 
 impl Inside {
-    /// Of each of `images` images that a run gave `outputs` for; `features` is the name of the output that holds these.
+    /// Of each of `images` images that a run gave `outputs` for, of which `features` is the name of those.
     pub(in crate::runtime) fn of(outputs: Outputs, features: &str, images: usize) -> Vec<Self> {
         let mut outputs = outputs.into_vec();
         outputs.retain(|(name, _)| name != features);
+        Self::of_run(&outputs, images)
+    }
+
+    /// Of each of the `images` images of a run that gave these outputs.
+    pub fn of_run(outputs: &[(String, Value)], images: usize) -> Vec<Self> {
         let of = |image| Self {
-            outputs: outputs.clone(),
+            outputs: outputs.to_vec(),
             image,
             images,
         };
