@@ -448,6 +448,16 @@ fn runs_as(part: &Part) -> Kind {
 
 /// Finds the files of a variant (or of the suffix of an earlier `--beside`).
 pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(ModelDir, Runnable)> {
+    let (dir, vlm, wanted) = everything_and_variant(path, name)?;
+    let runnable = files_of(path, &dir, &vlm, &wanted)?;
+    Ok((dir, runnable))
+}
+
+/// Everything at a path, and the variant that is meant by `name`, or by none.
+pub(super) fn everything_and_variant(
+    path: &Path,
+    name: Option<&str>,
+) -> anyhow::Result<(ModelDir, Vlm, String)> {
     let (dir, vlm) = everything(path)?;
     let wanted = match name {
         Some(name) => variant(&vlm, name, path)?,
@@ -467,7 +477,17 @@ pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(Model
             }
         }
     };
-    let set = vlm.set(&wanted);
+    Ok((dir, vlm, wanted))
+}
+
+/// The files of a variant that answer a question.
+pub(super) fn files_of(
+    path: &Path,
+    dir: &ModelDir,
+    vlm: &Vlm,
+    wanted: &str,
+) -> anyhow::Result<Runnable> {
+    let set = vlm.set(wanted);
     let file = |index: usize| dir.root.join(&vlm.parts[index].file);
     let find = |kind: Kind| {
         let all = vlm.parts.iter().enumerate();
@@ -479,8 +499,7 @@ pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(Model
         Some(_) => set.whole,
     };
     if let Some(whole) = whole {
-        let file = file(whole);
-        return Ok((dir, Runnable::Whole(file)));
+        return Ok(Runnable::Whole(file(whole)));
     }
     let pick = |kind: Kind, what: &str| -> anyhow::Result<usize> {
         find(kind).ok_or_else(|| {
@@ -517,7 +536,7 @@ pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(Model
         prompt: prompt.filter(|p| *p != file(decoder)),
         decoder: file(decoder),
     };
-    Ok((dir, Runnable::Trio(trio)))
+    Ok(Runnable::Trio(trio))
 }
 
 /// What the runtime is told of a cache's heads.

@@ -2,13 +2,13 @@
 
 use std::ops::{ControlFlow, Range};
 
+use super::ExplainError;
 use super::error::wrong;
 use super::places::{
     Choice, Cluster, Drop, Explanation, Kept, Order, Spot, Token, TokenKind, Unit, Visual, grid_of,
     stages,
 };
 use super::values::{Values, decoder_scopes, kept_name};
-use super::ExplainError;
 use crate::passes::Recipe;
 use crate::runtime::{
     Clip, GenerateOptions, Generation, Inside, Message, Pixels, RuntimeError, Seen, Slot, Value,
@@ -90,14 +90,15 @@ pub fn explain(
         } else if let Some((image, seen)) = images.next() {
             collected.image(pipeline, look, image, seen)?;
         } else {
-            return wrong("the prompt has more image tokens than its images and clips have features");
+            return wrong(
+                "the prompt has more image tokens than its images and clips have features",
+            );
         }
         if collected.tokens.len() == before {
             return wrong("an image or a clip has no tokens");
         }
     }
-    let answer =
-        pipeline.generate(&prepared, None, options, &mut |_| ControlFlow::Continue(()))?;
+    let answer = pipeline.generate(&prepared, None, options, &mut |_| ControlFlow::Continue(()))?;
     let depth = match answer.cache_lengths.len() {
         0 => look.depth,
         n => Some(n),
@@ -209,14 +210,13 @@ impl Collected {
         clip: bool,
     ) -> Result<()> {
         let count = pixels.len();
-        let (units, choices, tokens) =
-            (self.units.len(), self.choices.len(), self.tokens.len());
+        let (units, choices, tokens) = (self.units.len(), self.choices.len(), self.tokens.len());
         let rows = match &slots {
             Some(slots) => {
                 let base = |s: &&Slot| matches!(s, Slot::Token(place) if place.crop == 0);
                 slots.iter().filter(base).count()
             }
-            None if count == 0 || encoder.rows % count != 0 => {
+            None if count == 0 || !encoder.rows.is_multiple_of(count) => {
                 return wrong(format!(
                     "the encoder gives {} tokens for {count} pictures",
                     encoder.rows
@@ -302,7 +302,8 @@ impl Collected {
             kept: encoder.kept(inside, 0, false)?,
         };
         // Of no contextual token the graph names one that it leaves out.
-        if let (Some(kept), Some(places)) = (&mut choice.kept, encoder.row(inside, "kept_indices", 0)?)
+        if let (Some(kept), Some(places)) =
+            (&mut choice.kept, encoder.row(inside, "kept_indices", 0)?)
         {
             kept.dominant.sort_unstable();
             kept.contextual.retain(|c| {
@@ -362,14 +363,11 @@ fn slotted(slot: &Slot, crops: &[Vec<Token>]) -> Result<Token> {
             across,
         } => {
             let [v, h] = [*down, *across];
-            let weights = [
-                (1.0 - v) * (1.0 - h),
-                (1.0 - v) * h,
-                v * (1.0 - h),
-                v * h,
-            ];
+            let weights = [(1.0 - v) * (1.0 - h), (1.0 - v) * h, v * (1.0 - h), v * h];
             let read = corners.iter().zip(weights).filter(|(_, w)| *w > 0.0);
-            let read = read.map(|(place, _)| at(place)).collect::<Result<Vec<_>>>()?;
+            let read = read
+                .map(|(place, _)| at(place))
+                .collect::<Result<Vec<_>>>()?;
             let mut spots: Vec<Spot> = read.iter().flat_map(|t| t.at.clone()).collect();
             spots.sort_unstable();
             spots.dedup();
@@ -413,8 +411,9 @@ impl Encoder<'_> {
         let stated = self.values.all(inside);
         let (height, width) = (pixels.height(), pixels.width());
         // Among features or rows of the tower there may be CLS in front: patches are a grid.
-        let with_cls = |n: usize| n > 1 && grid_of(n, height, width).is_none()
-            && grid_of(n - 1, height, width).is_some();
+        let with_cls = |n: usize| {
+            n > 1 && grid_of(n, height, width).is_none() && grid_of(n - 1, height, width).is_some()
+        };
         let merges = self.values.pass() == Some("token_merge");
         let all = stated.unwrap_or(rows);
         let cls = !merges && with_cls(all);
@@ -496,7 +495,9 @@ impl Encoder<'_> {
         let mut clusters = vec![Vec::new(); anchors.len()];
         for (member, anchor) in members.into_iter().zip(of) {
             // −1: an anchor itself.
-            let own = usize::try_from(anchor).ok().and_then(|a| clusters.get_mut(a));
+            let own = usize::try_from(anchor)
+                .ok()
+                .and_then(|a| clusters.get_mut(a));
             if let Some(own) = own {
                 own.push(member);
             }
@@ -528,7 +529,9 @@ fn finish(
             .into_iter()
             .find_map(|scope| kept(&answer.extra, &kept_name(scope, 0)));
         let Some(kept) = left else {
-            return wrong("the decoder does not say which discarded features it drops behind layer 1");
+            return wrong(
+                "the decoder does not say which discarded features it drops behind layer 1",
+            );
         };
         drops.push(Drop {
             pass: encoder.unwrap_or_default(),
@@ -540,7 +543,9 @@ fn finish(
         for (i, drop) in pruning.prune.drops.iter().enumerate() {
             let name = kept_name(pruning.pass, i + 1);
             let Some(kept) = kept(&answer.extra, &name) else {
-                return wrong(format!("the decoder has no value '{name}', which says what is kept"));
+                return wrong(format!(
+                    "the decoder has no value '{name}', which says what is kept"
+                ));
             };
             drops.push(Drop {
                 pass: pruning.pass,

@@ -63,7 +63,7 @@ pub use text::TextProcessor;
 pub use value::Value;
 pub use video::{Clip, ClipEncoder, ClipProcessor, PatchClips};
 pub use vision::{
-    Embedder, Inside, PatchEncoder, PatchFeatures, Vision, VisionEncoder, lay_out_pixels, pixel_mask,
-    scatter,
+    Embedder, Inside, PatchEncoder, PatchFeatures, Vision, VisionEncoder, lay_out_pixels,
+    pixel_mask, scatter,
 };
 pub use whole::{WholeInput, WholeModel, WholeOutput, WholePipeline, WholePrompt};

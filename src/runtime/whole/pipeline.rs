@@ -194,7 +194,9 @@ impl WholePipeline {
             match generation.tokens.len() {
                 0 => {
                     generation.timing.prefill = elapsed;
-                    output.extra.retain(|(name, _)| !name.starts_with("present."));
+                    output
+                        .extra
+                        .retain(|(name, _)| !name.starts_with("present."));
                     generation.extra = std::mem::take(&mut output.extra);
                 }
                 _ => generation.timing.decode.push(elapsed),
