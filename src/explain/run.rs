@@ -337,6 +337,12 @@ impl Collected {
     }
 }
 
+fn sorted(members: &[usize]) -> Vec<usize> {
+    let mut members = members.to_vec();
+    members.sort_unstable();
+    members
+}
+
 /// Frames of a clip in a row of its sheet.
 const ACROSS: usize = 4;
 
@@ -462,7 +468,7 @@ impl Encoder<'_> {
         let members = self.members(inside, frame, &anchors)?;
         let clusters = anchors.into_iter().enumerate().map(|(i, anchor)| Cluster {
             anchor,
-            members: members.as_ref().map(|m| m[i].clone()),
+            members: members.as_ref().map(|m| sorted(&m[i])),
         });
         let mut dominant = dominant.unwrap_or_default();
         dominant.sort_unstable();
