@@ -1,6 +1,6 @@
 //! `duet explain`
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -234,9 +234,17 @@ fn ask(arguments: &Arguments, subject: &Subject, images: &[Pixels]) -> anyhow::R
             _ => {}
         }
     }
+    // What differs from the file on disk: rewritten in memory, or opened up.
+    let changed: HashSet<PathBuf> = opened
+        .parts
+        .iter()
+        .filter(|part| part.model.is_patched())
+        .map(|part| part.file.clone())
+        .collect();
     let files: HashMap<PathBuf, Model> = opened
         .files()?
         .into_iter()
+        .filter(|file| changed.contains(&file.file))
         .map(|file| (dir.root.join(file.file), file.model))
         .collect();
     let options = arguments.engine.options();
@@ -299,7 +307,7 @@ fn open(
     file: &Path,
     options: &SessionOptions,
 ) -> Result<Session, RuntimeError> {
-    let Some(model) = files.get(file).filter(|model| model.is_patched()) else {
+    let Some(model) = files.get(file) else {
         return Session::open(file, options);
     };
     let name = file.display().to_string();

@@ -22,7 +22,7 @@ const MARGIN: usize = 14;
 /// Space between the images of a panel.
 const GAP: usize = 4;
 /// A row of panels is no wider, unless one is.
-const WIDE: usize = 1600;
+const WIDE: usize = 1700;
 
 /// Longest edge of an image in a panel that shows so many.
 fn edge(units: usize) -> usize {
@@ -187,7 +187,7 @@ fn looks(explanation: &Explanation, stage: &Stage) -> Option<Vec<BTreeMap<usize,
             hue((place.unwrap_or(0) as f32 * 0.618_034).fract())
         };
         for cluster in &contextual {
-            for &member in cluster.members.iter().flatten() {
+            for &member in &cluster.members {
                 set(member, Look::Member(colour(cluster.anchor)));
             }
         }

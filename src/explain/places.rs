@@ -45,8 +45,8 @@ pub struct Kept {
 pub struct Cluster {
     /// The token that it stands for.
     pub anchor: usize,
-    /// Those merged into it, if the graph says.
-    pub members: Option<Vec<usize>>,
+    /// Those merged into it, ascending.
+    pub members: Vec<usize>,
 }
 
 /// A token of the encoder.

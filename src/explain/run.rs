@@ -337,12 +337,6 @@ impl Collected {
     }
 }
 
-fn sorted(members: &[usize]) -> Vec<usize> {
-    let mut members = members.to_vec();
-    members.sort_unstable();
-    members
-}
-
 /// Frames of a clip in a row of its sheet.
 const ACROSS: usize = 4;
 
@@ -426,10 +420,9 @@ impl Encoder<'_> {
         let kept = self.kept(inside, frame, cls)?;
         if self.values.pass().is_some() && kept.is_none() {
             return wrong(format!(
-                "the vision encoder does not say what {} chose: expected values duet/{}/…; rewrite the model again \
-                 with this version",
-                self.values.pass().unwrap_or_default(),
-                self.values.pass().unwrap_or_default()
+                "the vision encoder says nothing of what {pass} chose (values duet/{pass}/…): the pass keeps no \
+                 patch, or CLS alone, or the file is not what it was written as",
+                pass = self.values.pass().unwrap_or_default()
             ));
         }
         Ok((all - usize::from(cls), kept))
@@ -460,15 +453,14 @@ impl Encoder<'_> {
         let dominant = self.row(inside, "dominant_indices", frame)?;
         let anchors = self.row(inside, "anchor_indices", frame)?;
         if dominant.is_none() && anchors.is_none() {
-            // A merge that keeps CLS alone chooses no patch.
-            let scored = self.values.all(inside).is_some();
-            return Ok(scored.then(|| plain(Vec::new())));
+            return Ok(None);
         }
         let anchors = anchors.unwrap_or_default();
-        let members = self.members(inside, frame, &anchors)?;
-        let clusters = anchors.into_iter().enumerate().map(|(i, anchor)| Cluster {
-            anchor,
-            members: members.as_ref().map(|m| sorted(&m[i])),
+        let members = self.members(inside, frame, anchors.len())?;
+        let clusters = anchors.into_iter().zip(members);
+        let clusters = clusters.map(|(anchor, mut members)| {
+            members.sort_unstable();
+            Cluster { anchor, members }
         });
         let mut dominant = dominant.unwrap_or_default();
         dominant.sort_unstable();
@@ -478,37 +470,28 @@ impl Encoder<'_> {
         }))
     }
 
-    /// The members of each anchor's cluster, if the graph says.
-    fn members(
-        &self,
-        inside: &Inside,
-        frame: usize,
-        anchors: &[usize],
-    ) -> Result<Option<Vec<Vec<usize>>>> {
+    /// The members of each of `count` anchors' clusters.
+    fn members(&self, inside: &Inside, frame: usize, count: usize) -> Result<Vec<Vec<usize>>> {
+        let mut clusters = vec![Vec::new(); count];
+        // Where every token of the pool is an anchor, there are none.
         let Some(members) = self.row(inside, "member_indices", frame)? else {
-            return Ok(None);
+            return Ok(clusters);
         };
-        if anchors.is_empty() {
-            return Ok(Some(Vec::new()));
-        }
         let of = self.values.indices(inside, "member_anchors")?;
-        let Some(of) = of.and_then(|rows| rows.get(frame).cloned()) else {
-            // As many neighbours for each.
-            let each = members.len() / anchors.len();
-            let own = |i: usize| members[i * each..(i + 1) * each].to_vec();
-            return Ok(Some((0..anchors.len()).map(own).collect()));
-        };
-        let mut clusters = vec![Vec::new(); anchors.len()];
-        for (member, anchor) in members.into_iter().zip(of) {
-            // −1: an anchor itself.
-            let own = usize::try_from(anchor)
-                .ok()
-                .and_then(|a| clusters.get_mut(a));
-            if let Some(own) = own {
+        let of = of.and_then(|rows| rows.get(frame).cloned());
+        let each = (members.len() / count.max(1)).max(1);
+        for (i, member) in members.into_iter().enumerate() {
+            let own = match &of {
+                // −1: an anchor itself.
+                Some(of) => of.get(i).and_then(|anchor| usize::try_from(*anchor).ok()),
+                // As many neighbours for each.
+                None => Some(i / each),
+            };
+            if let Some(own) = own.and_then(|anchor| clusters.get_mut(anchor)) {
                 own.push(member);
             }
         }
-        Ok(Some(clusters))
+        Ok(clusters)
     }
 }
 

@@ -58,8 +58,9 @@ impl Values {
                 }
             }
         }
-        // A constant is known without running anything.
-        found.retain(|v| model.value(*v).initializer.is_none());
+        // A constant is known without running anything, and what nothing reads is gone.
+        let made = |v: &ValueId| model.producer_of(*v).and_then(|n| model.try_node(n));
+        found.retain(|v| made(v).is_some());
         Ok((probe::with_outputs(model, &found)?, values))
     }
 
@@ -134,7 +135,7 @@ pub(super) fn kept_name(pass: &str, drop: usize) -> String {
 fn chosen_from(model: &Model, pass: &str) -> Option<ValueId> {
     let mut at = model.find(&format!("duet/{pass}/kept_tokens"))?;
     loop {
-        let node = model.producer_node(at)?;
+        let node = model.try_node(model.producer_of(at)?)?;
         at = node.input(0)?;
         if !node.is("Reshape") {
             return Some(at);

@@ -107,8 +107,11 @@ impl VisionEncoder {
                     false => (b.clone(), a.clone()),
                 };
                 let outputs = session.outputs();
-                let named = |port: &&Port| port.name.contains("video") == clips;
-                let (Some(output), 2) = (outputs.iter().find(named), outputs.len()) else {
+                // What follows the features was asked for by whoever opened the model up.
+                let two = outputs.iter().take(2);
+                let (own, rest): (Vec<&Port>, Vec<&Port>) =
+                    two.partition(|p| p.name.contains("video") == clips);
+                let ([output], [_]) = (&own[..], &rest[..]) else {
                     return Err(RuntimeError::Interface {
                         model: session.model().to_string(),
                         expected: "two towers with an output each, that of clips with 'video' in its name"

@@ -3,7 +3,7 @@ use super::*;
 fn choice(all: usize, dominant: &[usize], anchors: &[usize]) -> Choice {
     let cluster = |anchor: &usize| Cluster {
         anchor: *anchor,
-        members: None,
+        members: Vec::new(),
     };
     Choice {
         unit: 0,
