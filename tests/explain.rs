@@ -301,19 +301,27 @@ fn both_placements_leave_the_same_patches() {
         }
         let what = model.display();
         let [encoder, decoder] = [0, 1].map(|i| found[i]["stages"].as_array().expect("stages"));
-        assert_eq!((encoder.len(), decoder.len()), (4, 4), "{what}");
+        assert_eq!((encoder.len(), decoder.len()), (4, 5), "{what}");
         assert_eq!(encoder[0]["layers"], Json::Null, "{what}");
         assert_eq!(
-            decoder[0]["layers"],
+            decoder[1]["layers"],
             json!({"first": 1, "last": 1}),
             "{what}"
         );
         if let Some(tokens) = tokens {
-            assert_eq!(decoder[0]["images"][0]["tokens"], tokens, "{what}");
+            assert_eq!(decoder[1]["images"][0]["tokens"], tokens, "{what}");
+            assert_eq!(
+                decoder[1]["images"][0]["discarded"],
+                tokens - 24 - 5,
+                "{what}"
+            );
         }
+        // The merge in layer 1, with what it discarded, and behind it.
+        let same = [(1, 1), (1, 2), (2, 3), (3, 4)];
         // With one position for each token, what is dropped later depends on the positions.
-        let compared = if *model == qwen { 3 } else { 1 };
-        for (a, b) in encoder.iter().zip(decoder).skip(1).take(compared) {
+        let compared = if *model == qwen { 4 } else { 2 };
+        for (a, b) in same.into_iter().take(compared) {
+            let (a, b) = (&encoder[a], &decoder[b]);
             let images = a["images"].as_array().expect("images");
             for (a, b) in images.iter().zip(b["images"].as_array().expect("images")) {
                 let chosen = |image: &Json| -> Vec<Left> {
@@ -745,5 +753,14 @@ fn what_cannot_be_explained_says_what_to_do() {
     fails(
         &[written.as_str(), "--video", text(&clips), "--out", &new],
         "sees no clips",
+    );
+    place.write(
+        "cls.yaml",
+        b"version: 1\npasses:\n  - token_merge: {dominant: 1, contextual: 0}\n",
+    );
+    let cls = place.at("cls.yaml");
+    fails(
+        &[&[model.as_str(), "--recipe", &cls], &seen[..]].concat(),
+        "CLS alone",
     );
 }

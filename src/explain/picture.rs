@@ -107,6 +107,7 @@ fn caption(explanation: &Explanation, stage: &Stage) -> [String; 3] {
     };
     let layers = match stage.layers {
         None => "no layer sees them".to_owned(),
+        Some(layers) if layers.last == Some(layers.first) => format!("layer {}", layers.text()),
         Some(layers) => format!("layers {}", layers.text()),
     };
     let counts = explanation.counts(stage, None);

@@ -123,7 +123,7 @@ pub struct Stage {
     pub pass: Option<&'static str>,
     /// Layers that had run before, for drop points.
     pub after_layer: Option<usize>,
-    /// Layers that see this; `None` if none does, because fewer features come out of the encoder.
+    /// Layers that see this; `None` if none does, because a pass has chosen before.
     pub layers: Option<Layers>,
     /// The tokens that are left, in [`Explanation::tokens`], ascending; `None` is all that the encoder has.
     pub tokens: Option<Vec<usize>>,
@@ -330,7 +330,7 @@ pub(super) struct Drop {
 }
 
 /// The stages of a prompt of `visual.len()` tokens, of which those are visual that are `true`; `encoder` is the pass
-/// that made features fewer, if they come out fewer.
+/// that chose among the encoder's tokens.
 pub(super) fn stages(
     visual: &[bool],
     encoder: Option<&'static str>,

@@ -543,9 +543,8 @@ fn finish(
             });
         }
     }
-    let fewer = encoder.filter(|_| !look.placed);
     Ok(Explanation {
-        stages: stages(visual, fewer, &drops, depth)?,
+        stages: stages(visual, encoder, &drops, depth)?,
         units: collected.units,
         choices: collected.choices,
         visuals: collected.visuals,
