@@ -591,6 +591,33 @@ fn shuffled_patches_and_other_methods_are_explained() {
     );
     assert_eq!(found["stages"][1]["pass"], "uniform_drop");
     assert_eq!(found["images"][0]["pictures"][0]["rows"], 9);
+
+    // 18×18 patches, nine of which are a token.
+    let name = "forms/idefics3-plain-ts-sdpa";
+    form("idefics3-plain-ts-sdpa").unpack(&place.path("forms"));
+    let config = json!({
+        "image_processor_type": "SiglipImageProcessor",
+        "size": {"height": 168, "width": 168},
+    });
+    let config = config.to_string();
+    place.write(
+        &format!("{name}/preprocessor_config.json"),
+        config.as_bytes(),
+    );
+    let merge = "version: 1\npasses:\n  - token_merge: {dominant: 4, contextual: 2}\n";
+    place.write("recipe.yaml", merge.as_bytes());
+    let found = ask(&place.path(name));
+    let picture = &found["images"][0]["pictures"][0];
+    assert_eq!(
+        [
+            &picture["rows"],
+            &picture["columns"],
+            &picture["token_edge"]
+        ],
+        [6, 6, 28]
+    );
+    let (dominant, anchors) = choice(&found["stages"][1]["images"][0]["chosen"][0]);
+    assert_eq!((dominant.len(), anchors.len()), (4, 2));
 }
 
 fn pixel(image: &Pixels, x: usize, y: usize) -> [u8; 3] {
