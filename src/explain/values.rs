@@ -42,7 +42,8 @@ impl Values {
             ] {
                 found.extend(model.find(&format!("duet/{}/{name}", pass.name())));
             }
-            let from = chosen_from(model, pass.name());
+            let selects = pass.name() != "token_merge";
+            let from = selects.then(|| chosen_from(model, pass.name())).flatten();
             values.chosen_from = from.map(|v| model.name(v).to_owned());
             found.extend(from);
             let rows = model.find(&format!("duet/{}/kept_rows", pass.name()));
@@ -131,14 +132,21 @@ pub(super) fn kept_name(pass: &str, drop: usize) -> String {
     format!("duet/{pass}/drop{drop}/kept_indices")
 }
 
-/// What a selection takes its tokens of.
+/// What a selection takes its tokens of: what is gathered at the places that it chose, or at those that are the same
+/// for every image. (Where tokens are the graph's output, they bear the output's name.)
 fn chosen_from(model: &Model, pass: &str) -> Option<ValueId> {
-    let mut at = model.find(&format!("duet/{pass}/kept_tokens"))?;
-    loop {
-        let node = model.try_node(model.producer_of(at)?)?;
-        at = node.input(0)?;
-        if !node.is("Reshape") {
-            return Some(at);
-        }
-    }
+    let Some(kept) = model.find(&format!("duet/{pass}/kept_indices")) else {
+        let tokens = model.find(&format!("duet/{pass}/kept_tokens"))?;
+        return model.try_node(model.producer_of(tokens)?)?.input(0);
+    };
+    let readers = |value: ValueId| {
+        let uses = model.value(value).uses.iter();
+        uses.filter_map(|u| model.try_node(u.node))
+    };
+    let shaped = readers(kept).flat_map(|node| node.outputs.iter().flatten().copied());
+    let gathers = |node: &&crate::ir::Node| node.is("GatherND");
+    let mut found = readers(kept)
+        .chain(shaped.flat_map(readers))
+        .filter(gathers);
+    found.next()?.input(0)
 }
