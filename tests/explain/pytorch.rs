@@ -38,9 +38,9 @@ fn image_places(folder: &Path, case: &str, token: i64) -> Vec<usize> {
     all.map(|(at, _)| at).collect()
 }
 
-/// PyTorch's choices of a golden set, asked of `model` with the recipe applied in memory. Returns how many sets were
-/// compared.
-fn reproduces_pytorch(set: &str, model: &Path) -> usize {
+/// PyTorch's choices of a golden set's cases whose names begin with `cases`, asked of `model` with the recipe applied in
+/// memory. Returns how many sets were compared.
+fn reproduces_pytorch(set: &str, cases: &str, model: &Path) -> usize {
     let folder = source("models/llava/goldens").join(set);
     let goldens = std::fs::read_to_string(folder.join("cases.json")).expect("cases");
     let goldens: Json = serde_json::from_str(&goldens).expect("cases");
@@ -51,7 +51,10 @@ fn reproduces_pytorch(set: &str, model: &Path) -> usize {
         let name = name.as_str().expect("a name");
         // CLS alone is no patch to follow, and said so; and one choice is so close that pixels which Pillow rounds
         // otherwise decide it.
-        if name == "merge-one" || (set, name) == ("gqa16", "both-two-images") {
+        if !name.starts_with(cases)
+            || name == "merge-one"
+            || (set, name) == ("gqa16", "both-two-images")
+        {
             continue;
         }
         let passes = recipe["passes"].as_array().expect("passes");
@@ -160,7 +163,7 @@ fn reproduces_pytorch(set: &str, model: &Path) -> usize {
 fn indices_are_those_of_pytorch() {
     let model = source("models/llava/fixtures/ts-sdpa-mha");
     for (set, least) in [("mha", 50), ("mha-placed", 20), ("mha-rivals", 6)] {
-        let compared = reproduces_pytorch(set, &model);
+        let compared = reproduces_pytorch(set, "", &model);
         assert!(compared >= least, "{set}: {compared} sets");
     }
 }
@@ -169,17 +172,17 @@ fn indices_are_those_of_pytorch() {
 #[test]
 fn indices_of_other_structures_are_those_of_pytorch() {
     for (set, name, least) in [
-        ("siglip", "siglip-ts-eager", 12),
-        ("mha", "if-ts-eager-mha", 50),
-        ("gqa", "split-ts-sdpa-gqa", 30),
-        ("gqa16", "genaivlm-fp32-gqa", 10),
+        ("siglip", "siglip-ts-eager", 4),
+        ("mha", "if-ts-eager-mha", 10),
+        ("gqa", "split-ts-sdpa-gqa", 10),
+        ("gqa16", "genaivlm-fp32-gqa", 4),
     ] {
         let place = Place::new("");
         form(name).unpack(&place.path("forms"));
         let model = place.path("forms").join(name);
         // The goldens' pixels are prepared as CLIP's are.
         place.configs(text(&Path::new("forms").join(name)));
-        let compared = reproduces_pytorch(set, &model);
+        let compared = reproduces_pytorch(set, "both", &model);
         assert!(compared >= least, "{name}: {compared} sets");
     }
 }

@@ -83,7 +83,7 @@ fn drops_are_followed_back_to_what_entered() {
     // Nothing but what the encoder gives, and no depth.
     let found = stages(&visual, None, &drops[..1], None).unwrap();
     assert_eq!(found.len(), 2);
-    let layers: Vec<_> = found.iter().filter_map(|s| s.layers).map(Layers::text);
+    let layers = found.iter().filter_map(|s| s.layers).map(Layers::text);
     assert_eq!(layers.collect::<Vec<_>>(), ["1–2", "3–"]);
     let error = stages(&visual, None, &[drop(2, &[8])], None).unwrap_err();
     assert!(error.to_string().contains("8 were left"), "{error}");
