@@ -14,6 +14,7 @@ pub mod bench;
 pub mod cli;
 pub mod diff;
 pub mod eval;
+pub mod explain;
 pub mod ir;
 pub mod onnx;
 pub mod passes;

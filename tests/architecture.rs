@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cli → all        validate → runtime, passes, arch, onnx, ir       eval → runtime
-//! bench → runtime, passes, arch, onnx, ir
+//! bench → runtime, passes, arch, onnx, ir                           explain → runtime, passes, ir
 //! diff → onnx, ir  passes → arch, ir     arch → ir     runtime → onnx, ir
 //! onnx → proto, ir                       ir, proto → nothing of ours
 //! ```
@@ -16,8 +16,8 @@ const RULE: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "validate", "eval", "bench", "diff", "passes", "arch", "runtime", "onnx", "ir",
-            "proto", "suggest", "random",
+            "validate", "eval", "bench", "explain", "diff", "passes", "arch", "runtime", "onnx",
+            "ir", "proto", "suggest", "random",
         ],
     ),
     (
@@ -29,6 +29,7 @@ const RULE: &[(&str, &[&str])] = &[
         &["runtime", "passes", "arch", "onnx", "ir", "random"],
     ),
     ("eval", &["runtime", "random"]),
+    ("explain", &["runtime", "passes", "ir"]),
     ("diff", &["onnx", "ir", "suggest"]),
     ("passes", &["arch", "ir", "suggest", "random"]),
     ("arch", &["ir"]),

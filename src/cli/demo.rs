@@ -195,6 +195,13 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         arguments.runs.max(1),
         &engine,
     )?;
+    anstream::println!(
+        "\n  {}which tokens survive where, as a picture: duet explain MODEL --recipe {} --image FILE --prompt TEXT --out \
+         seen.png{}",
+        style::DIM,
+        arguments.recipe.last().map_or("NAME", String::as_str),
+        style::RESET
+    );
     Ok(if passed {
         Outcome::Done
     } else {

@@ -460,11 +460,9 @@ fn runs_as(part: &Part) -> Kind {
     }
 }
 
-/// The files of a variant, as positions in `vlm.parts`: those that there are.
-#[derive(Debug)]
-pub(super) struct Parts {
-    pub(super) dir: ModelDir,
-    pub(super) vlm: Vlm,
+/// The files of a variant, as positions in a model's parts: those that there are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Places {
     pub(super) vision: Option<usize>,
     pub(super) video: Option<usize>,
     pub(super) embed: Option<usize>,
@@ -472,6 +470,36 @@ pub(super) struct Parts {
     /// The graph that starts the cache, where `decoder` only goes on from one.
     pub(super) prompt: Option<usize>,
     pub(super) whole: Option<usize>,
+}
+
+impl Places {
+    fn of(vlm: &Vlm, wanted: &str) -> Self {
+        let set = vlm.set(wanted);
+        let find = |kind: Kind| {
+            let all = vlm.parts.iter().enumerate();
+            let mut named = all.filter(|(_, p)| p.variant == wanted && runs_as(p) == kind);
+            set.get(kind).or_else(|| named.next().map(|(i, _)| i))
+        };
+        Self {
+            vision: find(Kind::Vision),
+            video: find(Kind::Video),
+            embed: find(Kind::Embedding),
+            decoder: find(Kind::Decoder),
+            prompt: set.decoder.and_then(|d| d.prompt),
+            whole: match set.decoder {
+                None => find(Kind::Whole),
+                Some(_) => set.whole,
+            },
+        }
+    }
+}
+
+/// A model and the files of one of its variants.
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub(super) dir: ModelDir,
+    pub(super) vlm: Vlm,
+    pub(super) places: Places,
 }
 
 impl Parts {
@@ -482,13 +510,30 @@ impl Parts {
 
     /// The same of a decoder's other file. The branches of one choose by themselves.
     pub(super) fn prompt_file(&self) -> Option<PathBuf> {
-        let prompt = self.file(self.prompt?);
-        (prompt != self.file(self.decoder?)).then_some(prompt)
+        let prompt = self.file(self.places.prompt?);
+        (prompt != self.file(self.places.decoder?)).then_some(prompt)
     }
 }
 
 /// Finds the files of a variant (or of the suffix of an earlier `--beside`).
 pub(super) fn parts(path: &Path, name: Option<&str>) -> anyhow::Result<Parts> {
+    let (dir, vlm, wanted) = everything_and_variant(path, name)?;
+    let places = Places::of(&vlm, &wanted);
+    Ok(Parts { dir, vlm, places })
+}
+
+/// Finds the files that answer questions; all have to be there.
+pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(ModelDir, Runnable)> {
+    let (dir, vlm, wanted) = everything_and_variant(path, name)?;
+    let runnable = files_of(path, &dir, &vlm, &wanted)?;
+    Ok((dir, runnable))
+}
+
+/// Everything at a path, and the variant that is meant by `name`, or by none.
+pub(super) fn everything_and_variant(
+    path: &Path,
+    name: Option<&str>,
+) -> anyhow::Result<(ModelDir, Vlm, String)> {
     let (dir, vlm) = everything(path)?;
     let wanted = match name {
         Some(name) => variant(&vlm, name, path)?,
@@ -508,37 +553,24 @@ pub(super) fn parts(path: &Path, name: Option<&str>) -> anyhow::Result<Parts> {
             }
         }
     };
-    let set = vlm.set(&wanted);
-    let find = |kind: Kind| {
-        let all = vlm.parts.iter().enumerate();
-        let mut named = all.filter(|(_, p)| p.variant == wanted && runs_as(p) == kind);
-        set.get(kind).or_else(|| named.next().map(|(i, _)| i))
-    };
-    Ok(Parts {
-        vision: find(Kind::Vision),
-        video: find(Kind::Video),
-        embed: find(Kind::Embedding),
-        decoder: find(Kind::Decoder),
-        prompt: set.decoder.and_then(|d| d.prompt),
-        whole: match set.decoder {
-            None => find(Kind::Whole),
-            Some(_) => set.whole,
-        },
-        dir,
-        vlm,
-    })
+    Ok((dir, vlm, wanted))
 }
 
-/// Finds the files that answer questions; all have to be there.
-pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(ModelDir, Runnable)> {
-    let found = parts(path, name)?;
-    if let Some(whole) = found.whole {
-        let file = found.file(whole);
-        return Ok((found.dir, Runnable::Whole(file)));
+/// The files of a variant that answer a question.
+pub(super) fn files_of(
+    path: &Path,
+    dir: &ModelDir,
+    vlm: &Vlm,
+    wanted: &str,
+) -> anyhow::Result<Runnable> {
+    let places = Places::of(vlm, wanted);
+    let file = |part: usize| dir.root.join(&vlm.parts[part].file);
+    if let Some(whole) = places.whole {
+        return Ok(Runnable::Whole(file(whole)));
     }
     let pick = |part: Option<usize>, what: &str| -> anyhow::Result<usize> {
         part.ok_or_else(|| {
-            let each = found.vlm.parts.iter().map(|p| {
+            let each = vlm.parts.iter().map(|p| {
                 let found = match p.kind() {
                     Kind::Unknown => "not recognised".to_owned(),
                     kind => format!("the {}", kind.name()),
@@ -552,22 +584,22 @@ pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(Model
             )
         })
     };
-    let decoder = pick(found.decoder, "decoder (embeddings → logits, cache)")?;
+    let decoder = pick(places.decoder, "decoder (embeddings → logits, cache)")?;
     // A model that sees clips only has no other encoder.
-    let vision = found.vision.or(found.video);
+    let vision = places.vision.or(places.video);
     let vision = pick(vision, "vision encoder (pixels → features)")?;
-    let embed = pick(found.embed, "token embedding (ids → embeddings)")?;
-    let merged = gives_fewer(&found.vlm.parts[vision].model);
+    let embed = pick(places.embed, "token embedding (ids → embeddings)")?;
+    let merged = gives_fewer(&vlm.parts[vision].model);
     let trio = Trio {
         merged,
-        heads: cache_heads(&found.vlm.parts[decoder].model).and_then(heads_of),
-        vision: found.file(vision),
-        video: found.video.map(|video| found.file(video)),
-        embed: found.file(embed),
-        prompt: found.prompt_file(),
-        decoder: found.file(decoder),
+        heads: cache_heads(&vlm.parts[decoder].model).and_then(heads_of),
+        vision: file(vision),
+        video: places.video.map(|video| file(video)),
+        embed: file(embed),
+        prompt: places.prompt.map(file).filter(|p| *p != file(decoder)),
+        decoder: file(decoder),
     };
-    Ok((found.dir, Runnable::Trio(trio)))
+    Ok(Runnable::Trio(trio))
 }
 
 /// What the runtime is told of a cache's heads.

@@ -10,6 +10,7 @@ mod counts;
 mod demo;
 mod diff;
 mod eval;
+mod explain;
 mod family;
 mod inspect;
 mod load;
@@ -82,6 +83,8 @@ enum Command {
     BenchWorker,
     /// Measure how much accuracy models keep on a data set
     Eval(eval::Arguments),
+    /// Show which visual tokens survive where, for a question
+    Explain(explain::Arguments),
     /// Say what changed between two models or model directories
     Diff(diff::Arguments),
     /// Print a model as lines of text, for git diff
@@ -142,6 +145,7 @@ pub fn main() -> ExitCode {
         Command::Bench(arguments) => bench::run(arguments, global),
         Command::BenchWorker => bench::serve(),
         Command::Eval(arguments) => eval::run(arguments, global),
+        Command::Explain(arguments) => explain::run(arguments, global),
         Command::Diff(arguments) => diff::run(arguments, global),
         Command::Textconv(arguments) => textconv::run(arguments, global),
         Command::Demo(arguments) => demo::run(arguments, global),

@@ -12,8 +12,8 @@ use super::load::{self, Runnable, Trio};
 use super::{Engine, Global, ModelArgument, Outcome, print_json};
 use crate::arch::DEFAULT_FRAMES;
 use crate::runtime::{
-    ClipEncoder, GenerateOptions, Generation, Message, Pixels, Sampling, Stop, Token, VlmFiles,
-    VlmPipeline, WholePipeline,
+    ClipEncoder, GenerateOptions, Generation, Message, Pixels, RuntimeError, Sampling, Session,
+    Stop, Token, VlmFiles, VlmPipeline, WholePipeline,
 };
 
 /// Arguments of `duet run`.
@@ -169,21 +169,30 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
 
 /// Opens what answers questions; `root` holds the configurations.
 pub(super) fn open(root: &Path, trio: &Trio, engine: &Engine) -> anyhow::Result<VlmPipeline> {
+    let options = engine.options();
+    open_through(root, trio, &mut |file| Session::open(file, &options))
+}
+
+/// The same, each file through `open`.
+pub(super) fn open_through(
+    root: &Path,
+    trio: &Trio,
+    open: &mut dyn FnMut(&Path) -> Result<Session, RuntimeError>,
+) -> anyhow::Result<VlmPipeline> {
     let files = VlmFiles {
         vision_encoder: trio.vision.clone(),
         embed_tokens: trio.embed.clone(),
         decoder: trio.decoder.clone(),
         configs: root.to_owned(),
     };
-    let options = engine.options();
-    let mut pipeline =
-        VlmPipeline::open_with_heads(&files, &options, trio.heads)?.with_merged_crops(trio.merged);
+    let pipeline = VlmPipeline::open_through(&files, trio.heads, open)?;
+    let mut pipeline = pipeline.with_merged_crops(trio.merged);
     if let Some(video) = &trio.video {
-        let clips = ClipEncoder::open(video, &files.configs, &options)?;
+        let clips = ClipEncoder::from_session(open(video)?, &files.configs)?;
         pipeline = pipeline.with_clips(clips);
     }
     Ok(match &trio.prompt {
-        Some(prompt) => pipeline.with_prompt_decoder(prompt, &options)?,
+        Some(prompt) => pipeline.with_prompt_session(open(prompt)?)?,
         None => pipeline,
     })
 }

@@ -22,7 +22,7 @@ use super::value::Value;
 use super::video::{ClipEncoder, PatchClips};
 use super::vision::{Embedder, Vision};
 
-pub use prepare::Encoded;
+pub use prepare::{Encoded, Seen};
 pub(super) use prepare::{check_images, question};
 pub(super) use writing::Writing;
 
@@ -144,6 +144,9 @@ pub struct Generation {
     pub prompt: String,
     /// Cache of everything but the last token, for another turn.
     pub cache: Cache,
+    /// What the decoder gave for the prompt besides logits and cache, by name: of a model that was
+    /// [opened up](super::probe).
+    pub extra: Vec<(String, Value)>,
 }
 
 /// Vision encoder, embeddings, decoder, tokenizer and image processor of a model.
@@ -187,6 +190,19 @@ impl VlmPipeline {
         options: &SessionOptions,
         heads: Option<CacheHeads>,
     ) -> Result<Self> {
+        Self::open_through(files, heads, &mut |file| Session::open(file, options))
+    }
+
+    /// As [`open_with_heads`](Self::open_with_heads), each file through `open`: which may give another session for it,
+    /// of a model that exists in memory only.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_through(
+        files: &VlmFiles,
+        heads: Option<CacheHeads>,
+        open: &mut dyn FnMut(&Path) -> Result<Session>,
+    ) -> Result<Self> {
         let configs: &Path = &files.configs;
         // The cheap and most often wrong parts first.
         let text = TextProcessor::from_dir(configs)?;
@@ -202,7 +218,7 @@ impl VlmPipeline {
                 "is missing or has no `image_grid_pinpoints`, which the image processor's crops need",
             ));
         }
-        let vision = Vision::new(Session::open(&files.vision_encoder, options)?)?;
+        let vision = Vision::new(open(&files.vision_encoder)?)?;
         if matches!(vision, Vision::Patches(_)) && !images.cuts_patches() {
             return Err(RuntimeError::config(
                 configs,
@@ -222,8 +238,8 @@ impl VlmPipeline {
             packing,
             merged: false,
             vision,
-            embedder: Embedder::new(Session::open(&files.embed_tokens, options)?)?,
-            decoder: Decoder::with_heads(Session::open(&files.decoder, options)?, heads)?,
+            embedder: Embedder::new(open(&files.embed_tokens)?)?,
+            decoder: Decoder::with_heads(open(&files.decoder)?, heads)?,
             text,
             images,
             clips: None,
@@ -241,8 +257,15 @@ impl VlmPipeline {
     ///
     /// # Errors
     /// The file does not load, or does not give what the decoder goes on from.
-    pub fn with_prompt_decoder(mut self, file: &Path, options: &SessionOptions) -> Result<Self> {
-        let prompt = Session::open(file, options)?;
+    pub fn with_prompt_decoder(self, file: &Path, options: &SessionOptions) -> Result<Self> {
+        self.with_prompt_session(Session::open(file, options)?)
+    }
+
+    /// The same of an open graph.
+    ///
+    /// # Errors
+    /// It does not give what the decoder goes on from.
+    pub fn with_prompt_session(mut self, prompt: Session) -> Result<Self> {
         self.decoder = self.decoder.with_prompt(prompt)?;
         Ok(self)
     }
@@ -297,6 +320,7 @@ impl VlmPipeline {
             },
             prompt: prepared.prompt.clone(),
             cache: output.cache.clone(),
+            extra: std::mem::take(&mut output.extra),
         };
         let model = self.decoder.session().model().to_string();
         let mut writing = Writing::new(&self.text, options, model);

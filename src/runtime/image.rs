@@ -14,7 +14,7 @@ mod pixels;
 #[cfg(test)]
 mod tests;
 
-pub use anyres::{Packing, concatenate};
+pub use anyres::{Packing, Place, Slot, concatenate};
 pub use patches::Patches;
 pub use pixels::{Pixels, Resample};
 
@@ -246,6 +246,23 @@ impl ImageProcessor {
             None => Ok(vec![self.process(image)?]),
             Some(grids) => grids.cut(image)?.iter().map(|c| self.process(c)).collect(),
         }
+    }
+
+    /// The crops of an image after resizing and cropping, before they become numbers, in the order of
+    /// [`crops`](Self::crops).
+    ///
+    /// # Errors
+    /// A resize fails.
+    pub fn fit_crops(&self, image: &Pixels) -> Result<Vec<Pixels>> {
+        match &self.grids {
+            None => Ok(vec![self.fit(image)?]),
+            Some(grids) => grids.cut(image)?.iter().map(|c| self.fit(c)).collect(),
+        }
+    }
+
+    /// Rows and columns of the crops of an image of that size, the base crop not counted.
+    pub fn crop_grid(&self, height: usize, width: usize) -> Option<(usize, usize)> {
+        Some(self.grids.as_ref()?.grid(height, width))
     }
 
     /// Height and width of every result, if they do not depend on the image.

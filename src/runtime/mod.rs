@@ -16,6 +16,7 @@
 //! - [`grid`] numbers the tokens of images for decoders that take three positions each (M-RoPE);
 //! - [`whole`] runs a model that is all of these in one file;
 //! - [`generate`] puts them together; [`sampling`] picks tokens, [`salient`] marks the words that matter;
+//! - [`probe`] opens models that exist in memory, and with more outputs than they have;
 //! - [`mod@tract`] runs small graphs with a second engine.
 //!
 //! The engines' own types stay inside: what goes in and comes out is plain Rust and [`tensor::Tensor`]. Nothing
@@ -28,6 +29,7 @@ pub mod grid;
 pub mod image;
 pub mod install;
 pub mod library;
+pub mod probe;
 pub mod providers;
 pub mod salient;
 pub mod sampling;
@@ -47,10 +49,11 @@ mod test_models;
 pub use decoder::{Cache, CacheHeads, Decoder, StepInput, StepOutput};
 pub use error::RuntimeError;
 pub use generate::{
-    Encoded, GenerateOptions, Generation, Prepared, Stop, Timing, Token, VlmFiles, VlmPipeline,
+    Encoded, GenerateOptions, Generation, Prepared, Seen, Stop, Timing, Token, VlmFiles,
+    VlmPipeline,
 };
 pub use grid::{Block, Grid, GridPositions};
-pub use image::{ImageProcessor, Packing, Patches, Pixels, concatenate};
+pub use image::{ImageProcessor, Packing, Patches, Pixels, Place, Slot, concatenate};
 pub use library::{Library, Runtime, ensure};
 pub use sampling::{Sampler, Sampling};
 pub use session::{Dim, Optimization, Outputs, Port, Session, SessionOptions};
@@ -60,7 +63,7 @@ pub use text::TextProcessor;
 pub use value::Value;
 pub use video::{Clip, ClipEncoder, ClipProcessor, PatchClips};
 pub use vision::{
-    Embedder, PatchEncoder, PatchFeatures, Vision, VisionEncoder, lay_out_pixels, pixel_mask,
-    scatter,
+    Embedder, Inside, PatchEncoder, PatchFeatures, Vision, VisionEncoder, lay_out_pixels,
+    pixel_mask, scatter,
 };
 pub use whole::{WholeInput, WholeModel, WholeOutput, WholePipeline, WholePrompt};

@@ -20,7 +20,7 @@ use super::error::{Result, RuntimeError};
 use super::image::{ImageProcessor, Pixels, read_json};
 use super::session::{Session, SessionOptions};
 use super::tensor::Tensor;
-use super::vision::{VisionEncoder, is_clips};
+use super::vision::{Inside, VisionEncoder, is_clips};
 
 mod patches;
 
@@ -372,8 +372,15 @@ impl ClipEncoder {
     /// # Errors
     /// The file does not load or takes no clips, or a configuration is damaged.
     pub fn open(file: &Path, configs: &Path, options: &SessionOptions) -> Result<Self> {
+        Self::from_session(Session::open(file, options)?, configs)
+    }
+
+    /// Takes an open encoder of clips over; `configs` is the model's directory.
+    ///
+    /// # Errors
+    /// The model takes no clips, or a configuration is damaged.
+    pub fn from_session(session: Session, configs: &Path) -> Result<Self> {
         let processor = ClipProcessor::from_dir(configs)?;
-        let session = Session::open(file, options)?;
         let inputs = session.inputs();
         // In a file of two towers it is told by its name.
         let port = inputs.iter().find(|p| is_clips(p)).or(inputs.first());
@@ -409,6 +416,12 @@ impl ClipEncoder {
     /// # Errors
     /// A clip has no frames, or not as many as the model takes; a frame cannot be resized; the run fails.
     pub fn encode(&mut self, clips: &[Clip]) -> Result<Vec<Tensor>> {
+        let all = self.encode_inside(clips)?;
+        Ok(all.into_iter().map(|(features, _)| features).collect())
+    }
+
+    /// The same, each with what the model gives besides.
+    pub(super) fn encode_inside(&mut self, clips: &[Clip]) -> Result<Vec<(Tensor, Inside)>> {
         let mut features = Vec::with_capacity(clips.len());
         for Clip { frames: clip, .. } in clips {
             if clip.is_empty() || self.fixed.is_some_and(|n| n != clip.len()) {
@@ -425,7 +438,8 @@ impl ClipEncoder {
             let views: Vec<_> = frames.iter().map(|frame| frame.view()).collect();
             let all = ndarray::stack(Axis(0), &views);
             let all = all.map_err(|e| RuntimeError::Tensor(e.to_string()))?;
-            features.extend(self.encoder.run(all.insert_axis(Axis(0)).into())?);
+            let pixels = all.insert_axis(Axis(0)).into();
+            features.extend(self.encoder.run_inside(pixels)?);
         }
         Ok(features)
     }

@@ -1,5 +1,6 @@
 //! The two models before the decoder: pixels to features, ids to embeddings, and features into embeddings.
 
+mod inside;
 mod patches;
 
 use ndarray::{Array2, Array3, Axis};
@@ -9,6 +10,7 @@ use super::session::{Outputs, Port, Session};
 use super::tensor::{DType, Element, Tensor, TensorData};
 use super::value::Value;
 
+pub use inside::Inside;
 pub use patches::{PatchEncoder, PatchFeatures};
 
 /// An open vision encoder of either kind.
@@ -105,8 +107,11 @@ impl VisionEncoder {
                     false => (b.clone(), a.clone()),
                 };
                 let outputs = session.outputs();
-                let named = |port: &&Port| port.name.contains("video") == clips;
-                let (Some(output), 2) = (outputs.iter().find(named), outputs.len()) else {
+                // What follows the features was asked for by whoever opened the model up.
+                let two = outputs.iter().take(2);
+                let (own, rest): (Vec<&Port>, Vec<&Port>) =
+                    two.partition(|p| p.name.contains("video") == clips);
+                let ([output], [_]) = (&own[..], &rest[..]) else {
                     return Err(RuntimeError::Interface {
                         model: session.model().to_string(),
                         expected: "two towers with an output each, that of clips with 'video' in its name"
@@ -149,12 +154,26 @@ impl VisionEncoder {
         &mut self.session
     }
 
+    /// Name of the input that takes the pixels.
+    pub fn input(&self) -> &str {
+        &self.pixels.name
+    }
+
     /// Features of images that are prepared one by one, `[3, height, width]` each. One run if their sizes are
     /// the same and the model takes several at once, else one run each.
     ///
     /// # Errors
     /// As [`run`](Self::run).
     pub fn encode(&mut self, images: &[Array3<f32>]) -> Result<Vec<Tensor>> {
+        let all = self.encode_inside(images)?;
+        Ok(all.into_iter().map(|(features, _)| features).collect())
+    }
+
+    /// The same, each with what the model gives besides.
+    pub(super) fn encode_inside(
+        &mut self,
+        images: &[Array3<f32>],
+    ) -> Result<Vec<(Tensor, Inside)>> {
         // In front of [3, height, width].
         let at = self.pixels.dims.len().saturating_sub(4);
         let fits = self
@@ -168,9 +187,20 @@ impl VisionEncoder {
             let views: Vec<_> = group.iter().map(|image| image.view()).collect();
             let pixels =
                 ndarray::stack(Axis(0), &views).map_err(|e| RuntimeError::Tensor(e.to_string()))?;
-            features.extend(self.run(pixels.into())?);
+            features.extend(self.run_inside(pixels.into())?);
         }
         Ok(features)
+    }
+
+    /// Features of `pixel_values`, each with what the model gives besides.
+    pub(super) fn run_inside(&mut self, pixels: Tensor) -> Result<Vec<(Tensor, Inside)>> {
+        let (features, outputs) = self.run_with_outputs(pixels, None)?;
+        let name = match &self.beside {
+            Some((_, name)) => name.clone(),
+            None => outputs.iter().next().map_or("", |o| o.0).to_owned(),
+        };
+        let inside = Inside::of(outputs, &name, features.len());
+        Ok(features.into_iter().zip(inside).collect())
     }
 
     /// Features of `pixel_values` `[images, 3, height, width]`: for each image `[features, width]`. How many

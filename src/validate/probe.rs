@@ -1,27 +1,15 @@
-//! Looking inside a model: the same graph with more outputs.
+//! Looking inside a model, with the errors of a validation.
 
-use crate::ir::{DataType, Model, Patch, ValueId, ValueType, verify};
-use crate::onnx::serialize;
-use crate::runtime::{Session, SessionOptions};
+use crate::ir::{Model, ValueId, verify};
+use crate::runtime::{Session, SessionOptions, probe};
 
 use super::ValidateError;
 
-/// For probed outputs: the type is the runtime's to infer.
-pub(super) const INFERRED: ValueType = ValueType::Tensor {
-    dtype: DataType::Undefined,
-    shape: None,
-};
+pub(super) use crate::runtime::probe::INFERRED;
 
 /// The model with further outputs, in a patch named `probe`.
 pub(super) fn with_outputs(model: &Model, values: &[ValueId]) -> Result<Model, ValidateError> {
-    let mut patch = Patch::new(model, "probe");
-    for (i, &value) in values.iter().enumerate() {
-        if !model.is_output(value) && !values[..i].contains(&value) {
-            patch.add_output(value, INFERRED);
-        }
-    }
-    let plan = patch.finish();
-    Ok(model.clone().apply(plan)?)
+    Ok(probe::with_outputs(model, values)?)
 }
 
 /// Opens a model that exists only in memory; external data is found where the
@@ -31,10 +19,7 @@ pub(super) fn open(
     name: &str,
     options: &SessionOptions,
 ) -> Result<Session, ValidateError> {
-    let bytes = serialize(verify(model)?).to_vec();
-    let mut options = options.clone();
-    options.data_dir = model.external().directory();
-    Ok(Session::from_bytes(&bytes, name, &options)?)
+    Ok(probe::open(verify(model)?, name, options)?)
 }
 
 /// The same of the rewritten model.

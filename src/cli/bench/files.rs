@@ -91,7 +91,7 @@ impl Models {
         let size = arguments.image_size.map(|(width, height)| [height, width]);
         let size = size.or_else(|| processor?.output_size().map(|(h, w)| [h, w]));
         let per = tower.map_or(4, |t| t.rows.as_ref().map_or(4, |r| r.per));
-        let placeholder = match base.whole.map(|w| &base.vlm.parts[w].role) {
+        let placeholder = match base.places.whole.map(|w| &base.vlm.parts[w].role) {
             Some(Role::Whole(whole)) => Some(whole.ids.image),
             _ => embedding(base).and_then(|e| e.scatter.as_ref()?.placeholder),
         };
@@ -100,8 +100,9 @@ impl Models {
         let vocabulary = decoder.and_then(|d| d.vocabulary).unwrap_or(256);
         let mut jobs = Vec::new();
         for (own, recipe) in self.parts.iter().zip(&self.recipes) {
-            let clips = own.vision.is_none() && own.video.is_some();
+            let clips = own.places.vision.is_none() && own.places.video.is_some();
             let heads = own
+                .places
                 .decoder
                 .and_then(|d| cache_heads(&own.vlm.parts[d].model));
             let heads = heads.and_then(load::heads_of).map(|h| (h.count, h.width));
@@ -118,16 +119,16 @@ impl Models {
                 steps: arguments.new_tokens,
                 seed: arguments.seed,
             };
-            let apart = own.whole.is_none();
+            let apart = own.places.whole.is_none();
             let file = |part: Option<usize>| part.filter(|_| apart).map(|p| own.file(p));
             jobs.push(Job {
                 files: Files {
-                    vision: file(own.vision.or(own.video)),
+                    vision: file(own.places.vision.or(own.places.video)),
                     clips,
-                    embed: file(own.embed),
-                    decoder: file(own.decoder),
+                    embed: file(own.places.embed),
+                    decoder: file(own.places.decoder),
                     prompt: own.prompt_file().filter(|_| apart),
-                    whole: own.whole.map(|w| own.file(w)),
+                    whole: own.places.whole.map(|w| own.file(w)),
                 },
                 heads,
                 threads: engine.threads,
@@ -162,7 +163,7 @@ impl Models {
     pub(super) fn schedules(&self, turns: &[Turn]) -> Vec<Result<Schedule, String>> {
         let base = self.base();
         let Some(decoder) = decoder(base) else {
-            let why = match base.decoder.or(base.whole) {
+            let why = match base.places.decoder.or(base.places.whole) {
                 Some(part) => match &base.vlm.parts[part].role {
                     Role::Unknown(reasons) => format!(
                         "the base's decoder is not recognised ({})",
@@ -208,10 +209,10 @@ impl Models {
             path: named.path.display().to_string(),
             recipe: recipe.as_ref().map(|r| r.text.clone()),
             schedule,
-            vision: parts.vision.or(parts.video).is_some(),
-            embed: parts.embed.is_some(),
-            whole: parts.whole.is_some(),
-            decoder: parts.decoder.is_some(),
+            vision: parts.places.vision.or(parts.places.video).is_some(),
+            embed: parts.places.embed.is_some(),
+            whole: parts.places.whole.is_some(),
+            decoder: parts.places.decoder.is_some(),
         })
         .collect()
     }
@@ -219,15 +220,15 @@ impl Models {
 
 /// The parts of a model that are run.
 fn used(parts: &Parts) -> impl Iterator<Item = usize> {
-    let whole = parts.whole.is_some();
+    let whole = parts.places.whole.is_some();
     let apart = [
-        parts.vision.or(parts.video),
-        parts.embed,
-        parts.prompt,
-        parts.decoder,
+        parts.places.vision.or(parts.places.video),
+        parts.places.embed,
+        parts.places.prompt,
+        parts.places.decoder,
     ];
     let apart = apart.into_iter().flatten().filter(move |_| !whole);
-    parts.whole.into_iter().chain(apart)
+    parts.places.whole.into_iter().chain(apart)
 }
 
 /// The recipe that a model's files are stamped with.
@@ -250,7 +251,11 @@ fn recipe(parts: &Parts) -> anyhow::Result<Option<Recipe>> {
 }
 
 fn tower(parts: &Parts) -> Option<&VisionTower> {
-    let part = parts.whole.or(parts.vision).or(parts.video)?;
+    let part = parts
+        .places
+        .whole
+        .or(parts.places.vision)
+        .or(parts.places.video)?;
     match &parts.vlm.parts[part].role {
         Role::Vision(tower) => Some(tower),
         Role::Whole(whole) => Some(&whole.tower),
@@ -259,7 +264,7 @@ fn tower(parts: &Parts) -> Option<&VisionTower> {
 }
 
 fn decoder(parts: &Parts) -> Option<&Decoder> {
-    let part = parts.whole.or(parts.decoder)?;
+    let part = parts.places.whole.or(parts.places.decoder)?;
     match &parts.vlm.parts[part].role {
         Role::Decoder(decoder) => Some(decoder),
         Role::Whole(whole) => Some(&whole.decoder),
@@ -268,7 +273,7 @@ fn decoder(parts: &Parts) -> Option<&Decoder> {
 }
 
 fn embedding(parts: &Parts) -> Option<&Embedding> {
-    match &parts.vlm.parts[parts.embed?].role {
+    match &parts.vlm.parts[parts.places.embed?].role {
         Role::Embedding(embedding) => Some(embedding),
         _ => None,
     }
@@ -372,14 +377,14 @@ impl Interface {
 fn one_model(base: &Parts, other: &Parts, path: &Path) -> anyhow::Result<()> {
     // Decoders first: they say most about a model.
     let kinds = [
-        (base.decoder, other.decoder, Kind::Decoder),
+        (base.places.decoder, other.places.decoder, Kind::Decoder),
         (
-            base.vision.or(base.video),
-            other.vision.or(other.video),
+            base.places.vision.or(base.places.video),
+            other.places.vision.or(other.places.video),
             Kind::Vision,
         ),
-        (base.embed, other.embed, Kind::Embedding),
-        (base.whole, other.whole, Kind::Whole),
+        (base.places.embed, other.places.embed, Kind::Embedding),
+        (base.places.whole, other.places.whole, Kind::Whole),
     ];
     let mut common = false;
     for (own, found, kind) in kinds {

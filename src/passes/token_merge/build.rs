@@ -344,7 +344,9 @@ impl<'a, 'm> Build<'a, 'm> {
         }
         let at = self.patch.i64s(&members);
         let member = self.patch.gather(pool, at, 1);
+        self.patch.name_value(member, "member_indices");
         let nearest = self.nearest(k, anchor, member);
+        self.patch.name_value(nearest, "member_anchors");
         let nearest = self.patch.unsqueeze(nearest, &[1]);
         let every = self.patch.iota(Size::Known(contextual));
         let mean = self.means(nearest, every, member);
@@ -411,6 +413,7 @@ impl<'a, 'm> Build<'a, 'm> {
         let (_, nearest) = self.patch.top_k(similarity, Size::Known(width), true);
         let flat = self.patch.reshape(nearest, &[0, contextual * width]);
         let neighbour = self.patch.gather_rows(residual, flat);
+        self.patch.name_value(neighbour, "member_indices");
         let rows = self.rows(neighbour);
         let rows = self.in_f32(rows);
         // D is inferred: the file need not state the tower's width.

@@ -187,6 +187,8 @@ impl Build<'_, '_> {
         let is_anchor = self.patch.op("And", &[whole, first]);
         let nobody = self.patch.i64(-1);
         let nearest = self.patch.op("Where", &[is_anchor, nobody, nearest]);
+        self.patch.name_value(pool, "member_indices");
+        self.patch.name_value(nearest, "member_anchors");
         let nearest = self.patch.unsqueeze(nearest, &[1]);
         let mean = self.means(nearest, every, pool);
         let anchor_rows = self.rows(anchor);
@@ -216,6 +218,7 @@ impl Build<'_, '_> {
         let (_, nearest) = self.patch.top_k(similarity, taken, true);
         let flat = self.patch.reshape(nearest, &[1, -1]);
         let neighbour = self.patch.gather_rows(residual, flat);
+        self.patch.name_value(neighbour, "member_indices");
         let rows = self.rows(neighbour);
         let rows = self.in_f32(rows);
         let shape = [one, contextual, taken, Size::Known(-1)];

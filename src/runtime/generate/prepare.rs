@@ -9,14 +9,14 @@ use ndarray::Array2;
 use super::{Generation, Prepared, Stop, VlmPipeline};
 use crate::runtime::error::{Result, RuntimeError};
 use crate::runtime::grid::Block;
-use crate::runtime::image::{Pixels, concatenate};
+use crate::runtime::image::{Pixels, Slot, concatenate};
 use crate::runtime::salient::salient_mask;
 use crate::runtime::template::Message;
 use crate::runtime::tensor::Tensor;
 use crate::runtime::text::ImageToken;
 use crate::runtime::value::Value;
 use crate::runtime::video::{self, Clip};
-use crate::runtime::vision::{PatchFeatures, Vision, scatter};
+use crate::runtime::vision::{Inside, PatchFeatures, Vision, scatter};
 
 impl VlmPipeline {
     /// Features of images, one tensor `[features, width]` each: for images of any resolution those of all crops,
@@ -46,10 +46,11 @@ impl VlmPipeline {
             counts.push(crops.len());
             pixels.extend(crops);
         }
-        let features = encoder.encode(&pixels)?;
+        let encoded = encoder.encode_inside(&pixels)?;
         let Some(packing) = &self.packing else {
-            return Ok(features.into_iter().map(Seen::from).collect());
+            return Ok(encoded.into_iter().map(Seen::from).collect());
         };
+        let (features, mut inside): (Vec<Tensor>, Vec<Inside>) = encoded.into_iter().unzip();
         let mut rest = features.as_slice();
         let mut together = Vec::with_capacity(images.len());
         for (image, count) in images.iter().zip(counts) {
@@ -59,9 +60,46 @@ impl VlmPipeline {
                 true => concatenate(own)?,
                 false => packing.pack(own, (image.height(), image.width()))?,
             };
-            together.push(features.into());
+            together.push(Seen {
+                features,
+                block: None,
+                inside: inside.drain(..count).collect(),
+            });
         }
         Ok(together)
+    }
+
+    /// Where the tokens of an image lie among its crops, in the prompt's order, if crops are packed; else they follow
+    /// each other.
+    ///
+    /// # Errors
+    /// The image's crops have no tokens.
+    pub fn slots(&self, image: &Pixels) -> Result<Option<Vec<Slot>>> {
+        let packing = self.packing.as_ref().filter(|_| !self.merged);
+        let Some(packing) = packing else {
+            return Ok(None);
+        };
+        let size = (image.height(), image.width());
+        let crops = self.images.crop_count(size.0, size.1);
+        Ok(Some(packing.slots(crops, size)?))
+    }
+
+    /// The frames of a clip as the encoder sees them, before they become numbers, and how many of them make one frame
+    /// of tokens.
+    ///
+    /// # Errors
+    /// The model sees no clips, or a frame cannot be resized.
+    pub fn fit_clip(&self, clip: &Clip) -> Result<(Vec<Pixels>, usize)> {
+        let (processor, moments) = match (&self.clips, &self.patch_clips) {
+            (Some(encoder), _) => (&encoder.processor.images, 1),
+            (None, Some(clips)) => {
+                let images = &clips.processor.images;
+                (images, images.moments().unwrap_or(1))
+            }
+            (None, None) => return Err(no_clips()),
+        };
+        let frames = clip.frames.iter().map(|frame| processor.fit(frame));
+        Ok((frames.collect::<Result<_>>()?, moments))
     }
 
     /// The frames of a clip that the model is to see; `usual` of them, where neither it nor its configuration says
@@ -88,7 +126,8 @@ impl VlmPipeline {
         }
         match (&mut self.clips, &self.patch_clips, &mut self.vision) {
             (Some(encoder), _, _) => {
-                Ok(encoder.encode(clips)?.into_iter().map(Seen::from).collect())
+                let encoded = encoder.encode_inside(clips)?;
+                Ok(encoded.into_iter().map(Seen::from).collect())
             }
             (None, Some(how), Vision::Patches(encoder)) => {
                 let each = clips.iter().map(|clip| {
@@ -326,25 +365,50 @@ pub struct Encoded {
     elapsed: Duration,
 }
 
-/// What the encoder made of an image or a clip.
-#[derive(Debug, Clone)]
-struct Seen {
-    features: Tensor,
-    /// How the features lie, if the encoder tells.
-    block: Option<Block>,
-}
+impl Encoded {
+    /// What the encoder made of each image.
+    pub fn images(&self) -> &[Seen] {
+        &self.images
+    }
 
-impl Seen {
-    fn tokens(&self) -> usize {
-        self.features.shape()[0]
+    /// What it made of each clip.
+    pub fn clips(&self) -> &[Seen] {
+        &self.clips
     }
 }
 
-impl From<Tensor> for Seen {
-    fn from(features: Tensor) -> Self {
+/// What the encoder made of an image or a clip.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    features: Tensor,
+    /// How the features lie, if the encoder tells.
+    block: Option<Block>,
+    inside: Vec<Inside>,
+}
+
+impl Seen {
+    /// Number of features.
+    pub fn tokens(&self) -> usize {
+        self.features.shape()[0]
+    }
+
+    /// How they lie, for encoders that take rows of patches.
+    pub fn block(&self) -> Option<&Block> {
+        self.block.as_ref()
+    }
+
+    /// What the encoder gave besides: of an image of several crops for each of them.
+    pub fn inside(&self) -> &[Inside] {
+        &self.inside
+    }
+}
+
+impl From<(Tensor, Inside)> for Seen {
+    fn from((features, inside): (Tensor, Inside)) -> Self {
         Self {
             features,
             block: None,
+            inside: vec![inside],
         }
     }
 }
@@ -354,6 +418,7 @@ impl From<PatchFeatures> for Seen {
         Self {
             features: found.features,
             block: Some(found.block),
+            inside: vec![found.inside],
         }
     }
 }

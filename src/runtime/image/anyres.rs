@@ -83,8 +83,14 @@ fn best(pinpoints: &[Size], (height, width): Size) -> Size {
 impl Grids {
     /// Crops of an image of that size, the base crop counted.
     pub(super) fn count(&self, height: usize, width: usize) -> usize {
+        let (down, across) = self.grid(height, width);
+        1 + down * across
+    }
+
+    /// Rows and columns of the crops other than the base crop.
+    pub(super) fn grid(&self, height: usize, width: usize) -> Size {
         let (h, w) = best(&self.pinpoints, (height, width));
-        1 + h.div_ceil(self.edge) * w.div_ceil(self.edge)
+        (h.div_ceil(self.edge), w.div_ceil(self.edge))
     }
 
     /// The base crop and, row by row, the others.
@@ -127,6 +133,33 @@ impl Grids {
         }
         Ok(crops)
     }
+}
+
+/// A token of a crop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Number of the crop; 0 is the base crop.
+    pub crop: usize,
+    /// Number of the token in it, row by row.
+    pub token: usize,
+}
+
+/// What a token of an image of several crops is made of.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Slot {
+    /// A token of a crop, as it is.
+    Token(Place),
+    /// What is put behind each row.
+    Newline,
+    /// A mean of four neighbours of a grid that is shrunk: above left, above right, below left and below right.
+    Between {
+        /// The neighbours; the same one twice at an edge.
+        corners: [Place; 4],
+        /// Weight of those below.
+        down: f32,
+        /// Weight of those on the right.
+        across: f32,
+    },
 }
 
 /// How the features of an image's crops become the tokens of a prompt.
@@ -206,40 +239,84 @@ impl Packing {
     /// # Errors
     /// Crops that are no such grid (a merged crop has none), or no newline token of their width.
     pub fn pack(&self, features: &[Tensor], size: Size) -> Result<Tensor> {
-        let g = self.grid;
-        let (height, width) = best(&self.pinpoints, size);
-        let (down, across) = (height / self.edge, width / self.edge);
         let [count, channels] = match features {
             [first, ..] if first.shape().len() == 2 => [first.shape()[0], first.shape()[1]],
             _ => [0, 0],
         };
-        let crops = features.len();
-        if count != g * g || (crops > 1 && crops != 1 + down * across) {
-            return Err(RuntimeError::Prompt(format!(
-                "an image of {}×{} is expected as {} crops of {g}×{g} features; found {crops} of {count}. Crops of \
-                 merged tokens have no rows and are put one after the other, without newline tokens",
-                size.1,
-                size.0,
-                1 + down * across
-            )));
+        if count != self.grid * self.grid {
+            return Err(self.wrong(features.len(), count, size));
         }
+        let slots = self.slots(features.len(), size)?;
         let newline = self.newline(channels)?;
         let dtype = features[0].dtype();
         let all: Vec<_> = features.iter().map(Tensor::f32s).collect::<Result<_>>()?;
-        let mut data = all[0].to_vec();
+        let at = |place: Place| -> &[f32] {
+            let token = place.token * channels;
+            &all[place.crop][token..token + channels]
+        };
+        let mut data = Vec::with_capacity(slots.len() * channels);
+        for slot in slots {
+            match slot {
+                Slot::Newline => data.extend(&newline),
+                Slot::Token(place) => data.extend(at(place)),
+                Slot::Between {
+                    corners,
+                    down,
+                    across,
+                } => {
+                    let corners = corners.map(at);
+                    let (v, h) = (down, across);
+                    data.extend((0..channels).map(|c| {
+                        let [a, b, p, q] = corners.map(|corner| corner[c]);
+                        (1.0 - v) * ((1.0 - h) * a + h * b) + v * ((1.0 - h) * p + h * q)
+                    }));
+                }
+            }
+        }
+        Tensor::new([data.len() / channels, channels], data)?.cast_float(dtype)
+    }
+
+    fn wrong(&self, crops: usize, count: usize, size: Size) -> RuntimeError {
+        let (height, width) = best(&self.pinpoints, size);
+        let (down, across, g) = (height / self.edge, width / self.edge, self.grid);
+        RuntimeError::Prompt(format!(
+            "an image of {}×{} is expected as {} crops of {g}×{g} features; found {crops} of {count}. Crops of \
+             merged tokens have no rows and are put one after the other, without newline tokens",
+            size.1,
+            size.0,
+            1 + down * across
+        ))
+    }
+
+    /// What the tokens of an image of height and width `size` are made of, in their order, where it has `crops` crops
+    /// (see [`pack`](Self::pack)).
+    ///
+    /// # Errors
+    /// That is another number of crops than such an image has.
+    pub fn slots(&self, crops: usize, size: Size) -> Result<Vec<Slot>> {
+        let g = self.grid;
+        let (height, width) = best(&self.pinpoints, size);
+        let (down, across) = (height / self.edge, width / self.edge);
+        if crops != 1 && crops != 1 + down * across {
+            return Err(self.wrong(crops, g * g, size));
+        }
+        let mut slots: Vec<Slot> = (0..g * g)
+            .map(|token| Slot::Token(Place { crop: 0, token }))
+            .collect();
         if crops == 1 {
-            data.extend(newline);
-            return Tensor::new([count + 1, channels], data)?.cast_float(dtype);
+            slots.push(Slot::Newline);
+            return Ok(slots);
         }
         let (rows, columns) = (down * g, across * g);
-        let at = |y: usize, x: usize| -> &[f32] {
-            let crop = &all[1 + y / g * across + x / g];
-            let token = (y % g * g + x % g) * channels;
-            &crop[token..token + channels]
-        };
         let (top, left) = margins((rows, columns), size);
         let (rows, columns) = (rows - 2 * top, columns - 2 * left);
-        let at = |y: usize, x: usize| at(y + top, x + left);
+        let at = |y: usize, x: usize| {
+            let (y, x) = (y + top, x + left);
+            Place {
+                crop: 1 + y / g * across + x / g,
+                token: y % g * g + x % g,
+            }
+        };
         let shrink = self.most.map(|most| {
             let limit = (most * g * g) as f64;
             ((rows * columns) as f64 / limit).sqrt()
@@ -247,8 +324,8 @@ impl Packing {
         match shrink.filter(|ratio| *ratio > 1.1) {
             None => {
                 for y in 0..rows {
-                    (0..columns).for_each(|x| data.extend(at(y, x)));
-                    data.extend(&newline);
+                    slots.extend((0..columns).map(|x| Slot::Token(at(y, x))));
+                    slots.push(Slot::Newline);
                 }
             }
             Some(ratio) => {
@@ -256,18 +333,16 @@ impl Packing {
                 let (vertical, horizontal) =
                     (taps(rows, fewer(rows)), taps(columns, fewer(columns)));
                 for &(y, below, v) in &vertical {
-                    for &(x, beside, h) in &horizontal {
-                        let corners = [at(y, x), at(y, beside), at(below, x), at(below, beside)];
-                        data.extend((0..channels).map(|c| {
-                            let [a, b, p, q] = corners.map(|corner| corner[c]);
-                            (1.0 - v) * ((1.0 - h) * a + h * b) + v * ((1.0 - h) * p + h * q)
-                        }));
-                    }
-                    data.extend(&newline);
+                    slots.extend(horizontal.iter().map(|&(x, beside, h)| Slot::Between {
+                        corners: [at(y, x), at(y, beside), at(below, x), at(below, beside)],
+                        down: v,
+                        across: h,
+                    }));
+                    slots.push(Slot::Newline);
                 }
             }
         }
-        Tensor::new([data.len() / channels, channels], data)?.cast_float(dtype)
+        Ok(slots)
     }
 
     /// The newline token, with the mark of a visual token where features carry a marker channel.

@@ -15,7 +15,7 @@ use super::super::image::Patches;
 use super::super::session::{Outputs, Port, Session};
 use super::super::tensor::{DType, Tensor};
 use super::super::value::Value;
-use super::describe;
+use super::{Inside, describe};
 
 /// The output of an encoder that gives fewer tokens than its grid has: which of them, `int64 [tokens]`, ascending.
 const KEPT: &str = "kept_token_indices";
@@ -38,6 +38,8 @@ pub struct PatchFeatures {
     pub features: Tensor,
     /// How they lie; `kept` where the encoder says which they are.
     pub block: Block,
+    /// What the encoder gives besides.
+    pub inside: Inside,
 }
 
 /// Pixels, and the grid that goes with them.
@@ -170,8 +172,10 @@ impl PatchEncoder {
             }
         };
         let (_, data) = found.to_tensor()?.into_parts();
+        let mut inside = Inside::of(outputs, &self.features, 1);
         Ok(PatchFeatures {
             features: Tensor::new(shape, data)?,
+            inside: inside.pop().unwrap_or_default(),
             block: Block {
                 kept,
                 ..grid.into()

@@ -54,11 +54,24 @@ impl WholePipeline {
     /// # Errors
     /// A file is missing, does not load, or does not have the interface of its part.
     pub fn open(model: &Path, configs: &Path, options: &SessionOptions) -> Result<Self> {
+        Self::open_through(model, configs, &mut |file| Session::open(file, options))
+    }
+
+    /// The same, the file through `open`: which may give another session for it, of a model that exists in memory
+    /// only.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_through(
+        model: &Path,
+        configs: &Path,
+        open: &mut dyn FnMut(&Path) -> Result<Session>,
+    ) -> Result<Self> {
         Ok(Self {
             text: TextProcessor::from_dir(configs)?,
             images: ImageProcessor::from_dir(configs)?,
             placeholders: Placeholders::from_dir(configs, model)?,
-            model: WholeModel::new(Session::open(model, options)?)?,
+            model: WholeModel::new(open(model)?)?,
         })
     }
 
@@ -154,6 +167,7 @@ impl WholePipeline {
             timing: Timing::default(),
             prompt: prompt.prompt.clone(),
             cache: Cache::none(tokens),
+            extra: Vec::new(),
         };
         let model = self.model.session().model().to_string();
         let mut writing = Writing::new(&self.text, options, model);
@@ -175,10 +189,16 @@ impl WholePipeline {
                 salient: options.salient.then(|| row(&prompt.salient)),
             };
             let start = Instant::now();
-            let output = self.model.run(&input)?;
+            let mut output = self.model.run(&input)?;
             let elapsed = start.elapsed();
             match generation.tokens.len() {
-                0 => generation.timing.prefill = elapsed,
+                0 => {
+                    generation.timing.prefill = elapsed;
+                    output
+                        .extra
+                        .retain(|(name, _)| !name.starts_with("present."));
+                    generation.extra = std::mem::take(&mut output.extra);
+                }
                 _ => generation.timing.decode.push(elapsed),
             }
             if writing
