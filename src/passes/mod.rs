@@ -11,6 +11,7 @@ mod div_prune;
 mod error;
 mod fast_v;
 mod fewer;
+mod last_logits;
 mod make_ups;
 mod manager;
 mod marker;
@@ -34,7 +35,7 @@ pub use marker::{Marker, VISUAL_MASK_INPUT};
 pub use methods::Method;
 pub use padded::FILLER;
 pub use random_drop::RandomDrop;
-pub use recipe::{Count, KvLayout, Positions, Pruning, Recipe, StaticSpan};
+pub use recipe::{Count, KvLayout, Logits, Positions, Pruning, Recipe, StaticSpan};
 pub use token_merge::{
     Cls, KEPT_OUTPUT, MergeBudget, Placement, Selector, TokenMerge, merge_budget, placement_in,
 };
@@ -57,6 +58,8 @@ pub struct Context {
     pub span: Option<StaticSpan>,
     /// How caches of later layers are laid out.
     pub kv: KvLayout,
+    /// Of which tokens decoders give logits.
+    pub logits: Logits,
     /// Whether the recipe merges tokens.
     pub merges: bool,
     /// Where it says that merged tokens leave, if it does.
