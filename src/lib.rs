@@ -10,6 +10,7 @@
 //! [`passes::rewrite`]; `ARCHITECTURE.md` tells why things are as they are.
 
 pub mod arch;
+pub mod bench;
 pub mod cli;
 pub mod diff;
 pub mod eval;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cli → all        validate → runtime, passes, arch, onnx, ir       eval → runtime
+//! bench → runtime, passes, arch, onnx, ir
 //! diff → onnx, ir  passes → arch, ir     arch → ir     runtime → onnx, ir
 //! onnx → proto, ir                       ir, proto → nothing of ours
 //! ```
@@ -15,12 +16,16 @@ const RULE: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "validate", "eval", "diff", "passes", "arch", "runtime", "onnx", "ir", "proto",
-            "suggest", "random",
+            "validate", "eval", "bench", "diff", "passes", "arch", "runtime", "onnx", "ir",
+            "proto", "suggest", "random",
         ],
     ),
     (
         "validate",
+        &["runtime", "passes", "arch", "onnx", "ir", "random"],
+    ),
+    (
+        "bench",
         &["runtime", "passes", "arch", "onnx", "ir", "random"],
     ),
     ("eval", &["runtime", "random"]),

@@ -4,6 +4,8 @@
 
 mod common;
 mod diff_report;
+#[path = "commands/markup.rs"]
+mod markup;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -11,6 +13,7 @@ use std::path::{Path, PathBuf};
 use diff_report::*;
 use duet_onnx::diff::render::{COMMENT_LIMIT, Format, View, about, render};
 use duet_onnx::diff::{Class, FileKind, Kind, Options, Report, compare};
+use markup::well_formed;
 use serde_json::Value;
 
 const FULL: View = View {
@@ -166,77 +169,6 @@ fn hostile_names_do_not_reach_the_terminal() {
         let text = render(&report, Format::Text, view);
         no_control(&text);
         assert!(text.contains("\\u{202e}<img"), "shown by its number");
-    }
-}
-
-/// Checks that markup is well-formed and returns the names of its elements.
-/// `void`: elements that are never closed.
-#[track_caller]
-fn well_formed(text: &str, void: &[&str]) -> BTreeSet<String> {
-    let mut open: Vec<String> = Vec::new();
-    let mut seen = BTreeSet::new();
-    let mut rest = text;
-    while let Some((before, tag)) = rest.split_once('<') {
-        references(before);
-        // The end of a tag is a '>' outside of quotes.
-        let (mut quote, mut end) = (None, None);
-        for (i, c) in tag.char_indices() {
-            match (quote, c) {
-                (None, '"' | '\'') => quote = Some(c),
-                (Some(q), c) if q == c => quote = None,
-                (None, '>') => {
-                    end = Some(i);
-                    break;
-                }
-                (None, '<') => panic!("'<' in a tag: {tag:.80}"),
-                _ => {}
-            }
-        }
-        let end = end.unwrap_or_else(|| panic!("a tag that does not end: {tag:.80}"));
-        let inside = &tag[..end];
-        rest = &tag[end + 1..];
-        if inside.starts_with(['?', '!']) {
-            continue;
-        }
-        let name: String = inside
-            .trim_start_matches('/')
-            .chars()
-            .take_while(|c| c.is_ascii_alphanumeric())
-            .collect();
-        for attribute in inside.split('"').skip(1).step_by(2) {
-            references(attribute);
-        }
-        if inside.starts_with('/') {
-            assert_eq!(
-                open.pop().as_deref(),
-                Some(name.as_str()),
-                "closed out of order"
-            );
-        } else if !inside.ends_with('/') && !void.contains(&name.as_str()) {
-            open.push(name.clone());
-        }
-        seen.insert(name);
-        // CSS is no markup.
-        if inside == "style" {
-            rest = rest.split_once("</style>").expect("closed").1;
-            open.pop();
-        }
-    }
-    references(rest);
-    assert_eq!(open, [""; 0], "elements left open");
-    seen
-}
-
-/// Every '&' starts a reference.
-#[track_caller]
-fn references(text: &str) {
-    for (at, _) in text.match_indices('&') {
-        let name: String = text[at + 1..].chars().take_while(|c| *c != ';').collect();
-        let known = ["amp", "lt", "gt", "quot", "apos"].contains(&name.as_str());
-        let number = name
-            .strip_prefix('#')
-            .is_some_and(|n| n.parse::<u32>().is_ok());
-        assert!(known || number, "a bare '&' in {text:.80}");
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod commands;
 
+use commands::schema::compare;
 use commands::{BOTH, Place, duet, runtime, source, text};
 use duet_onnx::passes::{Recipe, TokenMerge, VisualPrune};
 use serde_json::{Value, json};
@@ -306,91 +307,4 @@ fn conforms(document: &Value) {
     let mut wrong = Vec::new();
     compare(&schema, &schema, &broken, "", &mut wrong);
     assert_eq!(wrong.len(), 3, "{wrong:?}");
-}
-
-/// The keywords that the schema uses; another is an error.
-fn compare(schema: &Value, root: &Value, value: &Value, at: &str, wrong: &mut Vec<String>) {
-    let is = |kind: &Value| match kind.as_str().expect("a type") {
-        "object" => value.is_object(),
-        "array" => value.is_array(),
-        "string" => value.is_string(),
-        "integer" => value.is_u64(),
-        "number" => value.is_number(),
-        "null" => value.is_null(),
-        other => panic!("type {other}"),
-    };
-    let mut check = |fits: bool, rule: &Value| {
-        if !fits {
-            wrong.push(format!("{at}: {value} is not {rule}"));
-        }
-    };
-    let rules = schema.as_object().expect("a schema");
-    for (key, rule) in rules {
-        match key.as_str() {
-            "type" => check(
-                rule.as_array()
-                    .map_or_else(|| is(rule), |any| any.iter().any(is)),
-                rule,
-            ),
-            "const" => check(value == rule, rule),
-            "enum" => check(rule.as_array().expect("a list").contains(value), rule),
-            "minimum" => check(value.as_f64() >= rule.as_f64(), rule),
-            "required" => {
-                let names = rule.as_array().expect("a list").iter();
-                let missing =
-                    names.filter(|name| value.get(name.as_str().expect("a name")).is_none());
-                missing.for_each(|name| check(false, &json!({ "required": name })));
-            }
-            _ => {}
-        }
-    }
-    for (key, rule) in rules {
-        match key.as_str() {
-            "$ref" => {
-                let name = rule.as_str().and_then(|r| r.strip_prefix("#/$defs/"));
-                compare(
-                    &root["$defs"][name.expect("a local reference")],
-                    root,
-                    value,
-                    at,
-                    wrong,
-                );
-            }
-            "anyOf" => {
-                let any = rule.as_array().expect("a list");
-                assert_eq!((any.len(), &any[0]), (2, &json!({ "type": "null" })));
-                if !value.is_null() {
-                    compare(&any[1], root, value, at, wrong);
-                }
-            }
-            "items" => {
-                for (index, item) in value.as_array().into_iter().flatten().enumerate() {
-                    compare(rule, root, item, &format!("{at}[{index}]"), wrong);
-                }
-            }
-            "properties" => {
-                for (name, rule) in rule.as_object().expect("an object") {
-                    if let Some(value) = value.get(name) {
-                        compare(rule, root, value, &format!("{at}.{name}"), wrong);
-                    }
-                }
-            }
-            "additionalProperties" => {
-                for (name, value) in value.as_object().into_iter().flatten() {
-                    if rules.get("properties").and_then(|p| p.get(name)).is_some() {
-                        continue;
-                    }
-                    match rule {
-                        Value::Bool(false) => {
-                            wrong.push(format!("{at}: '{name}' is not described"))
-                        }
-                        rule => compare(rule, root, value, &format!("{at}.{name}"), wrong),
-                    }
-                }
-            }
-            "$schema" | "$defs" | "title" | "description" | "type" | "const" | "enum"
-            | "minimum" | "required" => {}
-            other => panic!("the test does not know the keyword {other}"),
-        }
-    }
 }

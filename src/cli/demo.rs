@@ -12,6 +12,7 @@ use super::counts::{average, tokens_by_layer};
 use super::eval::ask::{Named, Task, ask};
 use super::rewrite::outputs;
 use super::{Engine, Global, Outcome, load, run::millis, style};
+use crate::bench;
 use crate::eval::table::Bootstrap;
 use crate::eval::{Contestant, DataSet, render, tabulate};
 use crate::onnx::{DataMode, write_out};
@@ -319,9 +320,8 @@ fn side_by_side(
         row
     };
     let median = |answers: &[Generation], of: fn(&Generation) -> Duration| {
-        let mut times: Vec<Duration> = answers.iter().map(of).collect();
-        times.sort();
-        millis(times[times.len() / 2])
+        let times: Vec<f64> = answers.iter().map(|a| millis(of(a))).collect();
+        bench::median(&times)
     };
     let time = |what: &str, of: fn(&Generation) -> Duration| {
         let first = median(&seen[0], of);

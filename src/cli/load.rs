@@ -446,8 +446,35 @@ fn runs_as(part: &Part) -> Kind {
     }
 }
 
+/// The files of a variant, as positions in `vlm.parts`: those that there are.
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub(super) dir: ModelDir,
+    pub(super) vlm: Vlm,
+    pub(super) vision: Option<usize>,
+    pub(super) video: Option<usize>,
+    pub(super) embed: Option<usize>,
+    pub(super) decoder: Option<usize>,
+    /// The graph that starts the cache, where `decoder` only goes on from one.
+    pub(super) prompt: Option<usize>,
+    pub(super) whole: Option<usize>,
+}
+
+impl Parts {
+    /// Where a part is.
+    pub(super) fn file(&self, part: usize) -> PathBuf {
+        self.dir.root.join(&self.vlm.parts[part].file)
+    }
+
+    /// The same of a decoder's other file. The branches of one choose by themselves.
+    pub(super) fn prompt_file(&self) -> Option<PathBuf> {
+        let prompt = self.file(self.prompt?);
+        (prompt != self.file(self.decoder?)).then_some(prompt)
+    }
+}
+
 /// Finds the files of a variant (or of the suffix of an earlier `--beside`).
-pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(ModelDir, Runnable)> {
+pub(super) fn parts(path: &Path, name: Option<&str>) -> anyhow::Result<Parts> {
     let (dir, vlm) = everything(path)?;
     let wanted = match name {
         Some(name) => variant(&vlm, name, path)?,
@@ -468,23 +495,36 @@ pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(Model
         }
     };
     let set = vlm.set(&wanted);
-    let file = |index: usize| dir.root.join(&vlm.parts[index].file);
     let find = |kind: Kind| {
         let all = vlm.parts.iter().enumerate();
         let mut named = all.filter(|(_, p)| p.variant == wanted && runs_as(p) == kind);
         set.get(kind).or_else(|| named.next().map(|(i, _)| i))
     };
-    let whole = match set.decoder {
-        None => find(Kind::Whole),
-        Some(_) => set.whole,
-    };
-    if let Some(whole) = whole {
-        let file = file(whole);
-        return Ok((dir, Runnable::Whole(file)));
+    Ok(Parts {
+        vision: find(Kind::Vision),
+        video: find(Kind::Video),
+        embed: find(Kind::Embedding),
+        decoder: find(Kind::Decoder),
+        prompt: set.decoder.and_then(|d| d.prompt),
+        whole: match set.decoder {
+            None => find(Kind::Whole),
+            Some(_) => set.whole,
+        },
+        dir,
+        vlm,
+    })
+}
+
+/// Finds the files that answer questions; all have to be there.
+pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(ModelDir, Runnable)> {
+    let found = parts(path, name)?;
+    if let Some(whole) = found.whole {
+        let file = found.file(whole);
+        return Ok((found.dir, Runnable::Whole(file)));
     }
-    let pick = |kind: Kind, what: &str| -> anyhow::Result<usize> {
-        find(kind).ok_or_else(|| {
-            let each = vlm.parts.iter().map(|p| {
+    let pick = |part: Option<usize>, what: &str| -> anyhow::Result<usize> {
+        part.ok_or_else(|| {
+            let each = found.vlm.parts.iter().map(|p| {
                 let found = match p.kind() {
                     Kind::Unknown => "not recognised".to_owned(),
                     kind => format!("the {}", kind.name()),
@@ -498,26 +538,22 @@ pub(super) fn runnable(path: &Path, name: Option<&str>) -> anyhow::Result<(Model
             )
         })
     };
-    let decoder = pick(Kind::Decoder, "decoder (embeddings → logits, cache)")?;
-    // The branches of one file choose by themselves.
-    let prompt = set.decoder.and_then(|d| d.prompt).map(file);
-    let video = find(Kind::Video);
+    let decoder = pick(found.decoder, "decoder (embeddings → logits, cache)")?;
     // A model that sees clips only has no other encoder.
-    let vision = match (find(Kind::Vision), video) {
-        (None, Some(video)) => video,
-        _ => pick(Kind::Vision, "vision encoder (pixels → features)")?,
-    };
-    let merged = gives_fewer(&vlm.parts[vision].model);
+    let vision = found.vision.or(found.video);
+    let vision = pick(vision, "vision encoder (pixels → features)")?;
+    let embed = pick(found.embed, "token embedding (ids → embeddings)")?;
+    let merged = gives_fewer(&found.vlm.parts[vision].model);
     let trio = Trio {
         merged,
-        heads: cache_heads(&vlm.parts[decoder].model).and_then(heads_of),
-        vision: file(vision),
-        video: video.map(file),
-        embed: file(pick(Kind::Embedding, "token embedding (ids → embeddings)")?),
-        prompt: prompt.filter(|p| *p != file(decoder)),
-        decoder: file(decoder),
+        heads: cache_heads(&found.vlm.parts[decoder].model).and_then(heads_of),
+        vision: found.file(vision),
+        video: found.video.map(|video| found.file(video)),
+        embed: found.file(embed),
+        prompt: found.prompt_file(),
+        decoder: found.file(decoder),
     };
-    Ok((dir, Runnable::Trio(trio)))
+    Ok((found.dir, Runnable::Trio(trio)))
 }
 
 /// What the runtime is told of a cache's heads.

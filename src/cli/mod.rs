@@ -3,6 +3,7 @@
 //! Results go to stdout, progress and logs to stderr. Exit codes: 0 success, 1 a
 //! check that failed, 2 usage or input error.
 
+mod bench;
 mod calibrate;
 mod clients;
 mod counts;
@@ -74,6 +75,11 @@ enum Command {
     Run(run::Arguments),
     /// Check that a rewritten model computes what its recipe says
     Validate(validate::Arguments),
+    /// Compare the speed and memory of a model and its rewritten forms
+    Bench(bench::Arguments),
+    /// One model of duet bench, in a process of its own
+    #[command(hide = true)]
+    BenchWorker,
     /// Measure how much accuracy models keep on a data set
     Eval(eval::Arguments),
     /// Say what changed between two models or model directories
@@ -133,6 +139,8 @@ pub fn main() -> ExitCode {
         Command::Rewrite(arguments) => rewrite::run(arguments, global),
         Command::Run(arguments) => run::run(arguments, global),
         Command::Validate(arguments) => validate::run(arguments, global),
+        Command::Bench(arguments) => bench::run(arguments, global),
+        Command::BenchWorker => bench::serve(),
         Command::Eval(arguments) => eval::run(arguments, global),
         Command::Diff(arguments) => diff::run(arguments, global),
         Command::Textconv(arguments) => textconv::run(arguments, global),

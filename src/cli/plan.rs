@@ -61,7 +61,7 @@ fn methods() -> impl TypedValueParser<Value = Method> {
 }
 
 /// `1280x720`: (width, height).
-fn image_size(text: &str) -> Result<(usize, usize), String> {
+pub(super) fn image_size(text: &str) -> Result<(usize, usize), String> {
     let side = |s: &str| s.trim().parse().ok().filter(|n| (1..=1 << 20).contains(n));
     let sides = text.split_once(['x', 'X', '×']);
     sides

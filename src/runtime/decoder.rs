@@ -273,6 +273,14 @@ impl Decoder {
         &mut self.session
     }
 
+    /// The session that runs over a sequence's first tokens: that of a file of its own, or the only one.
+    pub fn prompt_session_mut(&mut self) -> &mut Session {
+        match &mut self.prompt {
+            Some((prompt, _)) => prompt,
+            None => &mut self.session,
+        }
+    }
+
     /// True if the decoder can go on from a cache.
     pub fn has_cache(&self) -> bool {
         !self.slots.is_empty()

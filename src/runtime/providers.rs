@@ -6,7 +6,7 @@ use ort::session::builder::SessionBuilder;
 use super::error::{Result, RuntimeError};
 use super::library::Runtime;
 
-/// What [`register`] does for one provider.
+/// What is known of one provider.
 struct Known {
     /// Name as given by users.
     short: &'static str,
@@ -53,30 +53,46 @@ pub fn available() -> Result<Vec<&'static str>> {
         .collect())
 }
 
+/// Checks that an execution provider of this name can be asked for.
+///
+/// # Errors
+/// The name is not known, or the loaded library was built without the provider; the message says which library that
+/// is, what it has, and what to do.
+pub fn check(name: &str) -> Result<()> {
+    known(name).map(|_| ())
+}
+
 /// Adds the provider of this name to a session that is being built.
 pub(super) fn register(name: &str, builder: &mut SessionBuilder) -> Result<()> {
-    let failed = |reason: String| RuntimeError::Provider {
+    let found = known(name)?;
+    (found.register)(builder).map_err(|e| failed(name, e.to_string()))
+}
+
+fn failed(name: &str, reason: String) -> RuntimeError {
+    RuntimeError::Provider {
         name: name.into(),
         reason,
-    };
+    }
+}
+
+fn known(name: &str) -> Result<&'static Known> {
     let known = KNOWN
         .iter()
         .find(|k| k.short.eq_ignore_ascii_case(name) || k.canonical.eq_ignore_ascii_case(name))
         .ok_or_else(|| {
             let all: Vec<&str> = KNOWN.iter().map(|k| k.short).collect();
-            failed(format!(
-                "it is not known; the known ones are {}",
-                all.join(", ")
-            ))
+            let reason = format!("it is not known; the known ones are {}", all.join(", "));
+            failed(name, reason)
         })?;
     if !(known.available)().unwrap_or(false) {
         let library = &Runtime::get()?.library().path;
-        return Err(failed(format!(
+        let reason = format!(
             "the library {} was built without it (it has {}); install a build that has it, for \
              example `pip install onnxruntime-gpu` for CUDA, or point ORT_DYLIB_PATH at one",
             library.display(),
             available()?.join(", ")
-        )));
+        );
+        return Err(failed(name, reason));
     }
-    (known.register)(builder).map_err(|e| failed(e.to_string()))
+    Ok(known)
 }

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use ort::logging::LogLevel;
 use ort::session::SessionInputValue;
@@ -149,6 +150,7 @@ pub struct Session {
     inputs: Vec<Port>,
     outputs: Vec<Port>,
     profiling: bool,
+    spent: Duration,
 }
 
 impl fmt::Debug for Session {
@@ -202,12 +204,19 @@ impl Session {
             inputs,
             outputs,
             profiling: options.profile.is_some(),
+            spent: Duration::ZERO,
         })
     }
 
     /// Path or name of the model.
     pub fn model(&self) -> &str {
         &self.model
+    }
+
+    /// Time spent inside ONNX Runtime by all runs so far: what is done for a run before and after it (laying out
+    /// inputs, copying outputs) is the caller's.
+    pub fn spent(&self) -> Duration {
+        self.spent
     }
 
     /// Declared inputs, in order.
@@ -271,10 +280,12 @@ impl Session {
                 )
             })
             .collect();
+        let start = Instant::now();
         let outputs = self.session.run(feed).map_err(|e| RuntimeError::Run {
             model: self.model.clone(),
             reason: e.to_string(),
         })?;
+        self.spent += start.elapsed();
         let outputs = outputs
             .into_iter()
             .map(|(name, value)| Ok((name.to_string(), Value::from_ort(value)?)))

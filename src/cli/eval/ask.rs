@@ -276,7 +276,7 @@ pub(super) fn distinct(models: &[Contestant]) -> anyhow::Result<()> {
 }
 
 /// Models with their variants: one for all, or one for each.
-fn named(models: &[PathBuf], variants: &[String]) -> anyhow::Result<Vec<Named>> {
+pub(in crate::cli) fn named(models: &[PathBuf], variants: &[String]) -> anyhow::Result<Vec<Named>> {
     let variant = |index: usize| match variants {
         [one] => Some(one.clone()),
         several => several.get(index).cloned(),
