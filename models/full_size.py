@@ -221,8 +221,25 @@ def pack(folder: Path, target: Path) -> None:
     (target / "data.json").write_text(json.dumps(sizes, indent=2) + "\n")
 
 
-def half(value):
-    return value.half() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+def exported(part, shared: ModuleType, dtype: torch.dtype = torch.float16) -> ir.Model:
+    """The graph of one file, with llava's export module for what all have in common."""
+
+    def cast(value):
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            part.module.eval(),
+            torch.utils._pytree.tree_map(cast, part.args),
+            input_names=part.inputs,
+            output_names=part.outputs,
+            dynamic_shapes=shared.nest(part),
+            opset_version=18,
+            dynamo=True,
+            verbose=False,
+        )
+    return program.model
 
 
 def main() -> int:
@@ -238,20 +255,7 @@ def main() -> int:
     shared, parts = FAMILIES[args.family](args.layers, args.out)
     for part in parts:
         began = time.monotonic()
-        arguments = torch.utils._pytree.tree_map(half, part.args)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                part.module.eval(),
-                arguments,
-                input_names=part.inputs,
-                output_names=part.outputs,
-                dynamic_shapes=shared.nest(part),
-                opset_version=18,
-                dynamo=True,
-                verbose=False,
-            )
-        graph = program.model
+        graph = exported(part, shared)
         total = sparse(graph, folder, f"{part.file}.onnx_data")
         proto = ir.to_proto(graph)
         shared.clean(proto)

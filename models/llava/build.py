@@ -123,10 +123,17 @@ def model(name: str, attention: str = "eager") -> LlavaForConditionalGeneration:
     cfg = config(size)
     cfg._attn_implementation = attention
     net = LlavaForConditionalGeneration._from_config(cfg, attn_implementation=attention).float().eval()
-    generator = torch.Generator().manual_seed(size.seed)
+    fill(net, size.seed)
+    return net.requires_grad_(False)
+
+
+def fill(net: LlavaForConditionalGeneration, seed: int) -> None:
+    """Draws every weight of a model, in the order of their names."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in sorted(net.named_parameters()):
             parameter.copy_(_draw(key, parameter.shape, generator).bfloat16().float())
-        # A logit of 0 is never the largest of hundreds: no placeholder and no control byte in answers.
+        # A logit of 0 is never the largest of hundreds: no placeholder and no control byte in answers,
+        # and nothing that the tokenizer does not know.
         net.lm_head.weight[tokens.silent()] = 0
-    return net.requires_grad_(False)
+        net.lm_head.weight[tokens.VOCAB :] = 0

@@ -29,6 +29,9 @@ pub(super) struct Arguments {
     /// Recipe: a built-in name or a YAML file
     #[arg(long, value_name = "NAME_OR_FILE")]
     recipe: String,
+    /// Give logits of the last token alone, which is what generating text needs (recipe: logits: last)
+    #[arg(long)]
+    last_logits: bool,
     /// New directory to write
     #[arg(long, group = "target", value_name = "DIR")]
     out: Option<PathBuf>,
@@ -67,7 +70,10 @@ enum Data {
 }
 
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
-    let recipe = load::recipe(&arguments.recipe)?;
+    let mut recipe = load::recipe(&arguments.recipe)?;
+    if arguments.last_logits {
+        recipe = recipe.with_last_logits()?;
+    }
     let began = Instant::now();
     let selected = load::select(&arguments.model.path, &arguments.variant, global)?;
     let dir = &selected.dir;

@@ -376,7 +376,8 @@ impl Model {
         self.graph().outputs.iter().find(found).copied()
     }
 
-    /// Value of the main graph by name (linear search: for tests and tools).
+    /// Value of the main graph by name, unless its node was removed (linear search: for tests
+    /// and tools).
     pub fn find(&self, name: &str) -> Option<ValueId> {
         let there = |v: &Value| match v.def {
             Def::Node { node, .. } => self.try_node(node).is_some(),

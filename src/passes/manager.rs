@@ -1,7 +1,7 @@
 //! Running a recipe: requires → plan → apply → verify → ensures, pass by pass,
 //! then the stamp.
 
-use super::{Context, KvLayout, PassError, Recipe, padded};
+use super::{Context, KvLayout, Logits, PassError, Recipe, last_logits, padded};
 use crate::arch::{Part, ROLE_KEY, Vlm};
 use crate::ir::{Model, Patch, verify};
 
@@ -83,6 +83,13 @@ pub(super) fn rewrite_with(
             problem,
         });
     }
+    let last = recipe.context.logits == Logits::Last;
+    if let Some(problem) = last_logits::refused(&vlm).filter(|_| last) {
+        return Err(PassError::Requires {
+            pass: last_logits::NAME,
+            problem,
+        });
+    }
     let outputs = padded::outputs(&vlm);
     for pass in &recipe.passes {
         let name = pass.name();
@@ -95,6 +102,22 @@ pub(super) fn rewrite_with(
             change(&mut vlm.parts[index], name, |model| model.apply(plan))?;
         }
         pass.ensures(&vlm, context)?;
+    }
+    if last {
+        let plans = last_logits::plan(&vlm)?;
+        if !plans.is_empty() {
+            summaries.push((last_logits::NAME, last_logits::SUMMARY.to_owned()));
+        }
+        for (index, plan) in plans {
+            changes.push(Change {
+                pass: last_logits::NAME,
+                part: index,
+                inserted: plan.inserted(),
+            });
+            change(&mut vlm.parts[index], last_logits::NAME, |model| {
+                model.apply(plan)
+            })?;
+        }
     }
     if context.kv == KvLayout::Padded {
         let plans = padded::plan(&vlm, recipe, &outputs);

@@ -12,6 +12,7 @@ mod error;
 mod fast_v;
 mod fewer;
 mod fixed;
+mod last_logits;
 mod make_ups;
 mod manager;
 mod marker;
@@ -36,7 +37,7 @@ pub use marker::{Marker, VISUAL_MASK_INPUT};
 pub use methods::Method;
 pub use padded::FILLER;
 pub use random_drop::RandomDrop;
-pub use recipe::{Count, KvLayout, Positions, Pruning, Recipe, StaticSpan};
+pub use recipe::{Count, KvLayout, Logits, Positions, Pruning, Recipe, StaticSpan};
 pub use token_merge::{
     Cls, KEPT_OUTPUT, MergeBudget, Placement, Selector, TokenMerge, merge_budget, placement_in,
 };
@@ -59,6 +60,8 @@ pub struct Context {
     pub span: Option<StaticSpan>,
     /// How caches of later layers are laid out.
     pub kv: KvLayout,
+    /// Of which tokens decoders give logits.
+    pub logits: Logits,
     /// Whether the recipe merges tokens.
     pub merges: bool,
     /// Where it says that merged tokens leave, if it does.

@@ -79,6 +79,17 @@ pub enum KvLayout {
     Padded,
 }
 
+/// Of which tokens the decoder gives logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Logits {
+    /// Of all that are left.
+    #[default]
+    All,
+    /// Of the last one, which is what generating text needs.
+    Last,
+}
+
 /// Where the visual tokens lie, for `marker: static`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -120,9 +131,11 @@ struct Raw {
     span: Option<StaticSpan>,
     #[serde(default)]
     kv: KvLayout,
+    #[serde(default)]
+    logits: Logits,
 }
 
-const KEYS: &[&str] = &["version", "passes", "marker", "span", "kv"];
+const KEYS: &[&str] = &["version", "passes", "marker", "span", "kv", "logits"];
 
 impl Recipe {
     /// Reads a recipe.
@@ -189,6 +202,7 @@ impl Recipe {
             marker: raw.marker,
             span: raw.span,
             kv: raw.kv,
+            logits: raw.logits,
             merges: merge.is_some(),
             fewer: passes
                 .iter()
@@ -201,6 +215,24 @@ impl Recipe {
             passes,
             context,
             text: text.to_owned(),
+        })
+    }
+
+    /// The same recipe with `logits: last`.
+    ///
+    /// # Errors
+    /// The recipe asks for all logits, or its text cannot be added to.
+    pub fn with_last_logits(self) -> Result<Self, PassError> {
+        if self.context.logits == Logits::Last {
+            return Ok(self);
+        }
+        let text = format!("{}\nlogits: last\n", self.text.trim_end());
+        Self::parse(&text).map_err(|_| {
+            PassError::Recipe(
+                "'logits: last' cannot be added to the recipe, which says 'logits: all' or is written in braces; \
+                 write it there"
+                    .into(),
+            )
         })
     }
 

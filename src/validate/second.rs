@@ -276,21 +276,27 @@ fn gone_check(
     report: &mut Report,
 ) -> Result<(), ValidateError> {
     let scope = decoder_scope(pruning);
-    let boundary = decoder.layers[1].boundary[0];
-    let inputs = [
-        port(old.name(boundary), 3, decoder.dtype),
-        port(format!("{scope}/entry/gone_mask"), 2, DataType::Bool),
-    ];
-    let outputs = drop_outputs(&format!("{scope}/drop0"), decoder.dtype);
+    let boundary = decoder.layers[1].boundary.iter();
+    let mut inputs: Vec<Port> = boundary
+        .map(|v| port(old.name(*v), 3, decoder.dtype))
+        .collect();
+    inputs.push(port(format!("{scope}/entry/gone_mask"), 2, DataType::Bool));
+    let outputs = drop_outputs(new, &format!("{scope}/drop0"), decoder.dtype);
     let check = format!("{label}tract: discarded tokens");
     compare(new, &inputs, &outputs, feed, &check, options, report)
 }
 
-/// What a drop point gives: the tokens that stay, and their hidden states.
-fn drop_outputs(scope: &str, dtype: DataType) -> [Port; 2] {
+/// What a drop point gives: the tokens that stay, and their hidden states. (Of a boundary of several
+/// values the first may be a norm, of which nothing is read once the ranking has its projections.)
+fn drop_outputs(model: &Model, scope: &str, dtype: DataType) -> [Port; 2] {
+    let mut hidden = ["hidden", "hidden_2"].map(|n| format!("{scope}/{n}"));
+    if model.find(&hidden[0]).is_none() {
+        hidden.swap(0, 1);
+    }
+    let [hidden, _] = hidden;
     [
         port(format!("{scope}/kept_indices"), 2, DataType::Int64),
-        port(format!("{scope}/hidden"), 3, dtype),
+        port(hidden, 3, dtype),
     ]
 }
 
@@ -312,8 +318,14 @@ fn decoder_check(
         let ranks = &decoder.layers[prune.rank_layer.at(after)];
         // Discarded tokens leave there too, before the others.
         let entered = match placed && drop == 1 && prune.drops[0].after_layer == 1 {
-            true => format!("duet/{pass}/drop0/hidden"),
-            false => old.name(layer.boundary[0]).to_owned(),
+            true => ["hidden", "hidden_2"]
+                .map(|n| format!("duet/{pass}/drop0/{n}"))
+                .to_vec(),
+            false => layer
+                .boundary
+                .iter()
+                .map(|v| old.name(*v).to_owned())
+                .collect(),
         };
         let rank = |projection: &Projection| match projection.layout {
             Layout::Heads => 4,
@@ -322,11 +334,12 @@ fn decoder_check(
         let mut inputs = vec![
             port(format!("{scope}/query"), rank(&ranks.query), decoder.dtype),
             port(format!("{scope}/key"), rank(&ranks.new_key), decoder.dtype),
-            port(entered, 3, decoder.dtype),
             port(format!("duet/{pass}/entry/visual_mask"), 2, DataType::Bool),
             port(format!("duet/{pass}/entry/real_mask"), 2, DataType::Bool),
             port(format!("duet/{pass}/entry/text_mask"), 2, DataType::Bool),
         ];
+        let entered = entered.into_iter().filter(|n| new.find(n).is_some());
+        inputs.extend(entered.map(|n| port(n, 3, decoder.dtype)));
         if placed {
             let gone = format!("duet/{pass}/entry/gone_mask");
             inputs.push(port(gone, 2, DataType::Bool));
@@ -343,7 +356,7 @@ fn decoder_check(
             // Sizes are read off them.
             inputs.push(port(old.name(decoder.embeds), 3, decoder.dtype));
         }
-        let outputs = drop_outputs(&scope, decoder.dtype);
+        let outputs = drop_outputs(new, &scope, decoder.dtype);
         let check = format!("{label}tract: drop point {drop}");
         compare(new, &inputs, &outputs, feed, &check, options, report)?;
     }

@@ -22,6 +22,7 @@
 mod current;
 mod gone;
 mod rank;
+mod reuse;
 mod rotary;
 mod stage;
 mod types;

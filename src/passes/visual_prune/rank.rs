@@ -13,6 +13,7 @@
 //! queries and keys, that is done here with standard operators.
 
 use super::RankMask;
+use super::reuse::{self, Shared};
 use super::rotary::{self, Turn, clone};
 use super::stage::{Stage, last_real};
 use crate::arch::{Decoder, DecoderLayer, Layout, Projection};
@@ -45,10 +46,11 @@ pub(super) struct Ranking<'a, 'm> {
 
 impl Ranking<'_, '_> {
     /// Score of every token, `[b, L]` fp32 (meaningful for visual ones): the
-    /// attention probability, averaged over heads and over the tokens that ask.
-    pub(super) fn scores(mut self) -> Result<ValueId, String> {
+    /// attention probability, averaged over heads and over the tokens that ask. With it,
+    /// what the layer can take from here.
+    pub(super) fn scores(mut self) -> Result<(ValueId, Vec<Shared>), String> {
         let number = self.number;
-        let (query, key) = self.projections()?;
+        let (query, key, shared) = self.projections()?;
         let heads = self.decoder.kv_heads;
         let width = self.decoder.head_dim;
         let length = self.stage.length;
@@ -125,7 +127,7 @@ impl Ranking<'_, '_> {
         let count = p.op("Max", &[count, one]);
         let scores = p.op("Div", &[sum, count]);
         p.name_value(scores, &format!("drop{number}/scores"));
-        Ok(scores)
+        Ok((scores, shared))
     }
 
     /// The tokens that ask here: those carried from the entry; if a row has none
@@ -141,8 +143,9 @@ impl Ranking<'_, '_> {
         p.op("Or", &[self.stage.text, fallback])
     }
 
-    /// Rotated queries `[b, H, L, d]` and keys `[b, Hkv, L, d]` of the layer, fp32.
-    fn projections(&mut self) -> Result<(ValueId, ValueId), String> {
+    /// Rotated queries `[b, H, L, d]` and keys `[b, Hkv, L, d]` of the layer, fp32, and what
+    /// they were made of.
+    fn projections(&mut self) -> Result<(ValueId, ValueId, Vec<Shared>), String> {
         let (layer, number) = (self.layer, self.number);
         let mut subst = self.stage.subst.clone();
         // What enters the layer is this stage's own, but what reads it will be
@@ -172,6 +175,11 @@ impl Ranking<'_, '_> {
             }
             operands.push((what, projection, value));
         }
+        let mut shared = Vec::new();
+        if !self.own {
+            let again = reuse::projections(self.model, layer).into_iter();
+            shared.extend(again.filter_map(|v| Some((v, *subst.get(&v)?))));
+        }
         let turn = match layer.rotary {
             None => None,
             Some(rotary) => {
@@ -197,7 +205,7 @@ impl Ranking<'_, '_> {
             }
         });
         match (ready.next(), ready.next()) {
-            (Some(query), Some(key)) => Ok((query, key)),
+            (Some(query), Some(key)) => Ok((query, key, shared)),
             _ => Err("no queries and keys".into()),
         }
     }

@@ -216,7 +216,7 @@ impl Plan<'_, '_> {
                 self.decoder.head_dim,
                 positions,
                 (lengths, total),
-                &mut stage.subst,
+                stage,
             )?;
         }
         Ok(())
@@ -257,7 +257,7 @@ fn unfuse(
     width: i64,
     positions: ValueId,
     (lengths, total): (ValueId, ValueId),
-    subst: &mut Substitution,
+    stage: &mut Stage,
 ) -> Result<(), String> {
     let model: &Model = p.model();
     let Some(rotary) = layer.rotary else {
@@ -275,7 +275,8 @@ fn unfuse(
             model.describe(layer.node)
         ));
     };
-    let (mut query, mut key) = (layer.query.value, layer.new_key.value);
+    let given = |value: ValueId| *stage.computed.get(&value).unwrap_or(&value);
+    let (mut query, mut key) = (given(layer.query.value), given(layer.new_key.value));
     let packed = query == key;
     if packed {
         let sizes = p.i64s(&[heads * width, key_heads * width, key_heads * width]);
@@ -284,6 +285,7 @@ fn unfuse(
         (query, key) = (parts[0], parts[1]);
         p.connect(layer.node, 2, parts[2]);
     }
+    let subst = &mut stage.subst;
     let (cos, sin) = (clone(p, rotary.cos, subst)?, clone(p, rotary.sin, subst)?);
     for (slot, value, heads) in [(0, query, heads), (1, key, key_heads)] {
         let attributes = vec![

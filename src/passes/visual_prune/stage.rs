@@ -49,6 +49,8 @@ pub(super) struct Stage {
     lost: Size,
     /// Original value → this stage's.
     pub(super) subst: Substitution,
+    /// Projections of the first layer → what the ranking has computed of them.
+    pub(super) computed: Substitution,
 }
 
 /// What a decoder patch is to do.
@@ -321,6 +323,7 @@ impl Plan<'_, '_> {
             past,
             lost: Size::Known(0),
             subst: HashMap::new(),
+            computed: HashMap::new(),
         };
         self.roots(0, &mut stage);
         Ok(stage)
@@ -417,7 +420,7 @@ impl Plan<'_, '_> {
         };
         let before = &*before;
         let length = self.patch.size_sub(before.length, now);
-        let scores = Ranking {
+        let (scores, shared) = Ranking {
             model: self.model,
             entry: &self.exit(before, first),
             patch: self.patch,
@@ -445,7 +448,9 @@ impl Plan<'_, '_> {
         }
         let (_, best) = p.top_k(scores, length, true);
         let kept = p.sort_ascending(best, length);
-        Ok(self.behind(behind, label, before, kept, (length, lost)))
+        let mut next = self.behind(behind, label, before, kept, (length, lost));
+        self.read_again(&shared, kept, &mut next);
+        Ok(next)
     }
 
     /// Stage `number`, behind a drop point at which the tokens `kept` `[b, length]` of
@@ -544,6 +549,7 @@ impl Plan<'_, '_> {
             past,
             lost,
             subst: HashMap::new(),
+            computed: HashMap::new(),
         };
         self.roots(number, &mut stage);
         stage
