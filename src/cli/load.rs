@@ -594,7 +594,7 @@ pub(super) fn files_of(
         merged,
         heads: cache_heads(&vlm.parts[decoder].model).and_then(heads_of),
         vision: file(vision),
-        video: places.video.map(|video| file(video)),
+        video: places.video.map(file),
         embed: file(embed),
         prompt: places.prompt.map(file).filter(|p| *p != file(decoder)),
         decoder: file(decoder),
