@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use ndarray::Array2;
 
 use super::decoder::{Cache, CacheHeads, Decoder, StepInput};
+use super::embedder::Embedder;
 use super::error::{Result, RuntimeError};
 use super::grid::Block;
 use super::image::{ImageProcessor, Packing, read_json};
@@ -20,7 +21,7 @@ use super::session::{Session, SessionOptions};
 use super::text::TextProcessor;
 use super::value::Value;
 use super::video::{ClipEncoder, PatchClips};
-use super::vision::{Embedder, Vision};
+use super::vision::Vision;
 
 pub use prepare::{Encoded, Seen};
 pub(super) use prepare::{check_images, question};

@@ -23,6 +23,7 @@
 //! here prints, exits, or downloads unasked.
 
 pub mod decoder;
+pub mod embedder;
 pub mod error;
 pub mod generate;
 pub mod grid;
@@ -47,6 +48,7 @@ pub mod whole;
 mod test_models;
 
 pub use decoder::{Cache, CacheHeads, Decoder, StepInput, StepOutput};
+pub use embedder::Embedder;
 pub use error::RuntimeError;
 pub use generate::{
     Encoded, GenerateOptions, Generation, Prepared, Seen, Stop, Timing, Token, VlmFiles,
@@ -63,7 +65,6 @@ pub use text::TextProcessor;
 pub use value::Value;
 pub use video::{Clip, ClipEncoder, ClipProcessor, PatchClips};
 pub use vision::{
-    Embedder, Inside, PatchEncoder, PatchFeatures, Vision, VisionEncoder, lay_out_pixels,
-    pixel_mask, scatter,
+    Inside, PatchEncoder, PatchFeatures, Vision, VisionEncoder, lay_out_pixels, pixel_mask, scatter,
 };
 pub use whole::{WholeInput, WholeModel, WholeOutput, WholePipeline, WholePrompt};
