@@ -389,7 +389,7 @@ fn the_demo_holds_what_it_shows() {
     assert_eq!(code(&result), 0, "{}{}", stdout(&result), stderr(&result));
     let shown = stdout(&result);
     for expected in [
-        "196 patch tokens → 43",
+        "196 patch tokens → 119",
         "accuracy",
         "valid, ",
         "0 failed",
@@ -404,7 +404,7 @@ fn the_demo_holds_what_it_shows() {
         .collect();
     for cells in [
         &["tiles-21", "21.25", "89.2", "%"][..],
-        &["visual", "tokens", "in", "196", "130", "87", "43"],
+        &["visual", "tokens", "in", "196", "156", "119", "119"],
     ] {
         assert!(
             rows.iter().any(|row| row.starts_with(cells)),

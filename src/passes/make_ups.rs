@@ -1,8 +1,8 @@
 //! Make-ups of a budget: the ways to spend it that a search tries.
 //!
 //! A schedule of drops decides how many tokens may enter at a budget (the fewer layers see them, the more), the share of
-//! contextual ones how these are made up. The grid is schedules at quarters of the depth, published ones among them,
-//! times shares; each make-up takes as much of the budget as whole tokens allow, and never more.
+//! contextual ones how these are made up. The grid is schedules at the first layer and at quarters of the depth, published ones
+//! among them, times shares; each make-up takes as much of the budget as whole tokens allow, and never more.
 
 use std::fmt::Write;
 
@@ -74,24 +74,29 @@ pub struct MakeUp {
     pub average: f64,
 }
 
-/// Ratios of schedules at a quarter, half and three quarters of the depth; a ratio of 1 is no drop.
-const SCHEDULES: [[f64; 3]; 16] = [
-    [1.0, 0.5, 0.0],    // DUET-VLM on LLaVA-1.5
-    [0.5, 0.25, 0.125], // PyramidDrop, and DUET-VLM on LLaVA-NeXT
-    [1.0, 0.5, 0.25],   // DUET-VLM on Qwen2.5-VL
-    [1.0, 1.0, 1.0],    // VisionZip: nothing is dropped
-    [1.0, 1.0, 0.0],
-    [1.0, 1.0, 0.5],
-    [1.0, 0.75, 0.5],
-    [1.0, 0.5, 0.5],
-    [1.0, 0.25, 0.0],
-    [1.0, 0.25, 0.25],
-    [1.0, 0.0, 0.0],
-    [0.75, 0.5, 0.25],
-    [0.5, 0.25, 0.0],
-    [0.5, 0.5, 0.0],
-    [0.5, 0.5, 0.5],
-    [0.25, 0.25, 0.25],
+/// Ratios of schedules after the first layer and at a quarter, half and three quarters of the depth; 1 is no drop.
+const SCHEDULES: [[f64; 4]; 20] = [
+    [1.0, 1.0, 0.5, 0.0],    // DUET-VLM on LLaVA-1.5
+    [1.0, 0.5, 0.25, 0.125], // PyramidDrop, and DUET-VLM on LLaVA-NeXT
+    [1.0, 1.0, 0.5, 0.25],   // DUET-VLM on Qwen2.5-VL
+    [1.0, 1.0, 1.0, 1.0],    // VisionZip: nothing is dropped
+    // Many tokens for the first layer, as FastV has it, and few of them for the others.
+    [0.5, 0.5, 0.5, 0.0],
+    [0.25, 0.25, 0.25, 0.0],
+    [0.125, 0.125, 0.125, 0.0],
+    [0.25, 0.25, 0.25, 0.25],
+    [1.0, 1.0, 1.0, 0.0],
+    [1.0, 1.0, 1.0, 0.5],
+    [1.0, 1.0, 0.75, 0.5],
+    [1.0, 1.0, 0.5, 0.5],
+    [1.0, 1.0, 0.25, 0.0],
+    [1.0, 1.0, 0.25, 0.25],
+    [1.0, 1.0, 0.0, 0.0],
+    [1.0, 0.75, 0.5, 0.25],
+    [1.0, 0.5, 0.25, 0.0],
+    [1.0, 0.5, 0.5, 0.0],
+    [1.0, 0.5, 0.5, 0.5],
+    [1.0, 0.25, 0.25, 0.25],
 ];
 
 /// Contextual tokens as shares of those that enter; published are 1/44 to 1/3.4.
@@ -102,9 +107,9 @@ const SPENT: f64 = 0.95;
 
 /// Drops of a schedule. Short decoders have no quarters: what falls together or in front of the first layer is left
 /// out, and so is what drops nothing.
-fn drops(schedule: [f64; 3], layers: usize) -> Vec<(usize, f64)> {
+fn drops(schedule: [f64; 4], layers: usize) -> Vec<(usize, f64)> {
     let mut drops: Vec<(usize, f64)> = Vec::new();
-    let places = [layers / 4, layers / 2, layers * 3 / 4];
+    let places = [1, layers / 4, layers / 2, layers * 3 / 4];
     for (after, keep) in places.into_iter().zip(schedule) {
         let (before, left) = drops.last().copied().unwrap_or((0, 1.0));
         if after > before && after < layers && keep < left {
@@ -370,6 +375,12 @@ mod tests {
             found
                 .iter()
                 .any(|m| m.drops.is_empty() && m.dominant == Some(163) && m.contextual == Some(29))
+        );
+        // So does one whose drops come early.
+        assert!(
+            found
+                .iter()
+                .any(|m| m.drops == [(1, 0.5), (24, 0.0)] && m.dominant.is_some_and(|d| d > 400))
         );
         // A schedule that ends early lets more in.
         assert!(

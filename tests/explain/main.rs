@@ -478,7 +478,7 @@ fn the_picture_shows_what_is_left() {
     for line in [
         "vision encoder",
         "token_merge",
-        "36 as they are + 6 contextual + 1 CLS",
+        "99 as they are + 19 contextual + 1 CLS",
         "visual_prune after layer 9",
         "10–12",
     ] {
