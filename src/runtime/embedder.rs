@@ -55,7 +55,7 @@ impl Embedder {
     }
 
     /// True if the model puts image features in their places itself, so that they are given to
-    /// [`run_with`](Self::run_with) and not to [`scatter`].
+    /// [`run_with`](Self::run_with) and not to [`scatter`](super::scatter).
     pub fn takes_features(&self) -> bool {
         self.features.is_some()
     }
