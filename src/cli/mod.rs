@@ -22,7 +22,7 @@ mod style;
 mod textconv;
 mod validate;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -121,6 +121,19 @@ impl Engine {
 struct ModelArgument {
     /// Model directory or .onnx file
     path: PathBuf,
+}
+
+/// Writes a text file, never a half-written one in the place of an earlier one.
+fn write_whole(path: &Path, text: &str) -> std::io::Result<()> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty());
+    let mut builder = tempfile::Builder::new();
+    // As any file that a program creates: temporary ones are for their owner alone.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(folder.unwrap_or(Path::new(".")))?;
+    std::io::Write::write_all(&mut file, text.as_bytes())?;
+    file.persist(path)?;
+    Ok(())
 }
 
 /// How a command ended.

@@ -3,7 +3,7 @@
 mod files;
 mod worker;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context;
 
@@ -175,7 +175,8 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         (&arguments.svg, render::svg(&report)),
     ] {
         if let Some(file) = file {
-            write(file, &text).with_context(|| format!("writing {}", file.display()))?;
+            super::write_whole(file, &text)
+                .with_context(|| format!("writing {}", file.display()))?;
             global.detail(format!("wrote {}", file.display()));
         }
     }
@@ -208,15 +209,6 @@ fn profiles(
         }
     }
     Ok(found)
-}
-
-/// Never a half-written file in the place of an earlier one.
-fn write(path: &Path, text: &str) -> std::io::Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty());
-    let mut file = tempfile::NamedTempFile::new_in(folder.unwrap_or(Path::new(".")))?;
-    std::io::Write::write_all(&mut file, text.as_bytes())?;
-    file.persist(path)?;
-    Ok(())
 }
 
 /// The tables, for people.

@@ -30,7 +30,8 @@ pub(super) fn show(
         let text = serde_json::to_string_pretty(&document)? + "\n";
         for (end, text) in [("json", text), ("md", render::markdown(table))] {
             let path = dir.join(format!("{name}.{end}"));
-            write(&path, &text).with_context(|| format!("writing {}", path.display()))?;
+            crate::cli::write_whole(&path, &text)
+                .with_context(|| format!("writing {}", path.display()))?;
         }
         global.detail(format!("wrote {}/{name}.json and .md", dir.display()));
     }
@@ -50,15 +51,6 @@ pub(super) fn show(
         }
     }
     Ok(required(table, shown, global))
-}
-
-/// Never a half-written table in the place of an earlier one.
-fn write(path: &Path, text: &str) -> std::io::Result<()> {
-    let dir = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(dir)?;
-    std::io::Write::write_all(&mut file, text.as_bytes())?;
-    file.persist(path)?;
-    Ok(())
 }
 
 fn required(table: &Table, shown: &Shown, global: &Global) -> Outcome {
