@@ -106,19 +106,7 @@ def clip(rng: np.random.Generator, split: str) -> Clip:
 
 def ask(rng: np.random.Generator, made: Clip, count: int) -> list[tuple[str, str, str]]:
     """`count` different questions about a clip, if so many can be asked: (type, question, answer)."""
-    asked: list[tuple[str, str, str]] = []
-    seen: set[str] = set()
-    order: list[str] = []
-    for _ in range(8 * count):
-        if len(asked) == count:
-            break
-        if not order:
-            order = [str(k) for k in rng.permutation(list(FORMS))]
-        one = question(rng, made, order.pop())
-        if one is not None and one[1] not in seen:
-            seen.add(one[1])
-            asked.append(one)
-    return asked
+    return scene.in_turn(rng, tuple(FORMS), count, lambda kind: question(rng, made, kind))
 
 
 def question(rng: np.random.Generator, made: Clip, kind: str) -> tuple[str, str, str] | None:

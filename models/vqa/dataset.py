@@ -3,8 +3,8 @@
     python models/vqa/dataset.py --split test --pictures 300 --out models/vqa/test
     python models/vqa/dataset.py --split test --clips 100 --out models/vqa/test-clips
 
-Both have few colours and are stored without loss, so that every program that reads them has the same pixels. A clip is a
-GIF; clips that have a frame of more than 256 colours are left out.
+Both have few colours and are stored without loss, so that every program that reads them has the same pixels. A clip is
+a GIF; clips that have a frame of more than 256 colours are left out.
 """
 
 import argparse

@@ -7,14 +7,11 @@ identity (progressive stacking). Every step sees new pictures with a dozen quest
 """
 
 import argparse
-import json
-import time
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 
 import model
@@ -88,24 +85,12 @@ def main() -> None:
 
     validation = batches(1021, "val", 20, 12)
     validation = [next(validation) for _ in range(10)]
-    train = optimise.Optimiser(net, net.model.language_model.layers, args.rate, args.steps)
     stream = batches(args.seed, "train", args.batch, args.questions)
-    began, mean = time.time(), 0.0
-    log = args.out.with_suffix(".jsonl").open("w")
-    for step in range(1, args.steps + 1):
-        features, asked = next(stream)
-        logits, wanted = answers(features, asked)
-        loss = cross_entropy(logits, wanted)
-        train.step(loss)
-        mean = loss.item() if step == 1 else 0.95 * mean + 0.05 * loss.item()
-        if step % 25 == 0:
-            print(step, f"{time.time() - began:.0f} s", round(mean, 4), flush=True)
-        if step % 100 == 0 or step == args.steps:
-            found = accuracy(answers, validation)
-            print(step, f"{time.time() - began:.0f} s", found, flush=True)
-            log.write(json.dumps({"step": step, "seconds": round(time.time() - began), "loss": mean, **found}) + "\n")
-            log.flush()
-            torch.save({"layers": args.layers, "state": net.state_dict()}, args.out)
+
+    def check() -> dict[str, float]:
+        return accuracy(answers, validation)
+
+    optimise.learn(net, answers, stream, check, args.out, rate=args.rate, steps=args.steps, warm=100)
 
 
 if __name__ == "__main__":

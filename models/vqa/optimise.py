@@ -1,6 +1,10 @@
-"""The optimiser of both trainings."""
+"""The optimiser of all trainings, and the loop of those that ask questions."""
 
+import json
 import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -34,3 +38,36 @@ class Optimiser:
             part.step()
         for schedule in self.schedules:
             schedule.step()
+
+
+def learn(
+    net: nn.Module,
+    answers: nn.Module,
+    stream: Iterator,
+    check: Callable[[], dict[str, float]],
+    out: Path,
+    *,
+    rate: float,
+    steps: int,
+    warm: int,
+    every: int = 100,
+) -> None:
+    """Trains the decoder of `net` on batches for `answers`, (features, questions) -> (logits, tokens); checks and saves
+    every so often, to `out` and a log of JSON lines beside it."""
+    train = Optimiser(net, net.model.language_model.layers, rate, steps, warm)
+    began, mean = time.time(), 0.0
+    log = out.with_suffix(".jsonl").open("w")
+    for step in range(1, steps + 1):
+        logits, wanted = answers(*next(stream))
+        loss = nn.functional.cross_entropy(logits, wanted)
+        train.step(loss)
+        mean = loss.item() if step == 1 else 0.95 * mean + 0.05 * loss.item()
+        seconds = round(time.time() - began)
+        if step % 25 == 0:
+            print(step, f"{seconds} s", round(mean, 4), flush=True)
+        if step % every == 0 or step == steps:
+            found = check()
+            print(step, f"{seconds} s", found, flush=True)
+            log.write(json.dumps({"step": step, "seconds": seconds, "loss": mean, **found}) + "\n")
+            log.flush()
+            torch.save({"layers": len(net.model.language_model.layers), "state": net.state_dict()}, out)

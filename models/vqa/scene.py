@@ -9,6 +9,7 @@ The digits are those of scikit-learn's `load_digits` (1,797 digits, the test par
 Handwritten Digits", CC BY 4.0). Training, validation and test use different digits, textures and seeds.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -270,6 +271,13 @@ def ask(
     rng: np.random.Generator, made: Scene, count: int, kinds: tuple[str, ...] = tuple(FORMS)
 ) -> list[tuple[str, str, str]]:
     """`count` questions about a picture, of types in turn, if so many can be asked: (type, question, answer)."""
+    return in_turn(rng, kinds, count, lambda kind: question(rng, made, kind))
+
+
+def in_turn(
+    rng: np.random.Generator, kinds: tuple[str, ...], count: int, ask_one: Callable[[str], tuple[str, str, str] | None]
+) -> list[tuple[str, str, str]]:
+    """`count` different questions, if so many can be asked, of all kinds before one comes again."""
     asked: list[tuple[str, str, str]] = []
     seen: set[str] = set()
     order: list[str] = []
@@ -278,7 +286,7 @@ def ask(
             break
         if not order:
             order = [str(k) for k in rng.permutation(kinds)]
-        one = question(rng, made, order.pop())
+        one = ask_one(order.pop())
         if one is not None and one[1] not in seen:
             seen.add(one[1])
             asked.append(one)

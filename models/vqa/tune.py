@@ -9,8 +9,6 @@ then exported without the stages, as any other, and rewritten.
 """
 
 import argparse
-import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +16,6 @@ import numpy as np
 import torch
 import yaml
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -177,22 +174,13 @@ def main() -> None:
 
     validation = batches(1051, "val", 20, 12)
     validation = [next(validation) for _ in range(8)]
-    train = optimise.Optimiser(net, net.model.language_model.layers, args.rate, args.steps, warm=30)
     stream = batches(args.seed, "train", args.batch, args.questions)
-    began, mean = time.time(), 0.0
-    log = args.out.with_suffix(".jsonl").open("w")
-    for step in range(args.steps + 1):
-        if step % 50 == 0:
-            found = accuracy(pruned, validation)
-            line = {"step": step, "seconds": round(time.time() - began), "loss": round(mean, 4), "all": round(found, 4)}
-            print(line, flush=True)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            torch.save({"layers": len(net.model.language_model.layers), "state": net.state_dict()}, args.out)
-        logits, wanted = pruned(*next(stream))
-        loss = cross_entropy(logits, wanted)
-        train.step(loss)
-        mean = loss.item() if step == 0 else 0.95 * mean + 0.05 * loss.item()
+
+    def check() -> dict[str, float]:
+        return {"all": round(accuracy(pruned, validation), 4)}
+
+    print(0, check(), flush=True)
+    optimise.learn(net, pruned, stream, check, args.out, rate=args.rate, steps=args.steps, warm=30, every=50)
 
 
 if __name__ == "__main__":
