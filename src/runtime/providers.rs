@@ -84,8 +84,10 @@ fn known(name: &str) -> Result<&'static Known> {
             let reason = format!("it is not known; the known ones are {}", all.join(", "));
             failed(name, reason)
         })?;
+    // Before any library is chosen, ort would load one of its own choice.
+    let runtime = Runtime::get()?;
     if !(known.available)().unwrap_or(false) {
-        let library = &Runtime::get()?.library().path;
+        let library = &runtime.library().path;
         let reason = format!(
             "the library {} was built without it (it has {}); install a build that has it, for \
              example `pip install onnxruntime-gpu` for CUDA, or point ORT_DYLIB_PATH at one",
