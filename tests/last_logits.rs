@@ -10,10 +10,10 @@ use duet_onnx::validate::{Options, check};
 
 use support::conversation::{Transcript, hold, text_only};
 use support::models::{
-    Pool, fixture, numbers, options, parts_at, recipe, recipe_text, rewritten, runtime, sizes,
+    MERGE, Pool, fixture, numbers, options, parts_at, recipe, recipe_text, rewritten, runtime,
+    sizes,
 };
 
-const MERGE: &str = "{dominant: 24, contextual: 6}";
 const FALL: &str = "{drops: [{after_layer: 3, keep: 0.5}, {after_layer: 6, keep: 0.25}]}";
 
 fn text(settings: &str) -> String {

@@ -12,14 +12,9 @@ use duet_onnx::validate::{Options, check};
 
 use support::conversation::{Record, Transcript, hold, text_only};
 use support::models::{
-    Pool, fixture, numbers, options, parts_at, recipe, recipe_text, rewritten, runtime, sizes,
+    FALL, MERGE, PLACED, Pool, TO_KEEP, fixture, numbers, options, parts_at, recipe, recipe_text,
+    rewritten, runtime, sizes,
 };
-
-const MERGE: &str = "{dominant: 24, contextual: 6}";
-const PLACED: &str = "{dominant: 24, contextual: 6, placement: decoder}";
-const FALL: &str = "{drops: [{after_layer: 3, keep: 0.5}, {after_layer: 6, keep: 0.0}]}";
-const TO_KEEP: &str =
-    "{drops: [{after_layer: 1, keep: 0.6}, {after_layer: 5, keep: 0.29}], positions: keep}";
 
 fn texts(kv: &str, both: bool) -> Vec<String> {
     let kv = format!("kv: {kv}");

@@ -1,11 +1,8 @@
 //! `duet rewrite --static`: every size in every graph is a number, and what comes out is what the rewritten model of
 //! open shapes gives.
 
-#[macro_use]
+mod commands;
 mod support;
-
-use std::path::Path;
-use std::process::{Command, Output};
 
 use duet_onnx::arch::{Role, Vlm};
 use duet_onnx::ir::{Dim, Model, ValueId, loose};
@@ -13,17 +10,14 @@ use duet_onnx::passes::{FixedShapes, PADDING_KEY, rewrite_fixed};
 use duet_onnx::validate::scenario::{Scenario, Seeded, Turn};
 use duet_onnx::validate::{Options, check_fixed};
 
+use commands::{duet, source};
 use support::conversation::{apart, hold};
 use support::forms::form;
 use support::models::{
-    Runner, fixture, options, parts_at, recipe, recipe_text, rewritten, root, runtime, sizes,
+    FALL, MERGE, PLACED, Runner, TO_KEEP, fixture, options, parts_at, recipe, recipe_text,
+    rewritten, runtime, sizes,
 };
 
-const MERGE: &str = "{dominant: 24, contextual: 6}";
-const PLACED: &str = "{dominant: 24, contextual: 6, placement: decoder}";
-const FALL: &str = "{drops: [{after_layer: 3, keep: 0.5}, {after_layer: 6, keep: 0.0}]}";
-const TO_KEEP: &str =
-    "{drops: [{after_layer: 1, keep: 0.6}, {after_layer: 5, keep: 0.29}], positions: keep}";
 const NOTHING: &str = "{drops: [{after_layer: 3, keep: 1.0}]}";
 
 fn both() -> String {
@@ -447,45 +441,22 @@ fn what_has_no_fixed_shapes_is_refused_by_name() {
     assert_eq!(shapes(&said.to_string()), said);
 }
 
-fn duet(arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_duet"));
-    command.args(arguments).env("NO_COLOR", "1");
-    command.output().expect("the binary starts")
-}
-
-fn succeeded(arguments: &[&str]) -> serde_json::Value {
-    let output = duet(arguments);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{arguments:?}: {error}");
-    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{arguments:?}: {e}"))
-}
-
 /// The trained model, from the command line: written, looked at, asked, validated.
 #[test]
 fn the_command_line_writes_asks_and_validates() {
     runtime();
     let scratch = tempfile::tempdir().expect("a directory");
-    let at = |name: &str| scratch.path().join(name).to_string_lossy().into_owned();
-    let text = |path: &Path| path.to_string_lossy().into_owned();
-    let model = text(&root().join("models/vqa/llava"));
+    let at = |name: &str| commands::text(&scratch.path().join(name)).to_owned();
+    let trained = |path: &str| commands::text(&source("models/vqa").join(path)).to_owned();
+    let (model, image) = (trained("llava"), trained("test/images/000.png"));
     let (open, closed) = (at("open"), at("closed"));
-    succeeded(&[
-        "rewrite", &model, "--recipe", "tiles-43", "--out", &open, "--json", "-q",
-    ]);
-    let said = succeeded(&[
-        "rewrite",
-        &model,
-        "--recipe",
-        "tiles-43",
-        "--out",
-        &closed,
-        "--json",
-        "-q",
-        "--static",
-        "prompt=40",
-        "--static",
-        "answer=4",
-    ]);
+    let rewrite = |rest: &[&str]| {
+        let arguments = ["rewrite", &model, "--recipe", "tiles-43"];
+        duet(&[&arguments, rest].concat())
+    };
+    rewrite(&["--out", &open, "--json", "-q"]).json();
+    let sizes = ["--static", "prompt=40", "--static", "answer=4"];
+    let said = rewrite(&[&["--out", &closed, "--json", "-q"], &sizes[..]].concat()).json();
     assert_eq!(
         said["static"]["shapes"],
         "prompt=40,images=1,answer=4,batch=1"
@@ -496,60 +467,46 @@ fn the_command_line_writes_asks_and_validates() {
         !decoder.exists(),
         "the decoder for any length is not carried over"
     );
-    let looked = succeeded(&["inspect", &closed, "--json"]);
+    let looked = duet(&["inspect", &closed, "--json"]).json();
     assert!(
         looked
             .to_string()
             .contains("prompt=40,images=1,answer=4,batch=1"),
         "{looked}"
     );
-    let image = text(&root().join("models/vqa/test/images/000.png"));
+    let ask = |model: &str, question: &str, rest: &[&str]| {
+        let arguments = ["run", model, "--image", &image, "--prompt", question];
+        duet(&[&arguments, rest].concat())
+    };
     for question in [
         "Which digit does the pink tile show?",
         "What letter is on the yellow tile?",
     ] {
-        let ask = |model: &str| {
-            succeeded(&[
-                "run",
-                model,
-                "--image",
-                &image,
-                "--prompt",
-                question,
-                "--max-new-tokens",
-                "4",
-                "--json",
-            ])
-        };
-        let (want, found) = (ask(&open), ask(&closed));
+        let limit = ["--max-new-tokens", "4", "--json"];
+        let want = ask(&open, question, &limit).json();
+        let found = ask(&closed, question, &limit).json();
         assert_eq!(want["tokens"], found["tokens"], "{question}");
         assert_eq!(want["cache_lengths"], found["cache_lengths"]);
     }
     let long = "Which digit does the pink tile show? ".repeat(9);
-    let output = duet(&["run", &closed, "--image", &image, "--prompt", &long]);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{error}");
-    assert!(error.contains("at most 127 tokens in a prompt"), "{error}");
-    let output = duet(&["run", &closed, "--prompt", "Which digit?"]);
-    let error = String::from_utf8_lossy(&output.stderr);
+    let ran = ask(&closed, &long, &[]);
+    assert_eq!(ran.code, 2, "{}", ran.stderr);
     assert!(
-        error.contains("87 visual tokens") && output.status.code() == Some(2),
-        "{error}"
+        ran.stderr.contains("at most 127 tokens in a prompt"),
+        "{}",
+        ran.stderr
     );
-    let report = succeeded(&["validate", &model, &closed, "--json"]);
+    let ran = duet(&["run", &closed, "--prompt", "Which digit?"]);
+    assert!(
+        ran.stderr.contains("87 visual tokens") && ran.code == 2,
+        "{}",
+        ran.stderr
+    );
+    let report = duet(&["validate", &model, &closed, "--json"]).json();
     assert!(
         report.to_string().contains("fixed shapes: full prompt"),
         "{report}"
     );
-    let beside = duet(&[
-        "rewrite",
-        &model,
-        "--recipe",
-        "tiles-43",
-        "--beside",
-        "x",
-        "--static",
-        "prompt=40",
-    ]);
-    assert_eq!(beside.status.code(), Some(2));
+    let beside = rewrite(&["--beside", "x", "--static", "prompt=40"]);
+    assert_eq!(beside.code, 2);
 }

@@ -384,13 +384,9 @@ fn report(done: &Rewritten, recipe: &Recipe, crops: Option<i64>, global: &Global
         global.say(format!("{}{pass}{}  {summary}", style::NEW, style::RESET));
         for change in done.changes.iter().filter(|c| c.pass == *pass) {
             let part = &done.vlm.parts[change.part];
-            let what = match part
-                .model
-                .metadata(SHAPES_KEY)
-                .filter(|_| *pass == "static")
-            {
-                Some(_) => format!("{} nodes are left", part.model.graph().nodes.len()),
-                None => format!("{} nodes inserted", change.inserted),
+            let what = match *pass {
+                "static" => format!("{} nodes are left", part.model.graph().nodes.len()),
+                _ => format!("{} nodes inserted", change.inserted),
             };
             global.say(format!("  {}: {what}{}", part.label(), inlined(part)));
         }

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use super::model::{Def, MetadataEntry, Model, Use};
 use super::patch::{Edit, PatchPlan};
-use super::{GraphId, IrError, NodeId, ValueId};
+use super::{GraphId, IrError, NodeId, ValueId, ValueType};
 
 impl Model {
     /// Applies a patch and returns the changed model.
@@ -68,22 +68,12 @@ impl Model {
         let mut gone = Vec::new();
         let mut stated = Vec::new();
         for edit in plan.edits {
-            match edit {
-                // What reads it may be removed with this patch.
-                Edit::RemoveInput { value } => gone.push(value),
-                Edit::StateType { value, ty } => {
-                    stated.push(value);
-                    self.edit(
-                        graph,
-                        Edit::SetType {
-                            value,
-                            ty: Some(ty),
-                        },
-                    )
-                    .map_err(at)?;
-                }
-                edit => self.edit(graph, edit).map_err(at)?,
+            match &edit {
+                Edit::RemoveInput { value } => gone.push(*value),
+                Edit::StateType { value, .. } => stated.push(*value),
+                _ => {}
             }
+            self.edit(graph, edit).map_err(at)?;
         }
         if structural {
             self.touch(graph);
@@ -202,17 +192,10 @@ impl Model {
                     }
                 }
             }
-            Edit::SetType { value, ty } => {
-                let v = &mut self.values[value.index()];
-                v.ty = ty;
-                v.info_origin = None;
-            }
-            Edit::StateType { value, ty } => {
-                let ty = Some(ty);
-                self.edit(graph, Edit::SetType { value, ty })?;
-                self.state(graph, &[value]);
-            }
-            Edit::RemoveInput { value } => self.remove_input(graph, value)?,
+            Edit::SetType { value, ty } => self.set_type(value, ty),
+            Edit::StateType { value, ty } => self.set_type(value, Some(ty)),
+            // It goes when all edits are made: what reads it may be removed by them.
+            Edit::RemoveInput { .. } => {}
             Edit::Disconnect { node, slot } => {
                 let Some(old) = self.try_node(node).and_then(|n| n.input(slot)) else {
                     return Err(format!("input {slot} of {node}, which it does not have"));
@@ -241,6 +224,12 @@ impl Model {
             }
         }
         Ok(())
+    }
+
+    fn set_type(&mut self, value: ValueId, ty: Option<ValueType>) {
+        let v = &mut self.values[value.index()];
+        v.ty = ty;
+        v.info_origin = None;
     }
 
     /// Lists intermediate values among those whose type the file states.

@@ -55,6 +55,15 @@ pub fn descendants_up_to(
     seen
 }
 
+/// Values that depend on what a run is given, the inputs without a default included.
+pub fn varying(model: &Model) -> HashSet<ValueId> {
+    let inputs = model.graph().inputs.iter().copied();
+    let given: Vec<ValueId> = inputs
+        .filter(|v| model.value(*v).initializer.is_none())
+        .collect();
+    descendants(model, &given, false)
+}
+
 /// Outputs of a node and, if it sits in a body, of the nodes that hold it.
 fn holder_outputs(model: &Model, node: NodeId) -> Vec<ValueId> {
     let n = model.node(node);

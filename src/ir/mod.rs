@@ -32,7 +32,7 @@ pub use cone::Substitution;
 pub use dtype::DataType;
 pub use error::IrError;
 pub use extract::extract;
-pub use fixed::{Open, fix, loose};
+pub use fixed::{Open, PADDING_KEY, VISUAL_KEY, fix, loose};
 pub use ids::{GraphId, NodeId, ValueId};
 pub use inline::{called, inline};
 pub use lanes::{Lane, join_lanes, lanes};

@@ -29,17 +29,13 @@ use crate::arch::{Decoder, DecoderLayer, Part, Role, Vlm};
 use crate::ir::{Dim, Model, Patch, ValueId, fix};
 use crate::suggest::unknown;
 
+pub use crate::ir::{PADDING_KEY, VISUAL_KEY};
+
 /// Name of the step in what is inserted.
 const NAME: &str = "static";
 
 /// Metadata entry: the shapes that a file was fixed to.
 pub const SHAPES_KEY: &str = "duet.static";
-
-/// Metadata entry of decoders: `left` or `right`, where short prompts and caches are padded.
-pub const PADDING_KEY: &str = "duet.static.padding";
-
-/// Metadata entry of decoders: the visual tokens that each row of a prompt has to have.
-pub const VISUAL_KEY: &str = "duet.static.visual";
 
 /// What `--static` asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -432,7 +428,6 @@ fn inputs(
         Role::Decoder(d) => decoder(d),
         Role::Whole(whole) => {
             decoder(&whole.decoder);
-            all.remove(&whole.decoder.embeds);
             all.insert(whole.tower.pixels, pixels(whole.tower.pixels));
         }
         Role::Vision(tower) => drop(all.insert(tower.pixels, pixels(tower.pixels))),

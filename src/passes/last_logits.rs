@@ -15,7 +15,7 @@
 
 use super::PassError;
 use crate::arch::{Decoder, Vlm};
-use crate::ir::cone::descendants;
+use crate::ir::cone::{descendants, varying};
 use crate::ir::{Dim, Model, Patch, PatchPlan, Size, ValueId, ValueType};
 
 /// Name of the step in what is inserted.
@@ -68,12 +68,7 @@ fn decoder_plan(model: &Model, decoder: &Decoder) -> Result<Option<PatchPlan>, S
             ));
         }
     }
-    let inputs: Vec<ValueId> = {
-        let all = model.graph().inputs.iter().copied();
-        all.filter(|v| model.value(*v).initializer.is_none())
-            .collect()
-    };
-    let varying = descendants(model, &inputs, false);
+    let varying = varying(model);
     let mut patch = Patch::new(model, NAME);
     let last = (Size::Known(-1), Size::Known(i64::MAX));
     let rows: Vec<ValueId> = cut

@@ -3,7 +3,7 @@
 
 use super::{Context, KvLayout, Logits, PassError, Recipe, last_logits, padded};
 use crate::arch::{Part, ROLE_KEY, Vlm};
-use crate::ir::{Model, Patch, verify};
+use crate::ir::{Model, Patch, PatchPlan, verify};
 
 /// Metadata entry of files in which discarded features keep their places.
 const PLACEMENT_KEY: &str = "duet.placement";
@@ -83,7 +83,7 @@ pub(super) fn rewrite_with(
             problem,
         });
     }
-    let last = recipe.context.logits == Logits::Last;
+    let last = context.logits == Logits::Last;
     if let Some(problem) = last_logits::refused(&vlm).filter(|_| last) {
         return Err(PassError::Requires {
             pass: last_logits::NAME,
@@ -92,15 +92,8 @@ pub(super) fn rewrite_with(
     }
     let outputs = padded::outputs(&vlm);
     for pass in &recipe.passes {
-        let name = pass.name();
-        for (index, plan) in pass.plan(&vlm, context)? {
-            changes.push(Change {
-                pass: name,
-                part: index,
-                inserted: plan.inserted(),
-            });
-            change(&mut vlm.parts[index], name, |model| model.apply(plan))?;
-        }
+        let plans = pass.plan(&vlm, context)?;
+        carry_out(&mut vlm, &mut changes, pass.name(), plans)?;
         pass.ensures(&vlm, context)?;
     }
     if last {
@@ -108,32 +101,14 @@ pub(super) fn rewrite_with(
         if !plans.is_empty() {
             summaries.push((last_logits::NAME, last_logits::SUMMARY.to_owned()));
         }
-        for (index, plan) in plans {
-            changes.push(Change {
-                pass: last_logits::NAME,
-                part: index,
-                inserted: plan.inserted(),
-            });
-            change(&mut vlm.parts[index], last_logits::NAME, |model| {
-                model.apply(plan)
-            })?;
-        }
+        carry_out(&mut vlm, &mut changes, last_logits::NAME, plans)?;
     }
     if context.kv == KvLayout::Padded {
         let plans = padded::plan(&vlm, recipe, &outputs);
         if !plans.is_empty() {
             summaries.push((padded::NAME, padded::SUMMARY.to_owned()));
         }
-        for (index, plan) in plans {
-            changes.push(Change {
-                pass: padded::NAME,
-                part: index,
-                inserted: plan.inserted(),
-            });
-            change(&mut vlm.parts[index], padded::NAME, |model| {
-                model.apply(plan)
-            })?;
-        }
+        carry_out(&mut vlm, &mut changes, padded::NAME, plans)?;
     }
     let placed = recipe.placed(&vlm);
     let mut stamped: Vec<usize> = changes.iter().map(|c| c.part).collect();
@@ -158,6 +133,24 @@ pub(super) fn rewrite_with(
         changes,
         summaries,
     })
+}
+
+/// Applies the patches of one pass: (position of the file, patch).
+fn carry_out(
+    vlm: &mut Vlm,
+    changes: &mut Vec<Change>,
+    pass: &'static str,
+    plans: Vec<(usize, PatchPlan)>,
+) -> Result<(), PassError> {
+    for (part, plan) in plans {
+        changes.push(Change {
+            pass,
+            part,
+            inserted: plan.inserted(),
+        });
+        change(&mut vlm.parts[part], pass, |model| model.apply(plan))?;
+    }
+    Ok(())
 }
 
 pub(super) fn change(

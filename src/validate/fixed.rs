@@ -6,9 +6,11 @@
 
 use ndarray::Array2;
 
+use super::numeric::set_label;
 use super::precision::{lower, precision, quantised, tolerance};
 use super::report::Report;
 use super::scenario::{Layout, Seeded, Turn, lay_out};
+use super::tally::difference;
 use super::{Options, ValidateError, check, probe};
 use crate::arch::{FileSet, Role, Vlm};
 use crate::ir::{DataType, Model, loose, verify};
@@ -64,11 +66,7 @@ pub fn check_fixed(
     };
     let sets = open.sets();
     for set in &sets {
-        let label = match (sets.len(), set.variant.is_empty()) {
-            (1, true) => String::new(),
-            (_, true) => "default: ".to_owned(),
-            (_, false) => format!("{}: ", set.variant),
-        };
+        let label = set_label(&sets, set);
         let pair = Pair::open(base, &open, &again, fixed, set, &session);
         if let Some(Some(mut pair)) = report.opened(&label, pair)? {
             for (name, missing) in [
@@ -325,13 +323,8 @@ impl Pair {
 
 /// Largest difference, in standard deviations of the first.
 fn apart(want: &Array2<f32>, found: &Array2<f32>) -> f64 {
-    if want.dim() != found.dim() || want.iter().chain(found).any(|v| !v.is_finite()) {
-        return f64::INFINITY;
+    match want.dim() == found.dim() && want.iter().all(|v| v.is_finite()) {
+        true => difference(want, found).0,
+        false => f64::INFINITY,
     }
-    let deviation = f64::from(want.std(0.0)).max(f64::MIN_POSITIVE);
-    let each = want
-        .iter()
-        .zip(found)
-        .map(|(a, b)| f64::from((a - b).abs()));
-    each.fold(0.0, f64::max) / deviation
 }

@@ -28,6 +28,15 @@ pub struct Options {
     pub seed: u64,
 }
 
+/// What findings about one of several sets of files begin with.
+pub(super) fn set_label(sets: &[FileSet], set: &FileSet) -> String {
+    match (sets.len(), set.variant.is_empty()) {
+        (1, true) => String::new(),
+        (_, true) => "default: ".to_owned(),
+        (_, false) => format!("{}: ", set.variant),
+    }
+}
+
 /// Validates a rewritten model against its base.
 ///
 /// # Errors
@@ -46,11 +55,7 @@ pub fn check(
     let sets = base.sets();
     for set in &sets {
         let variant = set.variant.clone();
-        let label = match (sets.len(), variant.is_empty()) {
-            (1, true) => String::new(),
-            (_, true) => "default: ".to_owned(),
-            (_, false) => format!("{variant}: "),
-        };
+        let label = set_label(&sets, set);
         whole::check(
             base,
             rewritten,

@@ -130,7 +130,7 @@ impl Tally {
 
 /// Largest difference in standard deviations of `want`, and whether all is
 /// finite.
-fn difference(want: &Array2<f32>, found: &Array2<f32>) -> (f64, bool) {
+pub(super) fn difference(want: &Array2<f32>, found: &Array2<f32>) -> (f64, bool) {
     let mean = want.iter().map(|v| f64::from(*v)).sum::<f64>() / want.len().max(1) as f64;
     let variance = want
         .iter()

@@ -70,6 +70,19 @@ pub(crate) fn parts_at(path: &Path) -> Vlm {
     Vlm::new(models)
 }
 
+/// Merges 81 patches into 30 tokens.
+pub(crate) const MERGE: &str = "{dominant: 24, contextual: 6}";
+
+/// The same, with the discarded ones leaving in the decoder.
+pub(crate) const PLACED: &str = "{dominant: 24, contextual: 6, placement: decoder}";
+
+/// Drops half, then everything.
+pub(crate) const FALL: &str = "{drops: [{after_layer: 3, keep: 0.5}, {after_layer: 6, keep: 0.0}]}";
+
+/// Drops some twice, and does not renumber.
+pub(crate) const TO_KEEP: &str =
+    "{drops: [{after_layer: 1, keep: 0.6}, {after_layer: 5, keep: 0.29}], positions: keep}";
+
 /// Whole models in one file, of the same weights as the fixtures whose names end as theirs.
 pub(crate) const WHOLE: [&str; 2] = ["vlm-batch-dynamo18-gqa", "vlm-batch-dynamo23-mha"];
 

@@ -8,6 +8,9 @@ use crate::ir::{DataType, Tensor};
 /// Elements that are worked out here at most: enough for shapes, ranges and causal masks, not for weights.
 pub(super) const LIMIT: usize = 1 << 16;
 
+/// Floating-point numbers of a tensor that are looked at or worked out at most.
+pub(super) const FEW: usize = 64;
+
 /// Elements, in row-major order.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Data {

@@ -20,11 +20,17 @@ mod values;
 
 use std::collections::{HashMap, HashSet};
 
-use self::fact::{Call, Data, Fact, count};
+use self::fact::{Call, Data, FEW, Fact, count};
 use super::model::{Def, Model, Node};
 use super::{DataType, Dim, NodeId, Patch, PatchPlan, Tensor, ValueId, ValueType, consts, int};
 
-/// Values whose shape does not follow from those of the inputs, each with why.
+/// Metadata entry of decoders: `left` or `right`, where short prompts and caches are padded.
+pub const PADDING_KEY: &str = "duet.static.padding";
+
+/// Metadata entry of decoders: the visual tokens that each row of a prompt has to have.
+pub const VISUAL_KEY: &str = "duet.static.visual";
+
+/// A value whose shape does not follow from those of the inputs, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Open {
     /// The node, for messages.
@@ -225,7 +231,7 @@ fn of_tensor(model: &Model, tensor: &Tensor) -> Fact {
             .ok()
             .map(|all| Data::Ints(all.into())),
         #[allow(clippy::cast_possible_truncation, reason = "they are fp32")]
-        DataType::Float if n <= 64 => tensor
+        DataType::Float if n <= FEW => tensor
             .to_f64s(model.external())
             .ok()
             .map(|all| Data::Floats(all.iter().map(|v| *v as f32).collect())),
@@ -346,17 +352,12 @@ impl Plan<'_, '_> {
                 }
                 stack.push(input);
             }
-            for body in node.subgraphs() {
-                let g = model.subgraph(body);
+            if node.subgraphs().next().is_some() {
+                // What bodies capture.
                 let mut reads = Vec::new();
-                for &inner in &g.nodes {
-                    model.push_reads(inner, &mut reads);
-                }
-                stack.extend(
-                    reads
-                        .into_iter()
-                        .filter(|v| model.value(*v).graph == model.main()),
-                );
+                model.push_reads(id, &mut reads);
+                reads.retain(|v| model.value(*v).graph == model.main());
+                stack.extend(reads);
             }
         }
         live

@@ -157,11 +157,8 @@ fn shape(call: &Call<'_>) -> Option<Vec<i64>> {
         }
         "Transpose" => {
             let shape = call.shape(0)?;
-            let reversed: Vec<i64> = (0..i64::try_from(shape.len()).ok()?).rev().collect();
-            let perm = node.attr_ints("perm").unwrap_or(&reversed);
-            perm.iter()
-                .map(|p| shape.get(usize::try_from(*p).ok()?).copied())
-                .collect()
+            let perm = permutation(call, shape.len())?;
+            Some(perm.into_iter().map(|p| shape[p]).collect())
         }
         "Concat" => {
             let mut out = own()?;
@@ -402,7 +399,7 @@ fn squeeze(call: &Call<'_>) -> Option<Vec<i64>> {
             .iter()
             .map(|a| axis_of(*a, shape.len()))
             .collect::<Option<Vec<_>>>()?,
-        None if call.inputs.get(1).copied().flatten().is_some() => return None,
+        None if call.fact(1).is_some() => return None,
         None => (0..shape.len()).filter(|a| shape[*a] == 1).collect(),
     };
     let each = shape.iter().enumerate();
@@ -411,6 +408,17 @@ fn squeeze(call: &Call<'_>) -> Option<Vec<i64>> {
             .map(|(_, d)| *d)
             .collect(),
     )
+}
+
+/// Where a `Transpose` takes each axis from.
+pub(super) fn permutation(call: &Call<'_>, rank: usize) -> Option<Vec<usize>> {
+    match call.node.attr_ints("perm") {
+        Some(perm) => perm
+            .iter()
+            .map(|p| usize::try_from(*p).ok().filter(|p| *p < rank))
+            .collect(),
+        None => Some((0..rank).rev().collect()),
+    }
 }
 
 /// The dimensions that `Shape` gives.
@@ -427,7 +435,7 @@ pub(super) fn span(call: &Call<'_>, rank: usize) -> (usize, usize) {
 /// The axes that a `Reduce*` works on.
 pub(super) fn reduced(call: &Call<'_>) -> Option<Vec<usize>> {
     let rank = call.shape(0)?.len();
-    let given = call.inputs.get(1).copied().flatten().is_some();
+    let given = call.fact(1).is_some();
     match call.ints_of("axes", 1) {
         None if given => None,
         Some(axes) if !axes.is_empty() => axes.iter().map(|a| axis_of(*a, rank)).collect(),
@@ -447,7 +455,7 @@ pub(super) struct Taken {
 pub(super) fn slices(call: &Call<'_>) -> Option<Vec<(usize, Taken)>> {
     let shape = call.shape(0)?;
     let (starts, ends) = (call.ints_of("starts", 1)?, call.ints_of("ends", 2)?);
-    let given = |slot: usize| call.inputs.get(slot).copied().flatten().is_some();
+    let given = |slot: usize| call.fact(slot).is_some();
     let axes = match call.ints_of("axes", 3) {
         Some(axes) => axes,
         None if given(3) => return None,

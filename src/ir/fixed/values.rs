@@ -5,13 +5,10 @@
 
 use std::sync::Arc;
 
-use super::fact::{Call, Data, Fact, LIMIT, axis_of, count};
-use super::shapes::{reduced, slices, span};
+use super::fact::{Call, Data, FEW, Fact, LIMIT, axis_of, count};
+use super::shapes::{permutation, reduced, slices, span};
 use crate::ir::DataType;
 use crate::ir::model::AttrValue;
-
-/// Floating-point numbers of a tensor that are worked out at most.
-const FEW: usize = 64;
 
 /// Elements of a node's first output, of the type and shape in `fact`, where they follow from what is known.
 pub(super) fn evaluate(call: &Call<'_>, fact: &Fact) -> Option<Data> {
@@ -327,14 +324,7 @@ fn moved(call: &Call<'_>, shape: &[i64], n: usize) -> Option<Moved> {
             at(from.collect())
         }
         "Transpose" => {
-            let rank = own.len();
-            let reversed: Vec<i64> = (0..i64::try_from(rank).ok()?).rev().collect();
-            let perm = call.node.attr_ints("perm").unwrap_or(&reversed);
-            let perm: Option<Vec<usize>> = perm
-                .iter()
-                .map(|p| usize::try_from(*p).ok().filter(|p| *p < rank))
-                .collect();
-            let (perm, strides) = (perm?, strides(own)?);
+            let (perm, strides) = (permutation(call, own.len())?, strides(own)?);
             let from = Indices::of(shape)?
                 .map(|index| index.iter().zip(&perm).map(|(i, p)| i * strides[*p]).sum());
             at(from.collect())

@@ -20,7 +20,7 @@ use std::collections::HashSet;
 
 use super::stage::{Plan, Stage};
 use crate::arch::DecoderLayer;
-use crate::ir::cone::{ancestors, carries_data, descendants};
+use crate::ir::cone::{ancestors, carries_data, descendants, varying};
 use crate::ir::{GraphKind, Model, NodeId, ValueId, consts};
 
 /// A projection of the model, and the ranking's copy of it on all tokens, `[b, L, …]` both.
@@ -29,12 +29,7 @@ pub(super) type Shared = (ValueId, ValueId);
 /// The projections of `layer` that queries and keys are made of, `[b, L, columns]`: one each,
 /// or one for both where they lie in one tensor. None where it is not a token's own.
 pub(super) fn projections(model: &Model, layer: &DecoderLayer) -> Vec<ValueId> {
-    let inputs: Vec<ValueId> = {
-        let all = model.graph().inputs.iter().copied();
-        all.filter(|v| model.value(*v).initializer.is_none())
-            .collect()
-    };
-    let varying = descendants(model, &inputs, false);
+    let varying = varying(model);
     let mut found: Vec<ValueId> = [layer.query.value, layer.new_key.value]
         .into_iter()
         .filter_map(|target| projection(model, layer, target, &varying))

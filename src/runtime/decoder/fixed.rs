@@ -12,12 +12,7 @@ use super::super::tensor::{Element, Tensor, TensorData};
 use super::super::value::Value;
 use super::interface::{Ends, Slot};
 use super::{Cache, Decoder, StepInput, StepOutput};
-
-/// Metadata entry in which a file says where it wants padding.
-const PADDING_KEY: &str = "duet.static.padding";
-
-/// Metadata entry in which a file says how many visual tokens a prompt has.
-const VISUAL_KEY: &str = "duet.static.visual";
+use crate::ir::{PADDING_KEY, VISUAL_KEY};
 
 /// The shapes of a decoder in two graphs.
 #[derive(Debug, Clone)]
@@ -215,17 +210,16 @@ impl Decoder {
                 .transpose()
         };
         let positions = match &input.positions {
-            Some(given) => {
-                let axis = given.shape().len().saturating_sub(1);
-                if given.shape().len() != 2 || missing == 0 {
-                    (missing == 0).then(|| given.clone())
-                } else {
+            Some(given) if missing == 0 => Some(given.clone()),
+            Some(given) => match *given.shape() {
+                [rows, tokens] => {
                     let all = given.i64s()?.into_owned();
-                    let rows = Array2::from_shape_vec((given.shape()[0], given.shape()[axis]), all)
+                    let all = Array2::from_shape_vec((rows, tokens), all)
                         .map_err(|e| RuntimeError::Tensor(e.to_string()))?;
-                    Some(wider(&rows, missing, 0, right)?.into())
+                    Some(wider(&all, missing, 0, right)?.into())
                 }
-            }
+                _ => None,
+            },
             None => None,
         };
         let padded = StepInput {
