@@ -45,7 +45,7 @@ BLOCK = 1 << 26
 # What the other tools do. Each: (folder with .onnx files, folder for the result or None for beside).
 
 
-def edit_proto(model) -> None:
+def edit_proto(model):
     """An Identity behind the first node."""
     from onnx import helper
 
@@ -57,21 +57,26 @@ def edit_proto(model) -> None:
         if value.name == old:
             graph.node[0].output[0] = "edited"
             graph.node.insert(1, helper.make_node("Identity", ["edited"], [old]))
-            return
+            return model
     graph.node.insert(1, helper.make_node("Identity", [old], ["edited"]))
+    return model
 
 
-def peer_onnx(source: Path, target: Path | None) -> None:
+def by_onnx(edit, source: Path, target: Path | None) -> None:
+    """Each file loaded and saved by the onnx package, with `edit` (a model to a model) in between."""
     import onnx
 
     for name in FILES:
-        model = onnx.load(source / f"{name}.onnx", load_external_data=target is not None)
-        edit_proto(model)
+        model = edit(onnx.load(source / f"{name}.onnx", load_external_data=target is not None))
         if target is None:
             onnx.save(model, source / f"{name}_peer.onnx")
         else:
             data = f"{name}.onnx_data"
             onnx.save(model, target / f"{name}.onnx", save_as_external_data=True, location=data)
+
+
+def peer_onnx(source: Path, target: Path | None) -> None:
+    by_onnx(edit_proto, source, target)
 
 
 def peer_onnx_ir(source: Path, target: Path | None) -> None:
@@ -91,22 +96,18 @@ def peer_onnx_ir(source: Path, target: Path | None) -> None:
 
 
 def peer_graphsurgeon(source: Path, target: Path | None) -> None:
-    import onnx
     import onnx_graphsurgeon as gs
 
-    for name in FILES:
-        graph = gs.import_onnx(onnx.load(source / f"{name}.onnx", load_external_data=target is not None))
+    def edit(model):
+        graph = gs.import_onnx(model)
         first = graph.nodes[0]
         old = first.outputs[0]
         inner = gs.Variable("edited", dtype=old.dtype, shape=old.shape)
         first.outputs[0] = inner
         graph.nodes.insert(1, gs.Node("Identity", inputs=[inner], outputs=[old]))
-        model = gs.export_onnx(graph)
-        if target is None:
-            onnx.save(model, source / f"{name}_peer.onnx")
-        else:
-            data = f"{name}.onnx_data"
-            onnx.save(model, target / f"{name}.onnx", save_as_external_data=True, location=data)
+        return gs.export_onnx(graph)
+
+    by_onnx(edit, source, target)
 
 
 def peer_onnxslim(source: Path, target: Path | None) -> None:

@@ -14,9 +14,10 @@ DIR is what mid_size.py wrote; the others are suffixes of what was written besid
 - the unmodified and the rewritten ONNX files with ONNX Runtime.
 
 PyTorch is one process, as its models share the weights, each ONNX model one of its own, all with as many threads. In
-a round each has one turn, the next round starts with another one: pixels and ids of one prompt (an image, --text tokens around it) to the first token's logits, then decode steps.
-Printed are medians of all rounds, and ratios to unmodified PyTorch (medians of the rounds' ratios). Logits of the
-prompt's last token are compared between PyTorch and ONNX: that both dropped the same tokens.
+a round each has one turn, the next round starts with another one: pixels and ids of one prompt (an image, --text
+tokens around it) to the first token's logits, then decode steps. Printed are medians of all rounds, and ratios to
+unmodified PyTorch (medians of the rounds' ratios). Logits of the prompt's last token are compared between PyTorch and
+ONNX: that both dropped the same tokens.
 """
 
 import argparse

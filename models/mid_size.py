@@ -32,7 +32,7 @@ def size_of(layers: int, vision_layers: int):
     return build.Size(336, 1024, 4096, 16, vision_layers + 1, 1280, 3456, 10, 10, layers, seed=17)
 
 
-def model(size, attention: str = "sdpa"):
+def model(size):
     """The model in PyTorch, with the weights that its export has."""
     import build
     from transformers import LlavaForConditionalGeneration, initialization
@@ -40,7 +40,7 @@ def model(size, attention: str = "sdpa"):
     config = build.config(size)
     config.text_config.vocab_size = VOCAB
     with initialization.no_init_weights():
-        net = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
+        net = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa")
     build.fill(net.float(), size.seed)
     return net.eval().requires_grad_(False)
 

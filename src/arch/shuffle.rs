@@ -211,8 +211,6 @@ struct Run<'m> {
     pixels: HashMap<ValueId, Indices>,
     /// What a first dimension is that the file does not state.
     open: usize,
-    /// No indices are made.
-    sizes_only: bool,
 }
 
 impl<'m> Run<'m> {
@@ -234,7 +232,6 @@ impl<'m> Run<'m> {
             model,
             pixels: HashMap::new(),
             open,
-            sizes_only,
         };
         let data = match sizes_only {
             true => Vec::new(),
@@ -400,7 +397,7 @@ impl<'m> Run<'m> {
         let mut dims = parts[0].dims.clone();
         dims[axis] = parts.iter().map(|p| p.dims[axis]).sum();
         let mut data = Vec::new();
-        if !self.sizes_only {
+        if parts.iter().any(|p| !p.data.is_empty()) {
             let outer: usize = dims[..axis].iter().product();
             for block in 0..outer {
                 for part in &parts {

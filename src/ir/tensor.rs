@@ -51,6 +51,14 @@ pub trait ExternalSource: Send + Sync {
         let _ = bytes;
         None
     }
+
+    /// Says that so many bytes were gone over, of the mapped model perhaps: a source
+    /// gives pages back from time to time. (A kernel maps two megabytes where one
+    /// byte is looked at, so the headers of weights alone would bring all of a file
+    /// into this process.)
+    fn passed(&self, count: usize) {
+        let _ = count;
+    }
 }
 
 /// A source for models that live in memory and refer to no file.

@@ -15,7 +15,7 @@ const LARGE: usize = 4096;
 /// `float_data` and `double_data`, which are the same bytes.
 pub(super) fn tensor(origin: Bytes) -> Result<Tensor, String> {
     let (t, floats) = match packed_floats(&origin) {
-        Some(found) => found,
+        Some((t, floats)) => (t, Some(floats)),
         None => {
             let t = proto::TensorProto::decode(origin.clone());
             (t.map_err(|e| e.to_string())?, None)
@@ -54,7 +54,7 @@ pub(super) fn tensor(origin: Bytes) -> Result<Tensor, String> {
 
 /// A tensor whose elements are one packed list of floats or doubles, without them, and
 /// their bytes.
-fn packed_floats(origin: &Bytes) -> Option<(proto::TensorProto, Option<Bytes>)> {
+fn packed_floats(origin: &Bytes) -> Option<(proto::TensorProto, Bytes)> {
     use super::wire::{Payload, fields};
     if origin.len() < LARGE {
         return None;
@@ -79,10 +79,7 @@ fn packed_floats(origin: &Bytes) -> Option<(proto::TensorProto, Option<Bytes>)> 
         (DataType::Double | DataType::Complex128, 10) => 8,
         _ => return None,
     };
-    bytes
-        .len()
-        .is_multiple_of(width)
-        .then_some((t, Some(bytes)))
+    bytes.len().is_multiple_of(width).then_some((t, bytes))
 }
 
 /// Elements that are stored in a typed field, as little-endian bytes.

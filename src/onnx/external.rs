@@ -8,9 +8,11 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use bytes::Bytes;
+use memmap2::Mmap;
 
 use crate::ir::{ExternalRef, ExternalSource, IrError};
 
@@ -32,24 +34,62 @@ struct DataFile {
     mapped: Option<Bytes>,
 }
 
+/// How much of a mapped model is gone over before its pages are given back.
+const KEPT: usize = 16 << 20;
+
 /// A mapped file, kept open.
 #[derive(Debug)]
 pub(super) struct Mapped {
     file: File,
+    /// `None`: an empty file.
+    map: Option<Arc<Mmap>>,
     bytes: Bytes,
+    /// Bytes gone over since pages were given back.
+    passed: AtomicUsize,
 }
 
 impl Mapped {
     /// Opens and maps a file; an empty file is an empty slice.
     pub(super) fn open(path: &Path) -> std::io::Result<Self> {
         let file = File::open(path)?;
-        let bytes = map(&file)?;
-        Ok(Self { file, bytes })
+        let map = map(&file)?.map(Arc::new);
+        let shared = map.clone().map(|map| Bytes::from_owner(Pages(map)));
+        Ok(Self {
+            file,
+            map,
+            bytes: shared.unwrap_or_default(),
+            passed: AtomicUsize::new(0),
+        })
     }
 
     /// All of it.
     pub(super) fn bytes(&self) -> &Bytes {
         &self.bytes
+    }
+
+    /// Gives all pages back to the kernel, for now and then.
+    fn passed(&self, count: usize) {
+        if self.passed.fetch_add(count, Ordering::Relaxed) < KEPT {
+            return;
+        }
+        self.passed.store(0, Ordering::Relaxed);
+        #[cfg(target_os = "linux")]
+        if let Some(map) = &self.map {
+            // SAFETY: nothing is lost: the mapping is read-only, and a page that is
+            // looked at again comes from the file again.
+            #[allow(unsafe_code, reason = "memmap2 does not tell mappings apart")]
+            // A kernel that keeps them only costs memory.
+            let _ = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+        }
+    }
+}
+
+/// A mapping that [`Bytes`] share.
+struct Pages(Arc<Mmap>);
+
+impl AsRef<[u8]> for Pages {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
     }
 }
 
@@ -185,22 +225,24 @@ impl DataDirectory {
 
 /// Maps a file; an empty file is an empty slice.
 pub(crate) fn map_file(path: &Path) -> std::io::Result<Bytes> {
-    map(&File::open(path)?)
+    let map = map(&File::open(path)?)?;
+    Ok(map.map_or_else(Bytes::new, Bytes::from_owner))
 }
 
-fn map(file: &File) -> std::io::Result<Bytes> {
+/// As [`map_file`], of an open file; `None`: it is empty.
+fn map(file: &File) -> std::io::Result<Option<Mmap>> {
     if file.metadata()?.len() == 0 {
-        return Ok(Bytes::new());
+        return Ok(None);
     }
     // SAFETY: the mapping is read-only and private. Another process truncating
     // the file while it is mapped would be an error for any reader of it.
     #[allow(unsafe_code, reason = "memory-mapping has no safe form")]
-    let map = unsafe { memmap2::Mmap::map(file)? };
+    let map = unsafe { Mmap::map(file)? };
     // Only headers are looked at, and each would bring two megabytes of weights into
     // this process where the file cache holds huge pages. A kernel may not know it.
     #[cfg(target_os = "linux")]
     let _ = map.advise(memmap2::Advice::NoHugePage);
-    Ok(Bytes::from_owner(map))
+    Ok(Some(map))
 }
 
 impl ExternalSource for DataDirectory {
@@ -243,9 +285,17 @@ impl ExternalSource for DataDirectory {
     }
 
     fn place(&self, bytes: &[u8]) -> Option<(&File, u64)> {
-        let Mapped { file, bytes: all } = self.model.as_ref()?;
+        let Mapped {
+            file, bytes: all, ..
+        } = self.model.as_ref()?;
         let range = all.as_ptr_range();
         let inside = range.contains(&bytes.as_ptr()) && bytes.as_ptr_range().end <= range.end;
         inside.then(|| (file, (bytes.as_ptr().addr() - range.start.addr()) as u64))
+    }
+
+    fn passed(&self, count: usize) {
+        if let Some(model) = &self.model {
+            model.passed(count);
+        }
     }
 }

@@ -64,7 +64,8 @@ pub fn read_bytes(name: &str, bytes: Bytes) -> Result<Model, OnnxError> {
 
 fn parse(path: &Path, bytes: Bytes, external: Arc<dyn ExternalSource>) -> Result<Model, OnnxError> {
     let mut reader = Reader {
-        loader: Loader::new(external),
+        loader: Loader::new(external.clone()),
+        external,
         path,
     };
     reader.model(&bytes)?;
@@ -148,6 +149,8 @@ impl Owner<'_> {
 
 struct Reader<'a> {
     loader: Loader,
+    /// The loader's own.
+    external: Arc<dyn ExternalSource>,
     path: &'a Path,
 }
 
@@ -168,7 +171,11 @@ impl Reader<'_> {
     }
 
     fn walk(&self, place: &str, message: &Bytes) -> Result<Vec<Field>, OnnxError> {
-        let all: Result<Vec<Field>, WireError> = fields(message).collect();
+        let each = fields(message).inspect(|field| {
+            let length = field.as_ref().map_or(0, |f| f.whole.len());
+            self.external.passed(length);
+        });
+        let all: Result<Vec<Field>, WireError> = each.collect();
         all.map_err(|e| self.bad(place, e))
     }
 
@@ -270,6 +277,7 @@ impl Reader<'_> {
                 5 => {
                     let origin = self.payload("initializer", field)?;
                     let tensor = convert::tensor(origin).map_err(|e| self.bad("initializer", e))?;
+                    self.external.passed(field.whole.len());
                     if tensor.name.is_empty() {
                         return Err(self.bad("initializer", "it has no name"));
                     }

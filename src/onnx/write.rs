@@ -84,6 +84,7 @@ impl Serialized {
         for part in self.rope.parts() {
             self.write_part(part, &mut out, &mut buffer)
                 .map_err(OnnxError::io(path))?;
+            self.source.passed(part.len());
         }
         out.flush().map_err(OnnxError::io(path))
     }
