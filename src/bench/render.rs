@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::profile::Profile;
+use super::profile::{Group, Profile};
 use super::report::{Ideal, ModelReport, Reading, Report, Time};
 
 /// What stands where nothing was measured.
@@ -20,17 +20,12 @@ fn digits(value: f64) -> String {
 
 /// A byte count: `12.3 MB`.
 fn bytes(count: f64) -> String {
-    let mut value = count;
-    for unit in ["B", "KB", "MB", "GB"] {
-        if value < 1000.0 || unit == "GB" {
-            return match unit {
-                "B" => format!("{value:.0} B"),
-                unit => format!("{} {unit}", digits(value)),
-            };
-        }
-        value /= 1000.0;
+    match count {
+        n if n < 1e3 => format!("{n:.0} B"),
+        n if n < 1e6 => format!("{} KB", digits(n / 1e3)),
+        n if n < 1e9 => format!("{} MB", digits(n / 1e6)),
+        n => format!("{} GB", digits(n / 1e9)),
     }
-    format!("{value:.0}")
 }
 
 /// `12.3 (12.1–13.0)  2.10×`
@@ -130,7 +125,7 @@ fn profile(profiles: &[Profile], part: &str) -> Option<Vec<Vec<String>>> {
     };
     let mut rows = vec![vec![head.to_owned()]];
     rows[0].extend(own.iter().map(|p| p.model.clone()));
-    for group in super::profile::Group::ALL {
+    for group in Group::ALL {
         let times = own
             .iter()
             .map(|p| p.groups.iter().find(|g| g.group == group));
