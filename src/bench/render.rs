@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use super::profile::{Group, Profile};
 use super::report::{Ideal, ModelReport, Reading, Report, Time};
+use crate::readable::{markdown_table, markup, rounded};
 
 /// What stands where nothing was measured.
 const NONE: &str = "–";
@@ -51,9 +52,7 @@ fn ideal(model: &ModelReport, reading: &Reading<Ideal>, of: impl Fn(&Ideal) -> S
 fn tokens(model: &ModelReport) -> String {
     match model.average_visual_tokens {
         Some(average) if (average - model.visual_tokens as f64).abs() > 1e-9 => {
-            let average = format!("{average:.2}");
-            let average = average.trim_end_matches('0').trim_end_matches('.');
-            format!("{} → {average}", model.visual_tokens)
+            format!("{} → {}", model.visual_tokens, rounded(average))
         }
         _ => model.visual_tokens.to_string(),
     }
@@ -214,13 +213,9 @@ pub fn markdown(report: &Report) -> String {
     };
     let mut text = String::new();
     for table in tables(report) {
-        for (at, row) in table.iter().enumerate() {
-            let cells: Vec<String> = row.iter().map(|c| escaped(c.trim())).collect();
-            let _ = writeln!(text, "| {} |", cells.join(" | "));
-            if at == 0 {
-                let _ = writeln!(text, "|---|{}", "---:|".repeat(row.len() - 1));
-            }
-        }
+        let rows = table.iter();
+        let rows = rows.map(|row| row.iter().map(|c| escaped(c.trim())).collect());
+        text.push_str(&markdown_table(&rows.collect::<Vec<_>>()));
         text.push('\n');
     }
     for note in notes(report) {
@@ -231,18 +226,8 @@ pub fn markdown(report: &Report) -> String {
 
 /// Text inside XML; what XML cannot hold is left out.
 fn xml(text: &str) -> String {
-    let mut out = String::new();
-    for c in text.chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            c if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') => out.push(' '),
-            c => out.push(c),
-        }
-    }
-    out
+    let lacking = |c: char| c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}');
+    markup(&text.replace(lacking, " "), "'")
 }
 
 /// Left edge of the bars.
