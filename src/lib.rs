@@ -20,6 +20,7 @@ pub mod onnx;
 pub mod passes;
 pub mod proto;
 mod random;
+mod readable;
 pub mod runtime;
 mod suggest;
 pub mod validate;

@@ -17,7 +17,7 @@ const RULE: &[(&str, &[&str])] = &[
         "cli",
         &[
             "validate", "eval", "bench", "explain", "diff", "passes", "arch", "runtime", "onnx",
-            "ir", "proto", "suggest", "random",
+            "ir", "proto", "suggest", "random", "readable",
         ],
     ),
     (
@@ -26,11 +26,13 @@ const RULE: &[(&str, &[&str])] = &[
     ),
     (
         "bench",
-        &["runtime", "passes", "arch", "onnx", "ir", "random"],
+        &[
+            "runtime", "passes", "arch", "onnx", "ir", "random", "readable",
+        ],
     ),
-    ("eval", &["runtime", "random"]),
+    ("eval", &["runtime", "random", "readable"]),
     ("explain", &["runtime", "passes", "ir"]),
-    ("diff", &["onnx", "ir", "suggest"]),
+    ("diff", &["onnx", "ir", "suggest", "readable"]),
     ("passes", &["arch", "ir", "suggest", "random"]),
     ("arch", &["ir"]),
     ("runtime", &["onnx", "ir", "random"]),
@@ -41,6 +43,8 @@ const RULE: &[(&str, &[&str])] = &[
     ("suggest", &[]),
     // Numbers from a seed.
     ("random", &[]),
+    // Numbers, markup and tables.
+    ("readable", &[]),
 ];
 
 /// Crates that only some modules may name.

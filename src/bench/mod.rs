@@ -36,5 +36,5 @@ pub use job::{Files, Inputs, Job, LengthTime, Reply, Task, Turn};
 pub use report::Report;
 pub use rounds::{Measured, Performer, Settings};
 pub use schedule::Schedule;
-pub use statistics::{Spread, median};
+pub use statistics::median;
 pub use subject::Subject;

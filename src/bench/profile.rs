@@ -13,6 +13,13 @@ use serde_json::Value;
 
 use super::error::{BenchError, Result};
 use super::statistics::median;
+use crate::passes::{REGISTRY, Stage};
+
+/// Whether a pass chooses among the vision encoder's tokens.
+fn of_the_encoder(pass: &str) -> bool {
+    let mut entries = REGISTRY.iter();
+    entries.any(|e| e.name == pass && e.stage == Stage::Encoder)
+}
 
 /// What a node is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -83,7 +90,7 @@ impl Group {
                 false => Self::Ranking,
             },
             _ if numbered("stage") => Self::Stage,
-            ("token_merge" | "random_drop" | "uniform_drop" | "div_prune", _) => Self::Merge,
+            _ if of_the_encoder(pass) => Self::Merge,
             _ => Self::Other,
         }
     }

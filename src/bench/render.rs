@@ -2,8 +2,9 @@
 
 use std::fmt::Write;
 
-use super::profile::Profile;
+use super::profile::{Group, Profile};
 use super::report::{Ideal, ModelReport, Reading, Report, Time};
+use crate::readable::{markdown_table, markup, rounded};
 
 /// What stands where nothing was measured.
 const NONE: &str = "–";
@@ -20,17 +21,12 @@ fn digits(value: f64) -> String {
 
 /// A byte count: `12.3 MB`.
 fn bytes(count: f64) -> String {
-    let mut value = count;
-    for unit in ["B", "KB", "MB", "GB"] {
-        if value < 1000.0 || unit == "GB" {
-            return match unit {
-                "B" => format!("{value:.0} B"),
-                unit => format!("{} {unit}", digits(value)),
-            };
-        }
-        value /= 1000.0;
+    match count {
+        n if n < 1e3 => format!("{n:.0} B"),
+        n if n < 1e6 => format!("{} KB", digits(n / 1e3)),
+        n if n < 1e9 => format!("{} MB", digits(n / 1e6)),
+        n => format!("{} GB", digits(n / 1e9)),
     }
-    format!("{value:.0}")
 }
 
 /// `12.3 (12.1–13.0)  2.10×`
@@ -56,9 +52,7 @@ fn ideal(model: &ModelReport, reading: &Reading<Ideal>, of: impl Fn(&Ideal) -> S
 fn tokens(model: &ModelReport) -> String {
     match model.average_visual_tokens {
         Some(average) if (average - model.visual_tokens as f64).abs() > 1e-9 => {
-            let average = format!("{average:.2}");
-            let average = average.trim_end_matches('0').trim_end_matches('.');
-            format!("{} → {average}", model.visual_tokens)
+            format!("{} → {}", model.visual_tokens, rounded(average))
         }
         _ => model.visual_tokens.to_string(),
     }
@@ -130,7 +124,7 @@ fn profile(profiles: &[Profile], part: &str) -> Option<Vec<Vec<String>>> {
     };
     let mut rows = vec![vec![head.to_owned()]];
     rows[0].extend(own.iter().map(|p| p.model.clone()));
-    for group in super::profile::Group::ALL {
+    for group in Group::ALL {
         let times = own
             .iter()
             .map(|p| p.groups.iter().find(|g| g.group == group));
@@ -219,13 +213,9 @@ pub fn markdown(report: &Report) -> String {
     };
     let mut text = String::new();
     for table in tables(report) {
-        for (at, row) in table.iter().enumerate() {
-            let cells: Vec<String> = row.iter().map(|c| escaped(c.trim())).collect();
-            let _ = writeln!(text, "| {} |", cells.join(" | "));
-            if at == 0 {
-                let _ = writeln!(text, "|---|{}", "---:|".repeat(row.len() - 1));
-            }
-        }
+        let rows = table.iter();
+        let rows = rows.map(|row| row.iter().map(|c| escaped(c.trim())).collect());
+        text.push_str(&markdown_table(&rows.collect::<Vec<_>>()));
         text.push('\n');
     }
     for note in notes(report) {
@@ -236,18 +226,8 @@ pub fn markdown(report: &Report) -> String {
 
 /// Text inside XML; what XML cannot hold is left out.
 fn xml(text: &str) -> String {
-    let mut out = String::new();
-    for c in text.chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            c if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') => out.push(' '),
-            c => out.push(c),
-        }
-    }
-    out
+    let lacking = |c: char| c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}');
+    markup(&text.replace(lacking, " "), "'")
 }
 
 /// Left edge of the bars.

@@ -7,7 +7,7 @@ use super::job::Turn;
 use super::profile::Profile;
 use super::rounds::Measured;
 use super::schedule::Schedule;
-use super::statistics::{Spread, median};
+use super::statistics::median;
 
 /// Version of the JSON document.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -227,7 +227,7 @@ fn first_token(turn: &Turn, whole: bool) -> Option<f64> {
     }
 }
 
-/// A part of every turn, in rounds; none if a turn has not got it.
+/// A part of every turn, in rounds, at least one; none if a turn has not got it.
 fn series(turns: &[Turn], part: impl Fn(&Turn) -> Option<f64>) -> Option<Vec<f64>> {
     let all: Option<Vec<f64>> = turns.iter().map(part).collect();
     all.filter(|all| !all.is_empty())
@@ -239,14 +239,14 @@ fn ratio(above: &[f64], below: &[f64]) -> f64 {
     median(&each)
 }
 
-fn time(own: Option<&Vec<f64>>, base: Option<&Vec<f64>>) -> Option<Time> {
-    let spread = Spread::of(own?)?.times(1e3);
-    Some(Time {
-        median_ms: spread.median,
-        min_ms: spread.min,
-        max_ms: spread.max,
-        speedup: base.map(|base| ratio(base, own.unwrap_or(base))),
-    })
+/// Of seconds in rounds, beside the base's.
+fn time(own: &[f64], base: Option<&Vec<f64>>) -> Time {
+    Time {
+        median_ms: median(own) * 1e3,
+        min_ms: own.iter().copied().fold(f64::INFINITY, f64::min) * 1e3,
+        max_ms: own.iter().copied().fold(f64::NEG_INFINITY, f64::max) * 1e3,
+        speedup: base.map(|base| ratio(base, own)),
+    }
 }
 
 /// What each round measured of the base.
@@ -353,7 +353,9 @@ fn model(about: &About, at: usize, measured: &Measured) -> ModelReport {
     let first = own.first().cloned().unwrap_or_default();
     let timed = |part: &dyn Fn(&Turn) -> Option<f64>| {
         let own = series(own, part);
-        let time = time(own.as_ref(), series(base, part).as_ref());
+        let time = own
+            .as_ref()
+            .map(|own| time(own, series(base, part).as_ref()));
         (own, time)
     };
     let (_, vision) = timed(&|t| t.vision);
@@ -417,11 +419,8 @@ fn model(about: &About, at: usize, measured: &Measured) -> ModelReport {
             }),
         }
     });
-    let memory = match measured.memory.get(at) {
-        Some(Ok(bytes)) => Ok(*bytes),
-        Some(Err(why)) => Err(why.clone()),
-        None => Err("it was not asked for".to_owned()),
-    };
+    let memory = measured.memory.get(at).cloned();
+    let memory = memory.unwrap_or_else(|| Err("it was not asked for".into()));
     ModelReport {
         name: about.name.clone(),
         path: about.path.clone(),

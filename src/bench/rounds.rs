@@ -59,7 +59,7 @@ pub struct Measured {
 /// Lengths and rows at which the base is measured besides its own turns; or why it is not.
 pub type Sweep = std::result::Result<(Vec<usize>, Vec<usize>), String>;
 
-/// One model's turn, or one point of the base.
+/// One model's turn, or one point of the base: by its position in [`Measured`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Unit {
     Model(usize),
@@ -109,8 +109,8 @@ pub fn measure(
         });
         match wanted {
             Ok((lengths, heads)) => {
-                units.extend(lengths.iter().map(|n| Unit::Length(*n)));
-                units.extend(heads.iter().map(|n| Unit::Head(*n)));
+                units.extend((0..lengths.len()).map(Unit::Length));
+                units.extend((0..heads.len()).map(Unit::Head));
                 measured.lengths = lengths.iter().map(|n| (*n, Vec::new())).collect();
                 measured.heads = heads.iter().map(|n| (*n, Vec::new())).collect();
             }
@@ -127,15 +127,13 @@ pub fn measure(
             std::thread::sleep(REST);
             match *unit {
                 Unit::Model(i) => measured.turns[i].push(turn(&mut *models[i])?),
-                Unit::Length(tokens) => {
-                    let time = length(&mut *models[0], tokens)?;
-                    let points = measured.lengths.iter_mut().filter(|p| p.0 == tokens);
-                    points.for_each(|p| p.1.push(time.clone()));
+                Unit::Length(i) => {
+                    let (tokens, times) = &mut measured.lengths[i];
+                    times.push(length(&mut *models[0], *tokens)?);
                 }
-                Unit::Head(rows) => {
-                    let time = head(&mut *models[0], rows)?;
-                    let points = measured.heads.iter_mut().filter(|p| p.0 == rows);
-                    points.for_each(|p| p.1.push(time));
+                Unit::Head(i) => {
+                    let (rows, times) = &mut measured.heads[i];
+                    times.push(head(&mut *models[0], *rows)?);
                 }
             }
         }

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use super::style;
 use crate::arch::{DEFAULT_FRAMES, VisionTower, Vlm};
 use crate::passes::{Count, Placement, Recipe, TokenMerge};
+use crate::readable::rounded;
 
 /// What decoder layers see of one image or clip.
 #[derive(Clone, Debug, PartialEq)]
@@ -123,12 +124,6 @@ impl LayerTable {
 pub(super) fn percent_fewer(share: f64) -> String {
     let word = if share < 0.0 { "more" } else { "fewer" };
     format!("{:.1} % {word}", 100.0 * share.abs())
-}
-
-/// A number with at most two digits behind the point.
-fn rounded(number: f64) -> String {
-    let text = format!("{number:.2}");
-    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 /// The mean of counts.

@@ -4,6 +4,8 @@ use std::fmt::{Display, Write};
 
 use anstyle::{AnsiColor, Reset, Style};
 
+pub(super) use crate::readable::bytes;
+
 /// Headings.
 pub(super) const HEAD: Style = Style::new().bold();
 /// What is fine.
@@ -39,22 +41,6 @@ pub(super) fn table(rows: &[Vec<String>]) -> String {
         let _ = writeln!(text, "{}", line.trim_end());
     }
     text
-}
-
-/// A byte count for people.
-pub(super) fn bytes(count: u64) -> String {
-    let mut value = count as f64;
-    for unit in ["B", "KB", "MB", "GB"] {
-        if value < 1000.0 {
-            return if unit == "B" {
-                format!("{count} B")
-            } else {
-                format!("{value:.1} {unit}")
-            };
-        }
-        value /= 1000.0;
-    }
-    format!("{value:.1} TB")
 }
 
 /// `1–16: 576, 17–24: 288` from a count for each layer.

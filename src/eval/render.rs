@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::statistics::{Estimate, LEVEL};
 use super::table::{Row, Score, Table};
+use crate::readable::markdown_table;
 
 /// One document.
 pub fn json(table: &Table) -> Value {
@@ -198,14 +199,9 @@ pub fn markdown(table: &Table) -> String {
     let mut text = format!("{}\n", caption(table));
     for part in rows(table) {
         text.push('\n');
-        for (index, row) in part.iter().enumerate() {
-            let cells: Vec<String> = row.iter().map(|cell| cell.replace('|', "\\|")).collect();
-            text.push_str(&format!("| {} |\n", cells.join(" | ")));
-            if index == 0 {
-                let rule = (0..row.len()).map(|column| if column == 0 { "---" } else { "---:" });
-                text.push_str(&format!("|{}|\n", rule.collect::<Vec<_>>().join("|")));
-            }
-        }
+        let rows = part.iter();
+        let rows = rows.map(|row| row.iter().map(|c| c.replace('|', "\\|")).collect());
+        text.push_str(&markdown_table(&rows.collect::<Vec<_>>()));
     }
     text
 }

@@ -2,14 +2,24 @@
 
 use serde_json::{Value, json};
 
+/// A document is what a committed schema says, and as `broken` it is not, in so many places.
+#[track_caller]
+pub(crate) fn conforms(schema: &str, document: &Value, broken: &Value, places: usize) {
+    let text = std::fs::read_to_string(super::source(schema)).expect("the committed schema");
+    let schema: Value = serde_json::from_str(&text).expect("JSON");
+    let compared = |document: &Value| {
+        let mut wrong = Vec::new();
+        compare(&schema, &schema, document, "", &mut wrong);
+        wrong
+    };
+    assert_eq!(compared(document), [""; 0]);
+    // The comparison sees what does not conform.
+    let wrong = compared(broken);
+    assert_eq!(wrong.len(), places, "{wrong:?}");
+}
+
 /// The keywords that the schema uses; another is an error.
-pub(crate) fn compare(
-    schema: &Value,
-    root: &Value,
-    value: &Value,
-    at: &str,
-    wrong: &mut Vec<String>,
-) {
+fn compare(schema: &Value, root: &Value, value: &Value, at: &str, wrong: &mut Vec<String>) {
     let is = |kind: &Value| match kind.as_str().expect("a type") {
         "object" => value.is_object(),
         "array" => value.is_array(),

@@ -6,6 +6,7 @@ use std::fmt::Write;
 use super::words::{self, Sign, clean};
 use super::{Report, about, graph};
 use crate::diff::report::{Change, Class, FileReport, Verdict};
+use crate::readable::markup;
 
 /// Places, and renamed names, in a table.
 const ROWS: usize = 500;
@@ -20,7 +21,7 @@ const STYLE: &str = include_str!("page.css");
 
 /// Text inside of HTML, in elements and in quoted attributes.
 pub(super) fn escape(text: &str) -> String {
-    words::markup(text, "&#39;")
+    markup(text, "&#39;")
 }
 
 /// Text from a file, on one line.

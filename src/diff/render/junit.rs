@@ -4,8 +4,9 @@
 use std::fmt::Write;
 
 use super::Report;
-use super::words::{self, Sign, clean, markup};
+use super::words::{self, Sign, clean};
 use crate::diff::report::{Change, Class, FileKind, FileReport};
+use crate::readable::markup;
 
 struct Case {
     name: String,

@@ -7,6 +7,7 @@ use crate::diff::change::worst;
 use crate::diff::report::{
     Change, Class, FileReport, Kind, Presence, Report, Verdict, WeightChange,
 };
+use crate::readable::bytes;
 
 /// Text from a file, safe on one line: characters that break lines, move the
 /// cursor or turn the direction of reading are shown by their number.
@@ -54,38 +55,6 @@ pub(super) fn count(n: u64) -> String {
 pub(super) fn number(n: usize, what: &str) -> String {
     let s = if n == 1 { "" } else { "s" };
     format!("{} {what}{s}", count(n as u64))
-}
-
-/// Text with what has a meaning in HTML and XML escaped, in elements and in quoted
-/// attributes. `apostrophe`: what is written for one.
-pub(super) fn markup(text: &str, apostrophe: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            '\'' => out.push_str(apostrophe),
-            c => out.push(c),
-        }
-    }
-    out
-}
-
-/// A byte count for people.
-pub(super) fn bytes(count: u64) -> String {
-    let mut value = count as f64;
-    for unit in ["B", "KB", "MB", "GB"] {
-        if value < 1000.0 {
-            return match unit {
-                "B" => format!("{count} B"),
-                _ => format!("{value:.1} {unit}"),
-            };
-        }
-        value /= 1000.0;
-    }
-    format!("{value:.1} TB")
 }
 
 /// `a`, `a and b`, `a, b and c`.
