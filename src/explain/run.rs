@@ -414,15 +414,13 @@ impl Encoder<'_> {
         let with_cls = |n: usize| {
             n > 1 && grid_of(n, height, width).is_none() && grid_of(n - 1, height, width).is_some()
         };
-        let merges = self.values.pass() == Some("token_merge");
         let all = stated.unwrap_or(rows);
-        let cls = !merges && with_cls(all);
+        let cls = !self.values.merges() && with_cls(all);
         let kept = self.kept(inside, frame, cls)?;
-        if self.values.pass().is_some() && kept.is_none() {
+        if let (Some(pass), None) = (self.values.pass(), &kept) {
             return wrong(format!(
                 "the vision encoder says nothing of what {pass} chose (values duet/{pass}/…): the pass keeps no \
-                 patch, or CLS alone, or the file is not what it was written as",
-                pass = self.values.pass().unwrap_or_default()
+                 patch, or CLS alone, or the file is not what it was written as"
             ));
         }
         Ok((all - usize::from(cls), kept))
@@ -437,7 +435,7 @@ impl Encoder<'_> {
             dominant,
             contextual: Vec::new(),
         };
-        if pass != "token_merge" {
+        if !self.values.merges() {
             if let Some(kept) = self.row(inside, "kept_indices", frame)? {
                 return Ok(Some(plain(kept)));
             }
