@@ -13,7 +13,7 @@ use crate::arch::{DEFAULT_FRAMES, Kind, Vlm};
 use crate::explain::{Explanation, Look, Question, Stage, Values, draw, explain, explain_whole};
 use crate::ir::{Model, verify};
 use crate::onnx::ModelDir;
-use crate::passes::{Recipe, Rewritten, earlier_recipe, gives_fewer};
+use crate::passes::{Recipe, Rewritten, earlier_recipe};
 use crate::runtime::{
     GenerateOptions, Pixels, RuntimeError, Session, SessionOptions, WholePipeline, probe,
 };
@@ -159,10 +159,7 @@ fn subject(arguments: &Arguments, global: &Global) -> anyhow::Result<Subject> {
         (None, Some(name)) => {
             let recipe = load::recipe(name)?;
             let selected = load::select(path, &[load::variant_name(&variant).to_owned()], global)?;
-            if !Path::new(name).is_file() {
-                let found = family::find(&selected.dir.root, &selected.vlm);
-                family::check(found.as_ref(), name, load::RECIPES)?;
-            }
+            family::check(&selected.dir.root, &selected.vlm, name)?;
             let done = crate::passes::rewrite(selected.vlm, &recipe)?;
             let stem = Path::new(name).file_stem().unwrap_or_default();
             Ok(Subject {
@@ -199,7 +196,7 @@ fn patched_configs(
                 .with_context(|| format!("reading {}", from.display()))?;
         }
     }
-    for (file, text) in rewrite::outputs(dir, done, recipe, None)?.configs {
+    for (file, text) in rewrite::configs(dir, done, recipe, None)? {
         std::fs::write(place.path().join(file), text)?;
     }
     Ok(Some(place))
@@ -249,14 +246,12 @@ fn ask(arguments: &Arguments, subject: &Subject, images: &[Pixels]) -> anyhow::R
         .collect();
     let options = arguments.engine.options();
     let mut open = |file: &Path| open(&files, file, &options);
-    let mut of_vision = vlm
-        .parts
-        .iter()
-        .filter(|p| matches!(p.kind(), Kind::Vision | Kind::Video));
-    let own = of_vision.find(|p| seen.contains(&dir.root.join(&p.file).as_path()));
     let mut look = Look {
         recipe,
-        placed: recipe.context.merges && own.is_some_and(|p| !gives_fewer(&p.model)),
+        placed: match &runnable {
+            Runnable::Whole(_) => false,
+            Runnable::Trio(trio) => recipe.context.merges && !trio.merged,
+        },
         depth: vlm.decoders().next().map(|(_, d)| d.depth()),
         images: of_images,
         clips: of_clips,
@@ -333,14 +328,6 @@ fn title(arguments: &Arguments, subject: &Subject, explanation: &Explanation) ->
     ]
 }
 
-fn name_of(stage: &Stage) -> String {
-    match (stage.pass, stage.after_layer) {
-        (None, _) => "vision encoder".into(),
-        (Some(pass), None) => pass.into(),
-        (Some(pass), Some(layer)) => format!("{pass} after layer {layer}"),
-    }
-}
-
 /// The stages for people.
 fn rows(explanation: &Explanation) -> Vec<Vec<String>> {
     let mut rows = vec![
@@ -356,7 +343,7 @@ fn rows(explanation: &Explanation) -> Vec<Vec<String>> {
             Some(_) => counts.text(),
         };
         rows.push(vec![
-            name_of(stage),
+            stage.name().unwrap_or_else(|| "vision encoder".into()),
             layers,
             counts.total().to_string(),
             which,

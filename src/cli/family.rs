@@ -9,7 +9,7 @@ use std::path::Path;
 
 use anyhow::bail;
 
-use super::counts;
+use super::{counts, load};
 use crate::arch::Vlm;
 use crate::passes::Recipe;
 
@@ -189,16 +189,17 @@ fn share(text: &str, made_for: Nominal) -> Option<f64> {
     Some(counts::average(&seen) / (images * tokens) as f64)
 }
 
-/// Refuses a built-in recipe that is made for another family than the model's, and names
-/// those that are made for it, the one that leaves about as much first.
-pub(super) fn check(
-    found: Option<&Found>,
-    recipe: &str,
-    built_in: &[(&str, &str)],
-) -> anyhow::Result<()> {
-    let Some((_, text)) = built_in.iter().find(|(name, _)| *name == recipe) else {
+/// Refuses a built-in recipe that is made for another family than that of the model at `root`,
+/// and names those that are made for it, the one that leaves about as much first. A file of the
+/// recipe's name comes before it.
+pub(super) fn check(root: &Path, vlm: &Vlm, recipe: &str) -> anyhow::Result<()> {
+    let built_in = load::RECIPES;
+    let named = built_in.iter().find(|(name, _)| *name == recipe);
+    let Some((_, text)) = named.filter(|_| !Path::new(recipe).is_file()) else {
         return Ok(());
     };
+    let found = find(root, vlm);
+    let found = found.as_ref();
     let made_for = FAMILIES.iter().find(|f| recipe.starts_with(f.prefix));
     let Some((meant, found, own)) =
         made_for.and_then(|meant| Some((meant, found?, found?.family?)))
@@ -239,7 +240,6 @@ pub(super) fn check(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::load::RECIPES;
 
     fn model(text: &str) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
@@ -249,10 +249,8 @@ mod tests {
 
     fn refusal(config: &str, recipe: &str) -> Option<String> {
         let dir = model(config);
-        let found = find(dir.path(), &Vlm::default());
-        check(found.as_ref(), recipe, RECIPES)
-            .err()
-            .map(|e| e.to_string())
+        let refused = check(dir.path(), &Vlm::default(), recipe).err();
+        refused.map(|e| e.to_string())
     }
 
     #[test]

@@ -77,11 +77,7 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     let began = Instant::now();
     let selected = load::select(&arguments.model.path, &arguments.variant, global)?;
     let dir = &selected.dir;
-    // A file of that name comes before the built-in recipe.
-    if !Path::new(&arguments.recipe).is_file() {
-        let found = family::find(&dir.root, &selected.vlm);
-        family::check(found.as_ref(), &arguments.recipe, load::RECIPES)?;
-    }
+    family::check(&dir.root, &selected.vlm, &arguments.recipe)?;
     let crops = family::crops(&dir.root, &selected.vlm);
     let shapes = match arguments.fixed.as_slice() {
         [] => None,
@@ -239,12 +235,24 @@ pub(super) fn outputs(
         outputs.data.extend(load::data_files(&file));
         outputs.models.push((file.file, text));
     }
+    outputs.configs = configs(dir, done, recipe, beside)?;
+    Ok(outputs)
+}
+
+/// The configurations among them, by name and content.
+pub(super) fn configs(
+    dir: &ModelDir,
+    done: &Rewritten,
+    recipe: &Recipe,
+    beside: Option<&str>,
+) -> anyhow::Result<Vec<(PathBuf, Vec<u8>)>> {
+    let mut configs: Vec<(PathBuf, Vec<u8>)> = Vec::new();
     if !dir.layout.is_directory() {
-        return Ok(outputs);
+        return Ok(configs);
     }
     let mut patch = |name: &str, patched: &dyn Fn(&str) -> Result<Option<String>, String>| {
         let path = dir.root.join(name);
-        let mut known = outputs.configs.iter_mut();
+        let mut known = configs.iter_mut();
         let known = known.find(|(file, _)| file == Path::new(name));
         let text = match &known {
             Some((_, earlier)) => String::from_utf8_lossy(earlier).into_owned(),
@@ -256,9 +264,7 @@ pub(super) fn outputs(
         let new = patched(&text).map_err(|problem| anyhow!("{}: {problem}", path.display()))?;
         match (new, known) {
             (Some(new), Some((_, earlier))) => *earlier = new.into_bytes(),
-            (Some(new), None) => outputs
-                .configs
-                .push((PathBuf::from(name), new.into_bytes())),
+            (Some(new), None) => configs.push((PathBuf::from(name), new.into_bytes())),
             (None, _) => {}
         }
         anyhow::Ok(())
@@ -287,7 +293,7 @@ pub(super) fn outputs(
             patch_genai(text, width, padded, &renamed)
         })?;
     }
-    Ok(outputs)
+    Ok(configs)
 }
 
 /// What the counts mean for images of any resolution, and what their clients do.

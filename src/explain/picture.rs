@@ -100,11 +100,8 @@ pub fn draw(explanation: &Explanation, title: &[String]) -> Result<Vec<u8>, Expl
 
 /// What a stage is called, which layers see it, and what it has.
 fn caption(explanation: &Explanation, stage: &Stage) -> [String; 3] {
-    let head = match (stage.pass, stage.after_layer) {
-        (None, _) => "all tokens of the encoder".to_owned(),
-        (Some(pass), None) => pass.to_owned(),
-        (Some(pass), Some(layer)) => format!("{pass} after layer {layer}"),
-    };
+    let head = stage.name();
+    let head = head.unwrap_or_else(|| "all tokens of the encoder".into());
     let layers = match stage.layers {
         None => "no layer sees them".to_owned(),
         Some(layers) if layers.last == Some(layers.first) => format!("layer {}", layers.text()),

@@ -129,6 +129,17 @@ pub struct Stage {
     pub tokens: Option<Vec<usize>>,
 }
 
+impl Stage {
+    /// `visual_prune after layer 9`; `None` for what there is at first.
+    pub fn name(&self) -> Option<String> {
+        let pass = self.pass?;
+        Some(match self.after_layer {
+            None => pass.to_owned(),
+            Some(layer) => format!("{pass} after layer {layer}"),
+        })
+    }
+}
+
 /// Which visual tokens of a question survive where.
 #[derive(Debug, Clone)]
 pub struct Explanation {
@@ -167,7 +178,7 @@ impl Counts {
         self.patches + self.contextual + self.cls + self.newlines + self.discarded
     }
 
-    /// `37 patches + 6 contextual + CLS`.
+    /// `37 as they are + 6 contextual + 1 CLS`.
     pub fn text(&self) -> String {
         let one = |n: usize, what: &str| match n {
             0 => None,

@@ -1,6 +1,6 @@
 //! Asking the question and collecting what was chosen.
 
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 
 use super::ExplainError;
 use super::error::wrong;
@@ -11,8 +11,8 @@ use super::places::{
 use super::values::{Values, decoder_scopes, kept_name};
 use crate::passes::Recipe;
 use crate::runtime::{
-    Clip, GenerateOptions, Generation, Inside, Message, Pixels, RuntimeError, Seen, Slot, Value,
-    Vision, VlmPipeline, WholePipeline,
+    Clip, GenerateOptions, Generation, Inside, Message, Pixels, Place, Seen, Slot, Vision,
+    VlmPipeline, WholePipeline,
 };
 
 type Result<T> = std::result::Result<T, ExplainError>;
@@ -342,7 +342,7 @@ const ACROSS: usize = 4;
 
 /// A token of packed crops.
 fn slotted(slot: &Slot, crops: &[Vec<Token>]) -> Result<Token> {
-    let at = |place: &crate::runtime::Place| {
+    let at = |place: &Place| {
         let token = crops.get(place.crop).and_then(|c| c.get(place.token));
         token.cloned().ok_or_else(|| {
             ExplainError::Model(format!(
@@ -414,15 +414,13 @@ impl Encoder<'_> {
         let with_cls = |n: usize| {
             n > 1 && grid_of(n, height, width).is_none() && grid_of(n - 1, height, width).is_some()
         };
-        let merges = self.values.pass() == Some("token_merge");
         let all = stated.unwrap_or(rows);
-        let cls = !merges && with_cls(all);
+        let cls = !self.values.merges() && with_cls(all);
         let kept = self.kept(inside, frame, cls)?;
-        if self.values.pass().is_some() && kept.is_none() {
+        if let (Some(pass), None) = (self.values.pass(), &kept) {
             return wrong(format!(
                 "the vision encoder says nothing of what {pass} chose (values duet/{pass}/…): the pass keeps no \
-                 patch, or CLS alone, or the file is not what it was written as",
-                pass = self.values.pass().unwrap_or_default()
+                 patch, or CLS alone, or the file is not what it was written as"
             ));
         }
         Ok((all - usize::from(cls), kept))
@@ -437,7 +435,7 @@ impl Encoder<'_> {
             dominant,
             contextual: Vec::new(),
         };
-        if pass != "token_merge" {
+        if !self.values.merges() {
             if let Some(kept) = self.row(inside, "kept_indices", frame)? {
                 return Ok(Some(plain(kept)));
             }
@@ -512,12 +510,13 @@ fn finish(
     }
     let pruning = look.recipe.pruning();
     let encoder = look.recipe.encoder_pass().map(|p| p.name());
+    let decoder = Inside::of_run(&answer.extra, 1).pop().unwrap_or_default();
     let mut drops = Vec::new();
     if look.placed {
         let left = decoder_scopes(look.recipe)
             .into_iter()
-            .find_map(|scope| kept(&answer.extra, &kept_name(scope, 0)));
-        let Some(kept) = left else {
+            .find_map(|scope| kept(&decoder, &kept_name(scope, 0)).transpose());
+        let Some(kept) = left.transpose()? else {
             return wrong(
                 "the decoder does not say which discarded features it drops behind layer 1",
             );
@@ -525,13 +524,13 @@ fn finish(
         drops.push(Drop {
             pass: encoder.unwrap_or_default(),
             after_layer: 1,
-            kept: kept?,
+            kept,
         });
     }
     if let Some(pruning) = pruning {
         for (i, drop) in pruning.prune.drops.iter().enumerate() {
             let name = kept_name(pruning.pass, i + 1);
-            let Some(kept) = kept(&answer.extra, &name) else {
+            let Some(kept) = kept(&decoder, &name)? else {
                 return wrong(format!(
                     "the decoder has no value '{name}', which says what is kept"
                 ));
@@ -539,7 +538,7 @@ fn finish(
             drops.push(Drop {
                 pass: pruning.pass,
                 after_layer: drop.after_layer,
-                kept: kept?,
+                kept,
             });
         }
     }
@@ -554,14 +553,9 @@ fn finish(
 }
 
 /// Indices `[1, n]` that a decoder gave.
-fn kept(extra: &[(String, Value)], name: &str) -> Option<Result<Vec<usize>>> {
-    let (_, value) = extra.iter().find(|(n, _)| n == name)?;
-    let read = || -> std::result::Result<Vec<usize>, RuntimeError> {
-        let tensor = value.to_tensor()?;
-        let all = tensor.i64s()?;
-        let range: Range<usize> = 0..tensor.shape().last().copied().unwrap_or(0);
-        let index = |i: usize| usize::try_from(all[i]).unwrap_or(usize::MAX);
-        Ok(range.map(index).collect())
-    };
-    Some(read().map_err(Into::into))
+fn kept(decoder: &Inside, name: &str) -> Result<Option<Vec<usize>>> {
+    let rows = decoder.integers(name)?;
+    let row = rows.and_then(|rows| rows.into_iter().next());
+    let index = |i: i64| usize::try_from(i).unwrap_or(usize::MAX);
+    Ok(row.map(|row| row.into_iter().map(index).collect()))
 }

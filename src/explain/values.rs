@@ -13,6 +13,8 @@ const MOST_DROPS: usize = 1024;
 pub struct Values {
     /// The pass that chooses among the encoder's tokens.
     pass: Option<&'static str>,
+    /// Whether it merges them, rather than keeping some.
+    merges: bool,
     /// Name of the input of pixels, after which the scope of a tower is called that shares its file with another.
     input: Option<String>,
     /// The value `[images, tokens, …]` that a selection takes some tokens of, CLS perhaps among them.
@@ -32,6 +34,7 @@ impl Values {
         let mut values = Self::default();
         if let Some(pass) = recipe.encoder_pass() {
             values.pass = Some(pass.name());
+            values.merges = recipe.context.merges;
             for name in [
                 "score",
                 "dominant_indices",
@@ -42,7 +45,7 @@ impl Values {
             ] {
                 found.extend(model.find(&format!("duet/{}/{name}", pass.name())));
             }
-            let selects = pass.name() != "token_merge";
+            let selects = !values.merges;
             let from = selects.then(|| chosen_from(model, pass.name())).flatten();
             values.chosen_from = from.map(|v| model.name(v).to_owned());
             found.extend(from);
@@ -75,6 +78,11 @@ impl Values {
     /// The pass that chooses among the encoder's tokens.
     pub(super) fn pass(&self) -> Option<&'static str> {
         self.pass
+    }
+
+    /// Whether that pass merges them.
+    pub(super) fn merges(&self) -> bool {
+        self.merges
     }
 
     /// Rows of [`all`](Self::all)'s tokens that are the same for every image.

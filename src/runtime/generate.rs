@@ -257,15 +257,7 @@ impl VlmPipeline {
     /// Adds the decoder graph that runs over a prompt, where the model's decoder only goes on from a cache.
     ///
     /// # Errors
-    /// The file does not load, or does not give what the decoder goes on from.
-    pub fn with_prompt_decoder(self, file: &Path, options: &SessionOptions) -> Result<Self> {
-        self.with_prompt_session(Session::open(file, options)?)
-    }
-
-    /// The same of an open graph.
-    ///
-    /// # Errors
-    /// It does not give what the decoder goes on from.
+    /// The graph does not give what the decoder goes on from.
     pub fn with_prompt_session(mut self, prompt: Session) -> Result<Self> {
         self.decoder = self.decoder.with_prompt(prompt)?;
         Ok(self)

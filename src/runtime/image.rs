@@ -242,10 +242,7 @@ impl ImageProcessor {
     /// # Errors
     /// A resize fails.
     pub fn crops(&self, image: &Pixels) -> Result<Vec<Array3<f32>>> {
-        match &self.grids {
-            None => Ok(vec![self.process(image)?]),
-            Some(grids) => grids.cut(image)?.iter().map(|c| self.process(c)).collect(),
-        }
+        self.each_crop(image, |crop| self.process(crop))
     }
 
     /// The crops of an image after resizing and cropping, before they become numbers, in the order of
@@ -254,9 +251,17 @@ impl ImageProcessor {
     /// # Errors
     /// A resize fails.
     pub fn fit_crops(&self, image: &Pixels) -> Result<Vec<Pixels>> {
+        self.each_crop(image, |crop| self.fit(crop))
+    }
+
+    fn each_crop<T>(
+        &self,
+        image: &Pixels,
+        prepared: impl Fn(&Pixels) -> Result<T>,
+    ) -> Result<Vec<T>> {
         match &self.grids {
-            None => Ok(vec![self.fit(image)?]),
-            Some(grids) => grids.cut(image)?.iter().map(|c| self.fit(c)).collect(),
+            None => Ok(vec![prepared(image)?]),
+            Some(grids) => grids.cut(image)?.iter().map(prepared).collect(),
         }
     }
 

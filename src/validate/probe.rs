@@ -1,16 +1,11 @@
 //! Looking inside a model, with the errors of a validation.
 
-use crate::ir::{Model, ValueId, verify};
+use crate::ir::{Model, verify};
 use crate::runtime::{Session, SessionOptions, probe};
 
 use super::ValidateError;
 
-pub(super) use crate::runtime::probe::INFERRED;
-
-/// The model with further outputs, in a patch named `probe`.
-pub(super) fn with_outputs(model: &Model, values: &[ValueId]) -> Result<Model, ValidateError> {
-    Ok(probe::with_outputs(model, values)?)
-}
+pub(super) use crate::runtime::probe::{INFERRED, with_outputs};
 
 /// Opens a model that exists only in memory; external data is found where the
 /// original's is.

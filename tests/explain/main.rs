@@ -6,7 +6,7 @@ mod pytorch;
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use commands::{Place, duet, source, text};
@@ -46,6 +46,12 @@ fn left(stage: &Json) -> Vec<Left> {
         .iter()
         .map(|image| choice(&image["chosen"][0]))
         .collect()
+}
+
+/// The same of each choice of an image.
+fn choices(image: &Json) -> Vec<Left> {
+    let chosen = image["chosen"].as_array().expect("choices");
+    chosen.iter().map(choice).collect()
 }
 
 fn choice(chosen: &Json) -> Left {
@@ -154,15 +160,7 @@ fn both_placements_leave_the_same_patches() {
             let (a, b) = (&encoder[a], &decoder[b]);
             let images = a["images"].as_array().expect("images");
             for (a, b) in images.iter().zip(b["images"].as_array().expect("images")) {
-                let chosen = |image: &Json| -> Vec<Left> {
-                    image["chosen"]
-                        .as_array()
-                        .expect("choices")
-                        .iter()
-                        .map(choice)
-                        .collect()
-                };
-                let (a, b) = (chosen(a), chosen(b));
+                let (a, b) = (choices(a), choices(b));
                 if *model != next {
                     assert_eq!(a, b, "{what}");
                     continue;
@@ -279,8 +277,7 @@ passes:
             }
             let image = &stage["images"][0];
             assert_eq!(image["newlines"], newlines, "{name}");
-            let chosen = image["chosen"].as_array().expect("crops");
-            let chosen: Vec<BTreeSet<usize>> = chosen.iter().map(|c| choice(c).0).collect();
+            let chosen: Vec<BTreeSet<usize>> = choices(image).into_iter().map(|c| c.0).collect();
             assert_eq!(chosen, want, "{name}");
         }
         assert!(stages.len() == 3 && newlines_of(&stages[0]) > 5, "{name}");
@@ -320,12 +317,7 @@ fn frames_of_clips_are_told_apart() {
 
     // 24 tokens of the image, then 24 of each frame: CLS, 19 patches, 4 contextual.
     let stages = found["stages"].as_array().expect("stages");
-    let frames: Vec<Left> = stages[1]["images"][1]["chosen"]
-        .as_array()
-        .expect("frames")
-        .iter()
-        .map(choice)
-        .collect();
+    let frames = choices(&stages[1]["images"][1]);
     assert_eq!(frames.len(), 8);
     assert!(frames.iter().all(|(d, c)| d.len() == 19 && c.len() == 4));
     assert!(
@@ -354,8 +346,7 @@ fn frames_of_clips_are_told_apart() {
             _ => drop(want[frame].1.insert(order[frame].1[token - 20])),
         }
     }
-    let chosen = stage["images"][1]["chosen"].as_array().expect("frames");
-    assert_eq!(chosen.iter().map(choice).collect::<Vec<_>>(), want);
+    assert_eq!(choices(&stage["images"][1]), want);
     assert_eq!(stage["images"][1]["cls"], cls);
     let drawn = Pixels::open(&out).expect("a picture");
     assert!(drawn.width() > 700 && drawn.height() > 400);
@@ -455,6 +446,14 @@ fn pixel(image: &Pixels, x: usize, y: usize) -> [u8; 3] {
     std::array::from_fn(|c| image.rgb()[at + c])
 }
 
+/// What dimmed patches fade into.
+const SLATE: [f32; 3] = [58.0, 64.0, 82.0];
+
+/// `share` of the second colour, the rest of the first.
+fn blend(first: [f32; 3], second: [f32; 3], share: f32) -> [f32; 3] {
+    std::array::from_fn(|c| first[c] + (second[c] - first[c]) * share)
+}
+
 /// The trained model and its recipe: text, picture, and what is drawn where.
 #[test]
 fn the_picture_shows_what_is_left() {
@@ -525,23 +524,58 @@ fn the_picture_shows_what_is_left() {
     };
     let stages = found["stages"].as_array().expect("stages");
     let mut left = 14;
+    let mut tinted = 0;
     for stage in &stages[1..3] {
         let (dominant, anchors) = choice(&stage["images"][0]["chosen"][0]);
         let kept: Vec<usize> = dominant.iter().copied().collect();
         let next = (left + edge..seen.width() - edge).find(|x| same(*x, top, &kept));
         left = next.unwrap_or_else(|| panic!("no panel with {kept:?}"));
+        let middle = |place: usize| {
+            let (y, x) = (
+                place / 14 * patch + patch / 2,
+                place % 14 * patch + patch / 2,
+            );
+            (pixel(&seen, left + x, top + y), pixel(&shown, x / 2, y / 2))
+        };
+        // Each token's cluster is told by the colour of its anchor's frame.
+        let mut frame_of = BTreeMap::new();
+        for cluster in stage["images"][0]["chosen"][0]["contextual"]
+            .as_array()
+            .expect("clusters")
+        {
+            let anchor = list(&json!([cluster["anchor"]]))[0];
+            let frame = pixel(&seen, left + anchor % 14 * patch, top + anchor / 14 * patch);
+            frame_of.extend(list(&cluster["members"]).into_iter().map(|m| (m, frame)));
+        }
         for place in 0..196 {
             if dominant.contains(&place) {
                 continue;
             }
             assert!(!same(left, top, &[place]), "patch {place} is not as it was");
-            let (y, x) = (place / 14 * patch, place % 14 * patch);
-            let inner = pixel(&seen, left + x + patch / 2, top + y + patch / 2);
-            let original = pixel(&shown, (x + patch / 2) / 2, (y + patch / 2) / 2);
+            let (inner, original) = middle(place);
             // A contextual token's anchor is clear inside of its frame; others are not.
             assert_eq!(inner == original, anchors.contains(&place), "patch {place}");
+            if anchors.contains(&place) {
+                continue;
+            }
+            let grey = original.map(u16::from).iter().sum::<u16>() / 3;
+            let want = match frame_of.get(&place) {
+                Some(frame) => blend(
+                    blend(original.map(f32::from), SLATE, 0.45),
+                    frame.map(f32::from),
+                    0.4,
+                ),
+                None => blend([f32::from(grey); 3], SLATE, 0.72),
+            };
+            let near = inner
+                .iter()
+                .zip(want)
+                .all(|(a, b)| (f32::from(*a) - b).abs() < 1.5);
+            assert!(near, "patch {place} is {inner:?}, expected {want:?}");
         }
+        tinted += frame_of.len();
     }
+    assert!(tinted > 19, "{tinted} tokens were merged into 19");
     assert_eq!(stages[3]["visual_tokens"], 0);
     assert_eq!(stages[3]["kept"], json!([]));
 }
@@ -575,30 +609,13 @@ fn what_cannot_be_explained_says_what_to_do() {
         &[&[written.as_str(), "--recipe", &recipe], &seen[..]].concat(),
         "rewritten already",
     );
-    fails(
-        &[
-            model.as_str(),
-            "--recipe",
-            &recipe,
-            "--image",
-            &street,
-            "--out",
-            &there,
-        ],
-        "nothing is replaced",
-    );
-    fails(
-        &[
-            model.as_str(),
-            "--recipe",
-            &recipe,
-            "--image",
-            &street,
-            "--out",
-            "seen.jpg",
-        ],
-        "ends in .png",
-    );
+    for (target, say) in [
+        (there.as_str(), "nothing is replaced"),
+        ("seen.jpg", "ends in .png"),
+    ] {
+        let asked = [model.as_str(), "--recipe", &recipe, "--image", &street];
+        fails(&[&asked[..], &["--out", target]].concat(), say);
+    }
     fails(&[written.as_str(), "--out", &new], "--image");
     fails(&[written.as_str(), "--image", &street], "--out");
     fails(

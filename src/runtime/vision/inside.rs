@@ -4,8 +4,8 @@ use super::super::error::{Result, RuntimeError};
 use super::super::session::Outputs;
 use super::super::value::Value;
 
-/// The outputs of a vision encoder other than its features, for one of the images that a run was about. A model as
-/// it was exported has none; one that was [opened up](super::super::probe) has what was asked for.
+/// The outputs of a vision encoder other than its features, for one of the images that a run was about. Most models
+/// have none as they were exported; one that was [opened up](super::super::probe) has what was asked for.
 #[derive(Debug, Clone, Default)]
 pub struct Inside {
     outputs: Vec<(String, Value)>,
