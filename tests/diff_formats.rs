@@ -6,6 +6,8 @@ mod common;
 mod diff_report;
 #[path = "commands/markup.rs"]
 mod markup;
+#[path = "commands/schema.rs"]
+mod schema;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -364,124 +366,31 @@ fn sarif_has_what_the_standard_requires() {
 
 // ---- JSON ----
 
-/// The part of JSON Schema that the committed schema uses. A keyword that is not
-/// known here fails, so that none is passed over.
-fn validate(schema: &Value, root: &Value, value: &Value, at: &str) {
-    for (key, rule) in schema.as_object().expect("a schema") {
-        match key.as_str() {
-            "$schema" | "$defs" | "title" | "description" => {}
-            "$ref" => {
-                let name = rule.as_str().and_then(|r| r.strip_prefix("#/$defs/"));
-                validate(
-                    &root["$defs"][name.expect("a local reference")],
-                    root,
-                    value,
-                    at,
-                );
-            }
-            "type" => {
-                let is = |ty: &Value| match ty.as_str().expect("a type") {
-                    "object" => value.is_object(),
-                    "array" => value.is_array(),
-                    "string" => value.is_string(),
-                    "integer" => value.is_i64() || value.is_u64(),
-                    "number" => value.is_number(),
-                    "boolean" => value.is_boolean(),
-                    "null" => value.is_null(),
-                    other => panic!("type {other}"),
-                };
-                let fits = match rule {
-                    Value::Array(any) => any.iter().any(is),
-                    one => is(one),
-                };
-                assert!(fits, "{at}: expected {rule}, found {value}");
-            }
-            "const" => assert_eq!(value, rule, "{at}"),
-            "enum" => {
-                let any = rule.as_array().expect("a list");
-                assert!(any.contains(value), "{at}: {value} is none of {rule}");
-            }
-            "minimum" => {
-                let number = value.as_f64();
-                assert!(
-                    number.is_none_or(|v| v >= rule.as_f64().expect("a number")),
-                    "{at}: {value}"
-                );
-            }
-            "minItems" | "maxItems" => {
-                let (n, limit) = (value.as_array().map(Vec::len), rule.as_u64());
-                let (n, limit) = (n.expect("a list"), limit.expect("a number") as usize);
-                assert!(
-                    if key == "minItems" {
-                        n >= limit
-                    } else {
-                        n <= limit
-                    },
-                    "{at}: {n}"
-                );
-            }
-            "items" => {
-                for (i, item) in value.as_array().into_iter().flatten().enumerate() {
-                    validate(rule, root, item, &format!("{at}[{i}]"));
-                }
-            }
-            "required" => {
-                for name in rule.as_array().expect("a list") {
-                    let name = name.as_str().expect("a name");
-                    assert!(value.get(name).is_some(), "{at}: '{name}' is missing");
-                }
-            }
-            "properties" => {
-                for (name, of) in value.as_object().into_iter().flatten() {
-                    if let Some(rule) = rule.get(name) {
-                        validate(rule, root, of, &format!("{at}.{name}"));
-                    }
-                }
-            }
-            "additionalProperties" => {
-                assert_eq!(rule, &Value::Bool(false));
-                for name in value.as_object().into_iter().flatten().map(|p| p.0) {
-                    assert!(
-                        schema["properties"].get(name).is_some(),
-                        "{at}: '{name}' is not described"
-                    );
-                }
-            }
-            "anyOf" => {
-                // Always "null or something".
-                let any = rule.as_array().expect("a list");
-                assert_eq!(any[0]["type"], "null");
-                if !value.is_null() {
-                    validate(&any[1], root, value, at);
-                }
-            }
-            other => panic!("the test does not know the keyword {other}"),
-        }
-    }
+fn committed() -> Value {
+    schema::committed("docs/diff.schema.json")
 }
 
-fn schema() -> Value {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/diff.schema.json");
-    let text = std::fs::read_to_string(path).expect("the committed schema");
-    serde_json::from_str(&text).expect("valid JSON")
+/// A document is what the committed schema says.
+#[track_caller]
+fn validate(value: &Value) {
+    assert_eq!(schema::wrong(&committed(), value), [""; 0]);
 }
 
 #[test]
 fn the_json_document_is_what_its_schema_says() {
-    let schema = schema();
     let mut judged = everything();
     let policy = "version: 1\nrewrites: {token_merge: 1}\nrules: [{allow: metadata}]";
     let policy = duet_onnx::diff::policy::Policy::parse(policy).expect("a policy");
     policy.apply(&mut judged);
     for report in [everything(), hostile(), rewritten(), judged] {
         let value: Value = serde_json::from_str(&short(&report, Format::Json)).expect("JSON");
-        validate(&schema, &schema, &value, "report");
+        validate(&value);
     }
 }
 
 #[test]
 fn the_schema_names_every_kind_and_class() {
-    let schema = schema();
+    let schema = committed();
     let listed = |name: &str| -> Vec<String> {
         let all = schema["$defs"][name]["enum"].as_array().expect("a list");
         all.iter()
@@ -501,8 +410,7 @@ fn the_schema_names_every_kind_and_class() {
 fn the_schema_test_notices_a_new_field() {
     let mut value = serde_json::to_value(everything()).expect("JSON");
     value["files"][1]["changes"][0]["extra"] = Value::Bool(true);
-    let schema = schema();
-    validate(&schema, &schema, &value, "report");
+    validate(&value);
 }
 
 // ---- length ----

@@ -1,21 +1,32 @@
 //! JSON documents against their committed schemas.
 
+use std::path::Path;
+
 use serde_json::{Value, json};
+
+/// A schema by its path in the repository.
+pub(crate) fn committed(path: &str) -> Value {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    let text = std::fs::read_to_string(path).expect("the committed schema");
+    serde_json::from_str(&text).expect("JSON")
+}
+
+/// Where a document is not what a schema says.
+pub(crate) fn wrong(schema: &Value, document: &Value) -> Vec<String> {
+    let mut wrong = Vec::new();
+    compare(schema, schema, document, "", &mut wrong);
+    wrong
+}
 
 /// A document is what a committed schema says, and as `broken` it is not, in so many places.
 #[track_caller]
+#[allow(dead_code, reason = "not each test binary breaks documents")]
 pub(crate) fn conforms(schema: &str, document: &Value, broken: &Value, places: usize) {
-    let text = std::fs::read_to_string(super::source(schema)).expect("the committed schema");
-    let schema: Value = serde_json::from_str(&text).expect("JSON");
-    let compared = |document: &Value| {
-        let mut wrong = Vec::new();
-        compare(&schema, &schema, document, "", &mut wrong);
-        wrong
-    };
-    assert_eq!(compared(document), [""; 0]);
+    let schema = committed(schema);
+    assert_eq!(wrong(&schema, document), [""; 0]);
     // The comparison sees what does not conform.
-    let wrong = compared(broken);
-    assert_eq!(wrong.len(), places, "{wrong:?}");
+    let found = wrong(&schema, broken);
+    assert_eq!(found.len(), places, "{found:?}");
 }
 
 /// The keywords that the schema uses; another is an error.
@@ -45,7 +56,20 @@ fn compare(schema: &Value, root: &Value, value: &Value, at: &str, wrong: &mut Ve
             ),
             "const" => check(value == rule, rule),
             "enum" => check(rule.as_array().expect("a list").contains(value), rule),
-            "minimum" => check(value.as_f64() >= rule.as_f64(), rule),
+            // Of numbers; whether it has to be one says the type.
+            "minimum" => check(value.is_null() || value.as_f64() >= rule.as_f64(), rule),
+            "minItems" | "maxItems" => {
+                let (n, limit) = (value.as_array().map(Vec::len), rule.as_u64());
+                let (n, limit) = (n.expect("a list"), limit.expect("a number") as usize);
+                check(
+                    if key == "minItems" {
+                        n >= limit
+                    } else {
+                        n <= limit
+                    },
+                    rule,
+                );
+            }
             "required" => {
                 let names = rule.as_array().expect("a list").iter();
                 let missing =
@@ -106,7 +130,7 @@ fn compare(schema: &Value, root: &Value, value: &Value, at: &str, wrong: &mut Ve
                 }
             }
             "$schema" | "$defs" | "title" | "description" | "type" | "const" | "enum"
-            | "minimum" | "required" => {}
+            | "minimum" | "minItems" | "maxItems" | "required" => {}
             other => panic!("the test does not know the keyword {other}"),
         }
     }

@@ -422,3 +422,41 @@ fn one_model(base: &Parts, other: &Parts, path: &Path) -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn interface() -> Interface {
+        Interface {
+            kind: "decoder",
+            caches: vec!["past_key_values.0.key".into()],
+            heads: vec![Some(2), Some(8)],
+            vocabulary: Some(100),
+            width: Some(64),
+            pixels: vec![Some(336), None],
+        }
+    }
+
+    #[test]
+    fn a_rewritten_form_differs_in_a_marker_channel_only() {
+        let base = interface();
+        let fits = |change: fn(&mut Interface)| {
+            let mut other = interface();
+            change(&mut other);
+            base.fits(&other)
+        };
+        assert!(fits(|_| ()));
+        assert!(fits(|i| i.width = Some(65)), "a marker channel");
+        assert!(fits(|i| i.pixels[1] = Some(336)), "not stated by the base");
+        assert!(fits(|i| (i.vocabulary, i.heads[0]) = (None, None)));
+        assert!(!fits(|i| i.kind = "vision encoder"));
+        assert!(!fits(|i| i.caches.push("past_key_values.1.key".into())));
+        assert!(!fits(|i| i.heads[0] = Some(4)));
+        assert!(!fits(|i| i.vocabulary = Some(101)));
+        assert!(!fits(|i| i.width = Some(63)));
+        assert!(!fits(|i| i.width = Some(66)));
+        assert!(!fits(|i| i.pixels[0] = Some(224)));
+        assert!(!fits(|i| i.pixels.clear()));
+    }
+}
