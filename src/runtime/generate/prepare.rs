@@ -90,16 +90,14 @@ impl VlmPipeline {
     /// # Errors
     /// The model sees no clips, or a frame cannot be resized.
     pub fn fit_clip(&self, clip: &Clip) -> Result<(Vec<Pixels>, usize)> {
-        let (processor, moments) = match (&self.clips, &self.patch_clips) {
-            (Some(encoder), _) => (&encoder.processor.images, 1),
-            (None, Some(clips)) => {
-                let images = &clips.processor.images;
-                (images, images.moments().unwrap_or(1))
-            }
+        let processor = match (&self.clips, &self.patch_clips) {
+            (Some(encoder), _) => &encoder.processor.images,
+            (None, Some(clips)) => &clips.processor.images,
             (None, None) => return Err(no_clips()),
         };
         let frames = clip.frames.iter().map(|frame| processor.fit(frame));
-        Ok((frames.collect::<Result<_>>()?, moments))
+        let frames = frames.collect::<Result<_>>()?;
+        Ok((frames, processor.moments().unwrap_or(1)))
     }
 
     /// The frames of a clip that the model is to see; `usual` of them, where neither it nor its configuration says
