@@ -27,7 +27,7 @@ pub struct DataDirectory {
 }
 
 /// A file that a location was found to name.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct DataFile {
     path: Arc<Path>,
     size: u64,
@@ -67,19 +67,22 @@ impl Mapped {
         &self.bytes
     }
 
-    /// Gives all pages back to the kernel, for now and then.
+    /// Counts what is gone over, and after [`KEPT`] bytes gives all pages back to
+    /// the kernel.
     fn passed(&self, count: usize) {
         if self.passed.fetch_add(count, Ordering::Relaxed) < KEPT {
             return;
         }
         self.passed.store(0, Ordering::Relaxed);
-        #[cfg(target_os = "linux")]
         if let Some(map) = &self.map {
             // SAFETY: nothing is lost: the mapping is read-only, and a page that is
             // looked at again comes from the file again.
+            #[cfg(unix)]
             #[allow(unsafe_code, reason = "memmap2 does not tell mappings apart")]
             // A kernel that keeps them only costs memory.
             let _ = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+            #[cfg(not(unix))]
+            let _ = map;
         }
     }
 }
