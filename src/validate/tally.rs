@@ -142,7 +142,7 @@ pub(super) fn difference(want: &Array2<f32>, found: &Array2<f32>) -> (f64, bool)
         .zip(found)
         .map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs())
         .fold(0.0, f64::max);
-    let finite = found.iter().all(|v| v.is_finite());
+    let finite = want.iter().chain(found).all(|v| v.is_finite());
     (
         if finite {
             worst / deviation
