@@ -22,5 +22,6 @@ pub mod proto;
 mod random;
 mod readable;
 pub mod runtime;
+mod statistics;
 mod suggest;
 pub mod validate;

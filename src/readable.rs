@@ -17,19 +17,29 @@ pub(crate) fn markup(text: &str, apostrophe: &str) -> String {
     out
 }
 
-/// A byte count for people.
+/// Three digits or more: `0.123`, `12.3`, `1234`.
+pub(crate) fn digits(value: f64) -> String {
+    match value.abs() {
+        v if v >= 100.0 => format!("{value:.0}"),
+        v if v >= 10.0 => format!("{value:.1}"),
+        v if v >= 1.0 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
+}
+
+/// A byte count for people: `999 B`, `12.3 MB`.
 pub(crate) fn bytes(count: u64) -> String {
     let mut value = count as f64;
     for unit in ["B", "KB", "MB", "GB"] {
         if value < 1000.0 {
             return match unit {
                 "B" => format!("{count} B"),
-                _ => format!("{value:.1} {unit}"),
+                _ => format!("{} {unit}", digits(value)),
             };
         }
         value /= 1000.0;
     }
-    format!("{value:.1} TB")
+    format!("{} TB", digits(value))
 }
 
 /// A number with at most two digits behind the point.
@@ -59,7 +69,9 @@ mod tests {
     #[test]
     fn numbers_are_short() {
         let found = [0, 999, 1000, 12_345_678, 5_000_000_000_000].map(bytes);
-        assert_eq!(found, ["0 B", "999 B", "1.0 KB", "12.3 MB", "5.0 TB"]);
+        assert_eq!(found, ["0 B", "999 B", "1.00 KB", "12.3 MB", "5.00 TB"]);
+        let found = [0.0123, 1.234, 12.34, 123.4, 1234.5].map(digits);
+        assert_eq!(found, ["0.012", "1.23", "12.3", "123", "1234"]);
         let found = [196.0, 43.25, 0.5, 0.004].map(rounded);
         assert_eq!(found, ["196", "43.25", "0.5", "0"]);
     }

@@ -16,8 +16,21 @@ const RULE: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
-            "validate", "eval", "bench", "explain", "diff", "passes", "arch", "runtime", "onnx",
-            "ir", "proto", "suggest", "random", "readable",
+            "validate",
+            "eval",
+            "bench",
+            "explain",
+            "diff",
+            "passes",
+            "arch",
+            "runtime",
+            "onnx",
+            "ir",
+            "proto",
+            "suggest",
+            "random",
+            "readable",
+            "statistics",
         ],
     ),
     (
@@ -27,10 +40,17 @@ const RULE: &[(&str, &[&str])] = &[
     (
         "bench",
         &[
-            "runtime", "passes", "arch", "onnx", "ir", "random", "readable",
+            "runtime",
+            "passes",
+            "arch",
+            "onnx",
+            "ir",
+            "random",
+            "readable",
+            "statistics",
         ],
     ),
-    ("eval", &["runtime", "random", "readable"]),
+    ("eval", &["runtime", "random", "readable", "statistics"]),
     ("explain", &["runtime", "passes", "ir"]),
     ("diff", &["onnx", "ir", "suggest", "readable"]),
     ("passes", &["arch", "ir", "suggest", "random"]),
@@ -43,6 +63,8 @@ const RULE: &[(&str, &[&str])] = &[
     ("suggest", &[]),
     // Numbers from a seed.
     ("random", &[]),
+    // Medians and quantiles.
+    ("statistics", &[]),
     // Numbers, markup and tables.
     ("readable", &[]),
 ];

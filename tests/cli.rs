@@ -40,6 +40,12 @@ fn runtime() {
     duet_onnx::runtime::ensure(&mut |line| eprintln!("{line}")).expect("ONNX Runtime");
 }
 
+/// Rewrites a directory into a new one.
+fn rewrite(model: &Path, recipe: &Path, out: &Path) -> Output {
+    let (model, recipe, out) = (text(model), text(recipe), text(out));
+    duet(&["rewrite", model, "--recipe", recipe, "--out", out])
+}
+
 const RECIPE: &str = "version: 1
 passes:
   - token_merge: {dominant: 30, contextual: 6}
@@ -111,14 +117,7 @@ fn bad_input_is_refused_with_exit_code_2_and_nothing_written() {
         (dir.path(), &recipe, &out, "no .onnx file"),
     ];
     for (model, recipe, out, expected) in cases {
-        let result = duet(&[
-            "rewrite",
-            text(model),
-            "--recipe",
-            text(recipe),
-            "--out",
-            text(out),
-        ]);
+        let result = rewrite(model, recipe, out);
         assert_eq!(code(&result), 2, "{expected}: {}", stderr(&result));
         assert!(
             stderr(&result).contains(expected),
@@ -142,14 +141,7 @@ fn a_rewritten_model_is_refused_and_the_message_names_its_recipe() {
     let (dir, recipe) = scratch();
     let model = fixtures().join("dynamo18-gqa");
     let out = dir.path().join("out");
-    let first = duet(&[
-        "rewrite",
-        text(&model),
-        "--recipe",
-        text(&recipe),
-        "--out",
-        text(&out),
-    ]);
+    let first = rewrite(&model, &recipe, &out);
     assert_eq!(code(&first), 0, "{}", stderr(&first));
     // Everything else is carried over, external data included.
     for name in [
@@ -160,14 +152,7 @@ fn a_rewritten_model_is_refused_and_the_message_names_its_recipe() {
         assert!(out.join(name).is_file(), "{name}");
     }
     let again = dir.path().join("again");
-    let second = duet(&[
-        "rewrite",
-        text(&out),
-        "--recipe",
-        text(&recipe),
-        "--out",
-        text(&again),
-    ]);
+    let second = rewrite(&out, &recipe, &again);
     assert_eq!(code(&second), 2);
     assert!(
         stderr(&second).contains("rewritten before"),
@@ -286,14 +271,7 @@ fn validate_tells_a_good_model_from_a_wrong_one() {
     let (dir, recipe) = scratch();
     let model = fixtures().join("ts-sdpa-gqa");
     let out = dir.path().join("out");
-    let result = duet(&[
-        "rewrite",
-        text(&model),
-        "--recipe",
-        text(&recipe),
-        "--out",
-        text(&out),
-    ]);
+    let result = rewrite(&model, &recipe, &out);
     assert_eq!(code(&result), 0, "{}", stderr(&result));
     let good = duet(&[
         "validate",
@@ -315,14 +293,7 @@ fn validate_tells_a_good_model_from_a_wrong_one() {
     )
     .expect("written");
     let wrong = dir.path().join("wrong");
-    let result = duet(&[
-        "rewrite",
-        text(&model),
-        "--recipe",
-        text(&other),
-        "--out",
-        text(&wrong),
-    ]);
+    let result = rewrite(&model, &other, &wrong);
     assert_eq!(code(&result), 0, "{}", stderr(&result));
     let mixed = out.join("onnx/vision_encoder.onnx");
     let foreign = std::fs::read(wrong.join("onnx/vision_encoder.onnx")).expect("a file");

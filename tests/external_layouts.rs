@@ -237,7 +237,7 @@ fn a_single_file_takes_its_data_along_wherever_it_lies() {
             "{how:?}"
         );
         runtime();
-        let ran = duet(&["validate", &file, &place.at("out/vision_encoder.onnx")]);
+        let ran = validate(&[&file, &place.at("out/vision_encoder.onnx")]);
         assert_eq!(ran.code, 0, "{how:?}: {}{}", ran.stdout, ran.stderr);
     }
 }

@@ -56,7 +56,7 @@ fn a_vision_encoder_alone_is_merged() {
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     assert_eq!(place.names("out", ""), ["x.onnx"]);
     runtime();
-    let ran = duet(&["validate", &file, &place.at("out/x.onnx"), "--json"]);
+    let ran = validate(&[&file, &place.at("out/x.onnx"), "--json"]);
     assert!(
         ran.json()["findings"]
             .as_array()
@@ -102,7 +102,7 @@ passes:
         let ran = duet(&["rewrite", &file, "--recipe", &recipe, "--out", &out]);
         assert_eq!(ran.code, 0, "{marker}: {}", ran.stderr);
         runtime();
-        let ran = duet(&["validate", &file, &place.at("out/y.onnx")]);
+        let ran = validate(&[&file, &place.at("out/y.onnx")]);
         assert_eq!(ran.code, 0, "{marker}: {}\n{}", ran.stdout, ran.stderr);
     }
     let place = Place::new(prune);

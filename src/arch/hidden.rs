@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use super::MIN_OPSET;
 use super::segments::in_segments;
 use crate::ir::{GraphId, Model, Node, NodeId, called};
 
@@ -72,6 +73,17 @@ pub(super) fn network_holders(model: &Model) -> Vec<NodeId> {
         bodies.any(|g| holds_network(model, g, &mut BTreeSet::new()))
     };
     nodes.filter(holds).collect()
+}
+
+/// Says so where a model's operator set is below [`MIN_OPSET`], and what would do instead.
+pub(super) fn too_old(model: &Model) -> Option<String> {
+    let found = model.opset("").unwrap_or(0);
+    (found < MIN_OPSET).then(|| {
+        format!(
+            "operator set {found}; at least {MIN_OPSET} is needed: export again with a higher opset, or convert \
+             with onnx.version_converter"
+        )
+    })
 }
 
 /// Constructs that no pass may skip silently: a network hidden in a sub-graph or

@@ -17,6 +17,12 @@ use super::pixels::takes_clips;
 use super::{NoMatch, Part, Role, Vlm, WholeModel};
 use crate::ir::{DataType, Dim, Model, ValueId};
 
+/// Metadata key of the recipe that a file was rewritten with: its text.
+pub const RECIPE_KEY: &str = "duet.recipe";
+
+/// Metadata key of the version that rewrote a file.
+pub const VERSION_KEY: &str = "duet.version";
+
 /// Metadata key under which rewritten files say what they are: a rewritten
 /// graph is no longer recognised by its dataflow.
 pub const ROLE_KEY: &str = "duet.role";
@@ -92,7 +98,7 @@ impl Kind {
                 kind => kind,
             });
         }
-        model.metadata("duet.recipe")?;
+        model.metadata(RECIPE_KEY)?;
         let floats = |values: &[ValueId], ranks: std::ops::RangeInclusive<usize>| {
             values.iter().any(|&v| {
                 let ty = model.value(v).ty.as_ref();
@@ -250,7 +256,7 @@ impl Vlm {
         let nearest = |kind: Kind| {
             // A file that holds everything needs none beside it.
             let anchor = anchor?;
-            let stamp = |p: &Part| p.model.metadata("duet.recipe").map(str::to_owned);
+            let stamp = |p: &Part| p.model.metadata(RECIPE_KEY).map(str::to_owned);
             let best = of(kind).min_by_key(|(index, p)| {
                 let begins = !p.variant.is_empty() && variant.starts_with(&p.variant);
                 (

@@ -11,7 +11,7 @@ use super::pixels::{no_pixels, pixels_of, takes_clips};
 use super::residual::articulations;
 use super::rows::{PatchRows, patch_inputs};
 use super::shuffle::{self, Shuffle};
-use super::{MIN_OPSET, NoMatch, hidden_network};
+use super::{NoMatch, hidden_network, too_old};
 use crate::ir::cone::{ancestors, descendants};
 use crate::ir::{DataType, Dim, Model, Node, NodeId, ValueId, consts};
 
@@ -245,12 +245,8 @@ impl VisionTower {
 /// Why a graph is not looked at: it is too old, hides its network, or holds the decoder
 /// `beside` what the tower takes.
 pub(super) fn closed(model: &Model, beside: &str) -> Option<String> {
-    let found = model.opset("").unwrap_or(0);
-    if found < MIN_OPSET {
-        return Some(format!(
-            "operator set {found}; at least {MIN_OPSET} is needed: export again with a higher opset, or convert \
-             with onnx.version_converter"
-        ));
+    if let Some(why) = too_old(model) {
+        return Some(why);
     }
     let whole = || {
         let ids = model.input("input_ids").is_some();

@@ -15,7 +15,7 @@
 
 use super::pixels::pixels_of;
 use super::residual::articulations;
-use super::{Decoder, MIN_OPSET, NoMatch, TokenIds, VisionTower, hidden_network};
+use super::{Decoder, NoMatch, TokenIds, VisionTower, hidden_network, too_old};
 use crate::ir::cone::{ancestors, descendants};
 use crate::ir::{DataType, Model, NodeId, ValueId, consts};
 
@@ -54,12 +54,8 @@ impl WholeModel {
         if let Some(why) = hidden_network(model) {
             return fail(why);
         }
-        let opset = model.opset("").unwrap_or(0);
-        if opset < MIN_OPSET {
-            return fail(format!(
-                "operator set {opset}; at least {MIN_OPSET} is needed: export again with a higher opset, or \
-                 convert with onnx.version_converter"
-            ));
+        if let Some(why) = too_old(model) {
+            return fail(why);
         }
         let from_pixels = descendants(model, &[pixels], true);
         let tables = look_ups(model, ids);

@@ -28,7 +28,6 @@ pub mod render;
 pub mod report;
 pub mod rounds;
 pub mod schedule;
-mod statistics;
 mod subject;
 
 pub use error::{BenchError, Result};
@@ -36,5 +35,4 @@ pub use job::{Files, Inputs, Job, LengthTime, Reply, Task, Turn};
 pub use report::Report;
 pub use rounds::{Measured, Performer, Settings};
 pub use schedule::Schedule;
-pub use statistics::median;
 pub use subject::Subject;

@@ -12,8 +12,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::error::{BenchError, Result};
-use super::statistics::median;
 use crate::passes::{REGISTRY, Stage};
+use crate::statistics::median;
 
 /// Whether a pass chooses among the vision encoder's tokens.
 fn of_the_encoder(pass: &str) -> bool {

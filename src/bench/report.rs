@@ -7,7 +7,7 @@ use super::job::Turn;
 use super::profile::Profile;
 use super::rounds::Measured;
 use super::schedule::Schedule;
-use super::statistics::median;
+use crate::statistics::median;
 
 /// Version of the JSON document.
 pub const SCHEMA_VERSION: u32 = 1;

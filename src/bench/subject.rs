@@ -10,12 +10,12 @@ use super::head::Head;
 use super::inputs::{self, row};
 use super::job::{Job, LengthTime, Reply, Task, Turn};
 use super::memory;
-use super::statistics::median;
 use crate::random::SplitMix64;
 use crate::runtime::{
     Block, Cache, CacheHeads, DType, Decoder, Embedder, Patches, Session, SessionOptions,
     StepInput, Tensor, Value, Vision, VisionEncoder, WholeInput, WholeModel, scatter,
 };
+use crate::statistics::median;
 
 /// Turns in a profile, of which the first warms up.
 pub(super) const PROFILED: usize = 4;

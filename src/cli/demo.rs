@@ -12,7 +12,6 @@ use super::counts::{average, tokens_by_layer};
 use super::eval::ask::{Named, Task, ask};
 use super::rewrite::outputs;
 use super::{Engine, Global, Outcome, load, run::millis, style};
-use crate::bench;
 use crate::eval::table::Bootstrap;
 use crate::eval::{Contestant, DataSet, render, tabulate};
 use crate::onnx::{DataMode, write_out};
@@ -20,6 +19,7 @@ use crate::passes::rewrite;
 use crate::runtime::{
     self, CacheHeads, GenerateOptions, Generation, Message, Pixels, VlmFiles, VlmPipeline,
 };
+use crate::statistics::median;
 use crate::validate::{Options, check};
 
 /// Arguments of `duet demo`.
@@ -326,14 +326,14 @@ fn side_by_side(
         row.extend(seen.iter().map(|answers| cell(answers)));
         row
     };
-    let median = |answers: &[Generation], of: fn(&Generation) -> Duration| {
+    let typical = |answers: &[Generation], of: fn(&Generation) -> Duration| {
         let times: Vec<f64> = answers.iter().map(|a| millis(of(a))).collect();
-        bench::median(&times)
+        median(&times)
     };
     let time = |what: &str, of: fn(&Generation) -> Duration| {
-        let first = median(&seen[0], of);
+        let first = typical(&seen[0], of);
         row(what, &|answers| {
-            let own = median(answers, of);
+            let own = typical(answers, of);
             format!("{own:.2} ms  {:.2}×", first / own)
         })
     };

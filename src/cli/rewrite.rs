@@ -74,11 +74,6 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     if arguments.last_logits {
         recipe = recipe.with_last_logits()?;
     }
-    let began = Instant::now();
-    let selected = load::select(&arguments.model.path, &arguments.variant, global)?;
-    let dir = &selected.dir;
-    family::check(&dir.root, &selected.vlm, &arguments.recipe)?;
-    let crops = family::crops(&dir.root, &selected.vlm);
     let shapes = match arguments.fixed.as_slice() {
         [] => None,
         given => {
@@ -86,6 +81,11 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
             Some(shapes.map_err(|problem| anyhow!("--static: {problem}"))?)
         }
     };
+    let began = Instant::now();
+    let selected = load::select(&arguments.model.path, &arguments.variant, global)?;
+    let dir = &selected.dir;
+    family::check(&dir.root, &selected.vlm, &arguments.recipe)?;
+    let crops = family::crops(&dir.root, &selected.vlm);
     let read = Instant::now();
     let files: BTreeSet<PathBuf> = selected.vlm.parts.iter().map(|p| p.file.clone()).collect();
     let done = match &shapes {

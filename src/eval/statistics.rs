@@ -8,6 +8,7 @@
 //! nothing of errors that were not made.
 
 use crate::random::SplitMix64;
+use crate::statistics::quantile;
 
 /// Share of the draws within an interval.
 pub const LEVEL: f64 = 0.95;
@@ -19,16 +20,6 @@ pub struct Estimate {
     pub value: f64,
     /// Lower and upper end; none for a single image.
     pub interval: Option<(f64, f64)>,
-}
-
-/// The quantile of sorted numbers, between two of them by linear interpolation (NumPy's default).
-pub fn quantile(sorted: &[f64], share: f64) -> f64 {
-    let Some(last) = sorted.len().checked_sub(1) else {
-        return f64::NAN;
-    };
-    let at = share.clamp(0.0, 1.0) * last as f64;
-    let (below, above) = (at.floor() as usize, at.ceil() as usize);
-    sorted[below] + (sorted[above] - sorted[below]) * (at - at.floor())
 }
 
 /// Where 95 % of some numbers lie.

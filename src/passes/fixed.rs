@@ -25,7 +25,7 @@ use super::{
     Change, Context, KvLayout, Marker, PassError, Placement, RatioBase, Recipe, SALIENT_MASK_INPUT,
     VISUAL_MASK_INPUT,
 };
-use crate::arch::{Decoder, DecoderLayer, Part, Role, Vlm};
+use crate::arch::{Decoder, DecoderLayer, Part, RECIPE_KEY, ROLE_KEY, Role, VERSION_KEY, Vlm};
 use crate::ir::{Dim, Model, Patch, ValueId, fix};
 use crate::suggest::unknown;
 
@@ -502,13 +502,13 @@ fn fix_part(
         _ => None,
     };
     let kind = part.role.kind();
-    let recipe = part.model.metadata("duet.recipe").map(str::to_owned);
+    let recipe = part.model.metadata(RECIPE_KEY).map(str::to_owned);
     change(part, NAME, |model| {
         let mut patch = Patch::new(&model, "stamp");
         patch.metadata(SHAPES_KEY, &shapes.to_string());
         if recipe.is_none() {
-            patch.metadata("duet.version", env!("CARGO_PKG_VERSION"));
-            patch.metadata(crate::arch::ROLE_KEY, kind.word());
+            patch.metadata(VERSION_KEY, env!("CARGO_PKG_VERSION"));
+            patch.metadata(ROLE_KEY, kind.word());
         }
         if let Some(padding) = padding {
             patch.metadata(PADDING_KEY, padding);

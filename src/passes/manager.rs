@@ -2,7 +2,7 @@
 //! then the stamp.
 
 use super::{Context, KvLayout, Logits, PassError, Recipe, last_logits, padded};
-use crate::arch::{Part, ROLE_KEY, Vlm};
+use crate::arch::{Part, RECIPE_KEY, ROLE_KEY, VERSION_KEY, Vlm};
 use crate::ir::{Model, Patch, PatchPlan, verify};
 
 /// Metadata entry of files in which discarded features keep their places.
@@ -39,10 +39,10 @@ pub struct Rewritten {
 
 /// Recipe and tool version that a model was rewritten with, if it was.
 pub fn earlier_recipe(model: &Model) -> Option<(&str, &str)> {
-    let version = model.metadata("duet.version")?;
+    let version = model.metadata(VERSION_KEY)?;
     Some((
         version,
-        model.metadata("duet.recipe").unwrap_or("(not recorded)"),
+        model.metadata(RECIPE_KEY).unwrap_or("(not recorded)"),
     ))
 }
 
@@ -118,8 +118,8 @@ pub(super) fn rewrite_with(
         let kind = vlm.parts[index].role.kind();
         change(&mut vlm.parts[index], "stamp", |model| {
             let mut patch = Patch::new(&model, "stamp");
-            patch.metadata("duet.version", env!("CARGO_PKG_VERSION"));
-            patch.metadata("duet.recipe", &recipe.text);
+            patch.metadata(VERSION_KEY, env!("CARGO_PKG_VERSION"));
+            patch.metadata(RECIPE_KEY, &recipe.text);
             patch.metadata(ROLE_KEY, kind.word());
             if placed {
                 patch.metadata(PLACEMENT_KEY, "decoder");

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use super::ValidateError;
 use super::report::Report;
-use crate::arch::{Kind, Part, Vlm};
+use crate::arch::{Kind, Part, VERSION_KEY, Vlm};
 use crate::ir::{Dim, Model, TensorData, ValueId, ValueType, verify};
 use crate::onnx::serialize;
 use crate::passes::{KEPT_OUTPUT, Recipe, SALIENT_MASK_INPUT, VISUAL_MASK_INPUT, rewrite};
@@ -34,8 +34,8 @@ pub fn check(
         report.add(format!("{file}: weights"), lost.is_empty(), detail);
         let expected = serialize(verify(&again.model)?).to_vec();
         let found = serialize(verify(new)?).to_vec();
-        let same_tool = new.metadata("duet.version") == Some(env!("CARGO_PKG_VERSION"))
-            || new.metadata("duet.version").is_none();
+        let same_tool = new.metadata(VERSION_KEY) == Some(env!("CARGO_PKG_VERSION"))
+            || new.metadata(VERSION_KEY).is_none();
         let detail = match (expected == found, same_tool) {
             (true, _) => {
                 "rewriting the base with the stamped recipe gives this file, byte for byte".into()
@@ -47,7 +47,7 @@ pub fn check(
             ),
             (false, false) => format!(
                 "written by duet {}, so this version's bytes may differ",
-                new.metadata("duet.version").unwrap_or("?")
+                new.metadata(VERSION_KEY).unwrap_or("?")
             ),
         };
         report.add(

@@ -80,6 +80,11 @@ pub(crate) fn duet(arguments: &[&str]) -> Ran {
     }
 }
 
+/// Runs `validate` on one thread: several tests run at a time, and threads that wait for work keep the cores busy.
+pub(crate) fn validate(arguments: &[&str]) -> Ran {
+    duet(&[&["validate", "--threads", "1"], arguments].concat())
+}
+
 /// Answers a question: four tokens.
 #[track_caller]
 pub(crate) fn ask(model: &str, prompt: &str, rest: &[&str]) -> serde_json::Value {

@@ -22,7 +22,7 @@ pub use layer::cache_heads;
 
 use super::residual::Stream;
 use super::tower::element_type;
-use super::{MIN_OPSET, NoMatch, hidden_network};
+use super::{NoMatch, hidden_network, too_old};
 use crate::ir::cone::carries_data;
 use crate::ir::{DataType, Dim, Model, Node, NodeId, ValueId, consts};
 
@@ -170,12 +170,8 @@ impl Decoder {
         if let Some(why) = hidden_network(model) {
             return fail(why);
         }
-        let opset = model.opset("").unwrap_or(0);
-        if opset < MIN_OPSET {
-            return fail(format!(
-                "operator set {opset}; at least {MIN_OPSET} is needed: export again with a higher opset, or \
-                 convert with onnx.version_converter"
-            ));
+        if let Some(why) = too_old(model) {
+            return fail(why);
         }
         let Some(embeds) = graph.inputs.iter().copied().find(|&v| {
             let ty = model.value(v).ty.as_ref();
