@@ -11,6 +11,7 @@ mod embedding;
 mod head_rows;
 mod hidden;
 mod lanes;
+mod list;
 mod pixels;
 mod projection;
 mod residual;

@@ -45,6 +45,13 @@ pub(super) fn fits(vlm: &Vlm, index: usize, tower: &VisionTower) -> Result<i64, 
              visual_prune alone works on such models"
         ));
     }
+    if let Some(node) = &tower.cut {
+        return Err(format!(
+            "behind the tower, {node} takes tokens by their place in the list (register tokens are left out \
+             so), and fewer tokens have other places; merging in front of it is not supported. visual_prune \
+             alone works on such models"
+        ));
+    }
     let ids = vlm.decoders().find(|(i, _)| *i == index);
     let ids = ids.and_then(|(_, decoder)| decoder.ids);
     if let Some(ids) = ids.filter(|_| tower.features_index.is_none())

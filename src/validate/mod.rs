@@ -15,6 +15,7 @@ mod decoders;
 mod embed;
 mod error;
 mod fixed;
+mod limits;
 mod numeric;
 mod padded;
 mod precision;

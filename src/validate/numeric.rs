@@ -2,6 +2,7 @@
 
 use ndarray::{Array2, Array3, Axis};
 
+use super::limits::Limits;
 use super::precision::{lower, precision, quantised, ties, tolerance};
 use super::reference::{Choice, Fewer, ORDER, Ranking, ReferenceVision, State, StepIn, order_of};
 use super::report::Report;
@@ -125,7 +126,7 @@ pub fn check(
                     }
                     scenario.decode = 0;
                 }
-                if let Some(why) = pair.beyond(&scenario) {
+                if let Some(why) = pair.limits.beyond(&scenario) {
                     let check = format!("{}{}", pair.label, scenario.name);
                     report.add(check, true, format!("left out: {why}"));
                     continue;
@@ -170,10 +171,8 @@ struct Pair {
     dtype: DataType,
     quantised: bool,
     salient: bool,
-    /// Whether rows may be padded on the left.
-    padding: bool,
-    /// Why a cache cannot be followed by several new tokens, if so.
-    single_steps: Option<String>,
+    /// What the unmodified files do not run.
+    limits: Limits,
     /// Rows of its position ids, if these have rank 3.
     position_rows: Option<usize>,
     /// Whether the decoder attends to features that a merge discarded and left in their places.
@@ -223,8 +222,7 @@ impl Pair {
             dtype: DataType::Float,
             quantised: false,
             salient: prune.is_some_and(|p| p.text == TextQueries::Salient),
-            padding: true,
-            single_steps: None,
+            limits: Limits::default(),
             position_rows: None,
             attended: false,
             kept: decoders::kept_names(pruning, placed),
@@ -268,6 +266,7 @@ impl Pair {
                     }
                 }
                 Role::Embedding(embedding) => {
+                    pair.limits.note_batch(&old.model, embedding.ids, &name);
                     if let Some(scatter) = &embedding.scatter {
                         pair.placeholder = Some(embed::placeholder(scatter, &name)?);
                         let stated = fixed(&old.model, scatter.features, 1);
@@ -280,7 +279,8 @@ impl Pair {
                     pair.embed = Some((reference, run));
                 }
                 Role::Decoder(decoder) => {
-                    pair.padding &= decoder.takes_padding();
+                    pair.limits.note_batch(&old.model, decoder.embeds, &name);
+                    pair.limits.note_mask(decoder);
                     pair.attended |= placed && !decoder.hides_columns();
                     pair.takes_rows(decoder, &name)?;
                     pair.width = decoder.width.map_or(pair.width, |w| w as usize);
@@ -294,7 +294,7 @@ impl Pair {
         if let Some(files) = files {
             let (mut reference, run) =
                 decoders::open(base, rewritten, files, pruning, placed, session)?;
-            pair.single_steps = reference.continues()?;
+            pair.limits.single_steps = reference.continues()?;
             pair.decoder = Some((reference, run));
         }
         Ok(pair)
@@ -337,24 +337,6 @@ impl Pair {
             .map(|(i, &tokens)| scenario::grid(tokens, i))
             .collect();
         Ok(places.advance(&layout.visual, &layout.mask, &grids)?)
-    }
-
-    /// Why the unmodified decoder cannot run a scenario, if it cannot.
-    fn beyond(&self, scenario: &Scenario) -> Option<String> {
-        if scenario.padded() && !self.padding {
-            return Some(
-                "the decoder's attention takes the length of each row but no mask \
-                 (GroupQueryAttention), so rows of a batch cannot be padded on the left"
-                    .into(),
-            );
-        }
-        let why = self
-            .single_steps
-            .as_ref()
-            .filter(|_| scenario.turns.len() > 1)?;
-        Some(format!(
-            "the unmodified decoder does not take several new tokens on top of a cache ({why})"
-        ))
     }
 
     /// Plain embeddings `[b, L, D]`, and those that the rewritten decoder reads,
@@ -428,35 +410,39 @@ impl Pair {
                     seen_rows.push(seen);
                 }
             } else if let (true, Some((reference, run, frame))) = (images > 0, &mut self.vision) {
-                let pixels = frame.pixels(images, &mut rng);
-                let [_, h, w] = frame.size;
-                let mask = run.takes_mask().then(|| rng.masks(images, h, w));
-                let (found, outputs) = match run.run_with_outputs(pixels.clone(), mask.as_ref()) {
-                    Ok(found) => found,
-                    Err(error) => {
-                        reference.features(pixels, mask.as_ref(), None)?;
-                        return Err(ValidateError::Rewritten(error));
+                let at_once = frame.at_once(images);
+                for _ in 0..images / at_once {
+                    let pixels = frame.pixels(at_once, &mut rng);
+                    let [_, h, w] = frame.size;
+                    let mask = run.takes_mask().then(|| rng.masks(at_once, h, w));
+                    let (found, outputs) = match run.run_with_outputs(pixels.clone(), mask.as_ref())
+                    {
+                        Ok(found) => found,
+                        Err(error) => {
+                            reference.features(pixels, mask.as_ref(), None)?;
+                            return Err(ValidateError::Rewritten(error));
+                        }
+                    };
+                    let scores = match (outputs.get(SCORE), outputs.get(ORDER)) {
+                        (Ok(scores), _) => rows_of(scores)?,
+                        (_, Ok(order)) => order_of(&order.to_tensor()?.i64s()?, order.shape()[0]),
+                        _ => Vec::new(),
+                    };
+                    let ranking = Ranking {
+                        scores: &scores,
+                        tolerance: ties(self.dtype, self.quantised),
+                    };
+                    let expected = reference.features(pixels, mask.as_ref(), Some(ranking))?;
+                    tally.near_ties += expected.near_ties;
+                    let each = expected.features.iter().zip(&expected.gone);
+                    for ((want, gone), found) in each.zip(found) {
+                        let marks = self.channel.then_some(gone.as_slice());
+                        tally.features(want, &found, marks)?;
+                        plain.push(Tensor::from(want.clone()));
+                        marked.push(found);
                     }
-                };
-                let scores = match (outputs.get(SCORE), outputs.get(ORDER)) {
-                    (Ok(scores), _) => rows_of(scores)?,
-                    (_, Ok(order)) => order_of(&order.to_tensor()?.i64s()?, order.shape()[0]),
-                    _ => Vec::new(),
-                };
-                let ranking = Ranking {
-                    scores: &scores,
-                    tolerance: ties(self.dtype, self.quantised),
-                };
-                let expected = reference.features(pixels, mask.as_ref(), Some(ranking))?;
-                tally.near_ties += expected.near_ties;
-                let each = expected.features.iter().zip(&expected.gone);
-                for ((want, gone), found) in each.zip(found) {
-                    let marks = self.channel.then_some(gone.as_slice());
-                    tally.features(want, &found, marks)?;
-                    plain.push(Tensor::from(want.clone()));
-                    marked.push(found);
+                    discarded.extend(expected.gone);
                 }
-                discarded = expected.gone;
             } else {
                 for _ in 0..images {
                     let f = Array2::from_shape_fn((self.features, self.width), |_| rng.normal());

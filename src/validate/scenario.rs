@@ -138,6 +138,8 @@ pub struct Frame {
     pub frames: Option<usize>,
     /// Channels, height, width.
     pub size: [usize; 3],
+    /// Whether the file takes one at a time.
+    pub alone: bool,
 }
 
 impl Frame {
@@ -147,11 +149,23 @@ impl Frame {
         let shape = model.value(tower.pixels).ty.as_ref()?.shape()?;
         let known = |n: &Dim| n.known().and_then(|n| usize::try_from(n).ok());
         let [channels, height, width] = tower.pixel_size(model);
+        // Of clips the first axis counts clips; crops of an image are laid out as images.
+        let counts = if tower.video {
+            0
+        } else {
+            shape.len().checked_sub(4)?
+        };
         Some(Self {
             // Crops of an image are no frames.
             frames: tower.video.then(|| known(&shape[1]).unwrap_or(3)),
             size: [channels.unwrap_or(3), height?, width?],
+            alone: known(&shape[counts]) == Some(1),
         })
+    }
+
+    /// How many are given to the encoder in each run, of `n` in all.
+    pub fn at_once(self, n: usize) -> usize {
+        if self.alone { n.min(1) } else { n }
     }
 
     /// Pixels of `n` images or clips.

@@ -1,0 +1,237 @@
+//! Interfaces that exporters give beside the usual one, made from a fixture by editing its files: they are
+//! rewritten, and `duet validate` runs them.
+
+mod support;
+
+use bytes::Bytes;
+use prost::Message;
+
+use duet_onnx::arch::{Role, Vlm};
+use duet_onnx::ir::verify;
+use duet_onnx::onnx::{read_bytes, serialize};
+use duet_onnx::proto::tensor_shape_proto::Dimension;
+use duet_onnx::proto::tensor_shape_proto::dimension::Value;
+use duet_onnx::proto::type_proto::Value as Type;
+use duet_onnx::proto::{
+    AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto,
+    attribute_proto::AttributeType,
+};
+use duet_onnx::validate::{Options, Report, check};
+
+use support::models::{fixture, options, recipe, recipe_text, rewritten, runtime};
+
+const MERGE: &str = "{dominant: 20, contextual: 4, cls: drop}";
+const PRUNE: &str = "{drops: [{after_layer: 3, keep: 0.5}, {after_layer: 5, keep: 0.0}]}";
+
+/// A fixture with the graph of each of its files changed.
+fn edited(change: impl Fn(&Role, &mut GraphProto)) -> Vlm {
+    let parts = fixture("ts-sdpa-gqa").parts.into_iter().map(|part| {
+        let bytes = serialize(verify(&part.model).expect("a valid fixture"));
+        let mut file =
+            duet_onnx::proto::ModelProto::decode(&bytes.to_vec()[..]).expect("a written file");
+        change(&part.role, file.graph.as_mut().expect("a graph"));
+        let label = part.file.display().to_string();
+        let model = read_bytes(&label, Bytes::from(file.encode_to_vec()));
+        let model = model.unwrap_or_else(|e| panic!("{e}"));
+        (part.file, part.variant, model)
+    });
+    Vlm::new(parts.collect())
+}
+
+/// Rewrites it and validates that: every check passes. How many scenarios were left out, and why.
+fn valid(base: &Vlm) -> Vec<String> {
+    runtime();
+    let text = recipe_text(&[("token_merge", MERGE), ("visual_prune", PRUNE)], "");
+    let made = rewritten(base, &text);
+    let options = Options {
+        session: options(),
+        seed: 5,
+    };
+    let report: Report =
+        check(base, &made, &recipe(&text), &options, &mut |_| ()).unwrap_or_else(|e| panic!("{e}"));
+    let failed: Vec<_> = report.findings.iter().filter(|f| !f.passed).collect();
+    assert!(failed.is_empty(), "{failed:#?}");
+    let details = report.findings.iter().map(|f| &f.detail);
+    let left_out: Vec<String> = details
+        .filter(|d| d.starts_with("left out"))
+        .cloned()
+        .collect();
+    // Some scenario has run through both drop points, and tract has seen them.
+    let all = |what: &str| report.findings.iter().any(|f| f.check.contains(what));
+    assert!(all("tract: drop point 2") && all("one image"));
+    assert!(
+        report
+            .findings
+            .iter()
+            .any(|f| f.detail.contains("8 kept sets equal"))
+    );
+    left_out
+}
+
+fn node(op: &str, inputs: &[&str], output: &str) -> NodeProto {
+    NodeProto {
+        op_type: Some(op.into()),
+        name: Some(format!("made/{output}")),
+        input: inputs.iter().map(|&i| i.into()).collect(),
+        output: vec![output.into()],
+        ..NodeProto::default()
+    }
+}
+
+fn number(name: &str, value: i64) -> AttributeProto {
+    AttributeProto {
+        name: Some(name.into()),
+        r#type: Some(AttributeType::Int.into()),
+        i: Some(value),
+        ..AttributeProto::default()
+    }
+}
+
+fn list(name: &str, values: &[i64]) -> TensorProto {
+    TensorProto {
+        name: Some(name.into()),
+        data_type: Some(7),
+        dims: vec![values.len() as i64],
+        int64_data: values.to_vec(),
+        ..TensorProto::default()
+    }
+}
+
+fn dims(value: &mut ValueInfoProto) -> &mut Vec<Dimension> {
+    match value.r#type.as_mut().and_then(|t| t.value.as_mut()) {
+        Some(Type::TensorType(t)) => &mut t.shape.as_mut().expect("a shape").dim,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Makes the input `name` one of element type `code`, cast to the type that it had.
+fn retype(graph: &mut GraphProto, name: &str, code: i32) {
+    let Some(input) = graph.input.iter_mut().find(|i| i.name() == name) else {
+        return;
+    };
+    if let Some(Type::TensorType(t)) = input.r#type.as_mut().and_then(|t| t.value.as_mut()) {
+        t.elem_type = Some(code);
+    }
+    let inner = format!("{name}/integers");
+    for reader in &mut graph.node {
+        for read in reader.input.iter_mut().filter(|i| *i == name) {
+            read.clone_from(&inner);
+        }
+    }
+    let mut cast = node("Cast", &[name], &inner);
+    cast.attribute.push(number("to", 7));
+    graph.node.insert(0, cast);
+}
+
+#[test]
+fn files_that_take_one_image_and_one_row_are_validated() {
+    let base = edited(|_, graph| {
+        for value in graph.input.iter_mut().chain(&mut graph.output) {
+            dims(value)[0].value = Some(Value::DimValue(1));
+        }
+        graph.value_info.clear();
+    });
+    let left_out = valid(&base);
+    assert_eq!(left_out.len(), 4, "{left_out:?}");
+    assert!(left_out.iter().all(|d| d.contains("one row at a time")));
+}
+
+#[test]
+fn masks_and_positions_of_other_element_types_are_validated() {
+    // int32, bool, float.
+    for (mask, positions) in [(6, 6), (9, 7), (1, 7)] {
+        let base = edited(|role, graph| {
+            if matches!(role, Role::Decoder(_)) {
+                retype(graph, "attention_mask", mask);
+                retype(graph, "position_ids", positions);
+            }
+        });
+        assert_eq!(valid(&base), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn a_decoder_without_a_mask_is_not_asked_about_padding() {
+    let base = edited(|role, graph| {
+        if !matches!(role, Role::Decoder(_)) {
+            return;
+        }
+        graph.input.retain(|i| i.name() != "attention_mask");
+        let constants = [list("zero", &[0]), list("one", &[1]), list("two", &[2])];
+        let three = list("three", &[3]);
+        graph
+            .initializer
+            .extend(constants.into_iter().chain([three]));
+        let mut ones = node("ConstantOfShape", &["made/shape"], "attention_mask");
+        ones.attribute.push(AttributeProto {
+            name: Some("value".into()),
+            r#type: Some(AttributeType::Tensor.into()),
+            t: Some(list("value", &[1])),
+            ..AttributeProto::default()
+        });
+        let mut shape = node("Concat", &["made/batch", "made/length"], "made/shape");
+        shape.attribute.push(number("axis", 0));
+        let nodes = [
+            node("Shape", &["inputs_embeds"], "made/entry"),
+            node("Slice", &["made/entry", "zero", "one"], "made/batch"),
+            node("Slice", &["made/entry", "one", "two"], "made/new"),
+            node("Shape", &["past_key_values.0.key"], "made/cache"),
+            node("Slice", &["made/cache", "two", "three"], "made/past"),
+            node("Add", &["made/past", "made/new"], "made/length"),
+            shape,
+            ones,
+        ];
+        graph.node.splice(0..0, nodes);
+    });
+    let left_out = valid(&base);
+    assert_eq!(left_out.len(), 3, "{left_out:?}");
+    assert!(left_out.iter().all(|d| d.contains("no attention_mask")));
+}
+
+#[test]
+fn caches_of_other_names_and_weights_among_the_inputs_are_validated() {
+    let base = edited(|role, graph| {
+        let weights = graph.initializer.iter().map(|t| ValueInfoProto {
+            name: t.name.clone(),
+            r#type: Some(duet_onnx::proto::TypeProto {
+                value: Some(Type::TensorType(duet_onnx::proto::type_proto::Tensor {
+                    elem_type: t.data_type,
+                    shape: Some(duet_onnx::proto::TensorShapeProto {
+                        dim: t
+                            .dims
+                            .iter()
+                            .map(|&n| Dimension {
+                                value: Some(Value::DimValue(n)),
+                                ..Dimension::default()
+                            })
+                            .collect(),
+                    }),
+                })),
+                ..duet_onnx::proto::TypeProto::default()
+            }),
+            ..ValueInfoProto::default()
+        });
+        let weights: Vec<_> = weights.collect();
+        graph.input.extend(weights);
+        if !matches!(role, Role::Decoder(_)) {
+            return;
+        }
+        // past_key_values.3.key → past_key_3
+        let rename = |name: &mut String| {
+            for (old, new) in [("past_key_values.", "past"), ("present.", "present")] {
+                let parts = name.strip_prefix(old).and_then(|rest| rest.split_once('.'));
+                if let Some((layer, part)) = parts {
+                    *name = format!("{new}_{part}_{layer}");
+                    return;
+                }
+            }
+        };
+        let ports = graph.input.iter_mut().chain(&mut graph.output);
+        ports.filter_map(|p| p.name.as_mut()).for_each(rename);
+        let nodes = graph.node.iter_mut();
+        nodes
+            .flat_map(|n| n.input.iter_mut().chain(&mut n.output))
+            .for_each(rename);
+    });
+    assert_eq!(valid(&base), Vec::<String>::new());
+}
