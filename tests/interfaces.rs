@@ -9,6 +9,7 @@ use prost::Message;
 use duet_onnx::arch::{Role, Vlm};
 use duet_onnx::ir::verify;
 use duet_onnx::onnx::{read_bytes, serialize};
+use duet_onnx::passes::rewrite;
 use duet_onnx::proto::tensor_shape_proto::Dimension;
 use duet_onnx::proto::tensor_shape_proto::dimension::Value;
 use duet_onnx::proto::type_proto::Value as Type;
@@ -40,15 +41,19 @@ fn edited(change: impl Fn(&Role, &mut GraphProto)) -> Vlm {
 
 /// Rewrites it and validates that: every check passes. How many scenarios were left out, and why.
 fn valid(base: &Vlm) -> Vec<String> {
+    let both = [("token_merge", MERGE), ("visual_prune", PRUNE)];
+    valid_with(base, &recipe_text(&both, ""))
+}
+
+fn valid_with(base: &Vlm, text: &str) -> Vec<String> {
     runtime();
-    let text = recipe_text(&[("token_merge", MERGE), ("visual_prune", PRUNE)], "");
-    let made = rewritten(base, &text);
+    let made = rewritten(base, text);
     let options = Options {
         session: options(),
         seed: 5,
     };
     let report: Report =
-        check(base, &made, &recipe(&text), &options, &mut |_| ()).unwrap_or_else(|e| panic!("{e}"));
+        check(base, &made, &recipe(text), &options, &mut |_| ()).unwrap_or_else(|e| panic!("{e}"));
     let failed: Vec<_> = report.findings.iter().filter(|f| !f.passed).collect();
     assert!(failed.is_empty(), "{failed:#?}");
     let details = report.findings.iter().map(|f| &f.detail);
@@ -234,4 +239,49 @@ fn caches_of_other_names_and_weights_among_the_inputs_are_validated() {
             .for_each(rename);
     });
     assert_eq!(valid(&base), Vec::<String>::new());
+}
+
+#[test]
+fn an_encoder_of_no_known_structure_is_pruned_behind_and_not_merged_in() {
+    // Softmax as exponentials and their sum: no attention is recognised.
+    let base = edited(|role, graph| {
+        if !matches!(role, Role::Vision(_)) {
+            return;
+        }
+        let nodes = std::mem::take(&mut graph.node);
+        for one in nodes {
+            if one.op_type() != "Softmax" {
+                graph.node.push(one);
+                continue;
+            }
+            let out = one.output[0].clone();
+            let (exp, sum) = (format!("{out}/exp"), format!("{out}/sum"));
+            graph.node.extend([
+                node("Exp", &[&one.input[0]], &exp),
+                node("ReduceSum", &[&exp, "made/last"], &sum),
+                node("Div", &[&exp, &sum], &out),
+            ]);
+        }
+        graph.initializer.push(list("made/last", &[-1]));
+    });
+    let (_, encoder) = base.encoders().next().expect("an encoder");
+    assert_eq!(encoder.feature_width, Some(32));
+    assert!(
+        encoder.why.to_string().contains("no attention"),
+        "{}",
+        encoder.why
+    );
+    for rest in ["", "marker: input\n"] {
+        let text = recipe_text(&[("visual_prune", PRUNE)], rest);
+        assert_eq!(valid_with(&base, &text), Vec::<String>::new());
+    }
+    for (pass, how) in [("token_merge", MERGE), ("uniform_drop", "{keep: 20}")] {
+        let text = recipe_text(&[(pass, how)], "");
+        let refused = rewrite(base.clone(), &recipe(&text)).expect_err("a refusal");
+        let message = refused.to_string();
+        assert!(
+            message.contains("no attention") && message.contains("visual_prune alone"),
+            "{message}"
+        );
+    }
 }

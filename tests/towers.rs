@@ -599,3 +599,21 @@ fn a_scale_and_a_head_width_that_are_computed_from_shapes_are_read() {
     assert!((found.site.scale() - tower.site.scale()).abs() < 1e-6);
     passes(&base, MERGES[0]);
 }
+
+#[test]
+fn a_number_of_tokens_that_an_optimiser_wrote_into_the_projector_is_no_obstacle() {
+    let (model, tower) = plain();
+    // What onnxsim makes of a linear layer: a list of rows, and back to images of 81 tokens.
+    let model = patched(&model, |patch| {
+        let width = tower.heads * tower.head_dim;
+        let rows = patch.reshape(tower.entry, &[-1, width]);
+        let images = patch.reshape(rows, &[-1, 81, width]);
+        patch.rewire_all(tower.entry, images);
+    });
+    let base = alone(model);
+    for merge in MERGES {
+        passes(&base, merge);
+    }
+    // All patches and CLS are one more than the number.
+    passes(&base, "{dominant: 82, contextual: 0, cls: keep}");
+}

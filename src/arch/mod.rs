@@ -8,6 +8,7 @@
 mod attention;
 mod decoder;
 mod embedding;
+mod encoder;
 mod head_rows;
 mod hidden;
 mod lanes;
@@ -28,6 +29,7 @@ mod whole;
 pub use attention::{Mask, Operand, Site, sites};
 pub use decoder::{Decoder, DecoderLayer, Layout, Projection, Rotary, TokenIds, cache_heads};
 pub use embedding::{Embedding, Scatter};
+pub use encoder::Encoder;
 pub use head_rows::HeadRows;
 pub use hidden::{hidden_network, network_functions};
 pub use pixels::{DEFAULT_FRAMES, takes_clips};

@@ -12,6 +12,14 @@ fn fixed_length(model: &Model, ids: ValueId) -> Option<i64> {
 
 /// Checks that there is a tower.
 pub(super) fn requires_tower(vlm: &Vlm) -> Result<(), String> {
+    if let Some((index, encoder)) = vlm.encoders().next() {
+        return Err(format!(
+            "{}: its tower is of no structure that is known ({}), so tokens cannot be merged or left out in it; \
+             visual_prune alone works on such models",
+            vlm.parts[index].label(),
+            encoder.why
+        ));
+    }
     match vlm.towers().next() {
         Some(_) => Ok(()),
         None => {

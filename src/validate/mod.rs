@@ -18,6 +18,7 @@ mod fixed;
 mod limits;
 mod numeric;
 mod padded;
+mod plain;
 mod precision;
 mod probe;
 mod report;

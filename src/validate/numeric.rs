@@ -3,6 +3,7 @@
 use ndarray::{Array2, Array3, Axis};
 
 use super::limits::Limits;
+use super::plain::PlainPair;
 use super::precision::{lower, precision, quantised, ties, tolerance};
 use super::reference::{Choice, Fewer, ORDER, Ranking, ReferenceVision, State, StepIn, order_of};
 use super::report::Report;
@@ -104,6 +105,7 @@ pub fn check(
                 Pair {
                     vision: None,
                     rows: None,
+                    plain: None,
                     embed: None,
                     decoder: None,
                     ..
@@ -158,6 +160,8 @@ struct Pair {
     vision: Option<(ReferenceVision, VisionEncoder, Frame)>,
     /// The same for an encoder that takes rows of patches.
     rows: Option<RowPair>,
+    /// The same for an encoder whose tower is not known.
+    plain: Option<PlainPair>,
     embed: Option<(Embedder, Embedder)>,
     decoder: Option<(decoders::Reference, RunDecoder)>,
     /// Plain width of embeddings.
@@ -211,6 +215,7 @@ impl Pair {
             label: String::new(),
             vision: None,
             rows: None,
+            plain: None,
             embed: None,
             decoder: None,
             width: 0,
@@ -255,15 +260,18 @@ impl Pair {
                     let run = probe::open_rewritten(&probed, &name, session)?;
                     let run = VisionEncoder::new(run).map_err(ValidateError::of_rewritten)?;
                     let Some(frame) = Frame::of(&old.model, tower) else {
-                        return Err(ValidateError::Model(format!(
-                            "{name}: the image size is not fixed in the file; expected pixels [n, 3, height, width]"
-                        )));
+                        return Err(ValidateError::open_size(&name));
                     };
                     pair.dtype = lower(pair.dtype, precision(&old.model));
                     pair.vision = Some((reference, run, frame));
                     if let Some(width) = tower.feature_width {
                         pair.width = width as usize;
                     }
+                }
+                Role::Encoder(encoder) => {
+                    let open = PlainPair::open(&old.model, &new.model, encoder, &name, session)?;
+                    pair.dtype = lower(pair.dtype, precision(&old.model));
+                    pair.plain = Some(open);
                 }
                 Role::Embedding(embedding) => {
                     pair.limits.note_batch(&old.model, embedding.ids, &name);
@@ -408,6 +416,12 @@ impl Pair {
                     marked.push(seen.found.clone());
                     discarded.push(seen.gone.clone());
                     seen_rows.push(seen);
+                }
+            } else if let Some(encoder) = &mut self.plain {
+                for (want, found) in encoder.see(images, &mut rng, self.channel, tally)? {
+                    discarded.push(vec![false; want.nrows()]);
+                    plain.push(Tensor::from(want));
+                    marked.push(found);
                 }
             } else if let (true, Some((reference, run, frame))) = (images > 0, &mut self.vision) {
                 let at_once = frame.at_once(images);

@@ -62,7 +62,7 @@ pub(super) fn check(
             Role::Vision(tower) => (Some(tower.as_ref()), None),
             Role::Decoder(decoder) => (None, Some(decoder.as_ref())),
             Role::Whole(whole) => (Some(&whole.tower), Some(&whole.decoder)),
-            Role::Embedding(_) | Role::Unknown(_) => continue,
+            Role::Embedding(_) | Role::Encoder(_) | Role::Unknown(_) => continue,
         };
         let whole = match &old.role {
             Role::Whole(whole) => Some(super::whole::feed(
