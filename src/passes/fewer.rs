@@ -17,7 +17,7 @@ pub(super) fn requires_tower(vlm: &Vlm) -> Result<(), String> {
             "{}: its tower is of no structure that is known ({}), so tokens cannot be merged or left out in it; \
              visual_prune alone works on such models",
             vlm.parts[index].label(),
-            encoder.why
+            encoder.why.found
         ));
     }
     match vlm.towers().next() {
