@@ -6,8 +6,8 @@ mod support;
 use bytes::Bytes;
 use duet_onnx::arch::{Role, VisionTower, Vlm};
 use duet_onnx::ir::{
-    Attribute, DataType, Dim, Model, Patch, Tensor, ValueId, ValueType, consts, extract, float,
-    int, verify,
+    Attribute, DataType, Dim, Model, NodeId, Patch, Size, Tensor, ValueId, ValueType, consts,
+    extract, float, int, verify,
 };
 use duet_onnx::onnx::{read_bytes, serialize};
 use duet_onnx::passes::rewrite;
@@ -485,4 +485,135 @@ fn merging_in_front_of_pooling_is_refused() {
         message.contains("as a grid") && message.contains("AveragePool"),
         "{message}"
     );
+}
+
+/// A tower with `count` learned rows put in front of its tokens or behind them, which are left out again behind
+/// the last block.
+fn with_registers(count: i64, in_front: bool) -> Vlm {
+    let (model, tower) = plain();
+    let width = tower.heads * tower.head_dim;
+    // What the first block reads: CLS and patches, with their places added.
+    let joins = |n: &NodeId| {
+        let node = model.node(*n);
+        node.is("Concat") && node.attr_int("axis") == Some(1) && node.inputs.len() == 2
+    };
+    let joined = model
+        .graph()
+        .nodes
+        .iter()
+        .copied()
+        .find(joins)
+        .expect("a CLS token");
+    let joined = model.node(joined).output(0).expect("an output");
+    let readers = &model.value(joined).uses;
+    let added = readers
+        .iter()
+        .find(|u| model.node(u.node).is("Add"))
+        .expect("positions");
+    let start = model.node(added.node).output(0).expect("an output");
+    let model = patched(&model, |patch| {
+        let data = vec![0x3e; usize::try_from(count * width).expect("few") * 4];
+        let rows = patch.constant(Tensor::raw(
+            "",
+            DataType::Float,
+            vec![1, count, width],
+            data,
+        ));
+        let batch = patch.size_of(start, 0);
+        let batch = patch.size_value(batch);
+        let batch = patch.reshape(batch, &[1]);
+        let rest = patch.i64s(&[count, width]);
+        let shape = patch.concat(&[batch, rest], 0);
+        let rows = patch.op("Expand", &[rows, shape]);
+        let all = if in_front {
+            [rows, start]
+        } else {
+            [start, rows]
+        };
+        let joined = patch.concat(&all, 1);
+        patch.rewire_all(start, joined);
+        let (from, to) = if in_front {
+            (1 + count, i64::MAX)
+        } else {
+            (1, -count)
+        };
+        let cut = patch.slice(tower.hidden, Size::Known(from), Size::Known(to), 1);
+        patch.rewire_all(tower.entry, cut);
+    });
+    alone(model)
+}
+
+#[test]
+fn merging_in_a_tower_with_registers_is_refused() {
+    for (count, in_front) in [(4, true), (4, false)] {
+        let message = refusal(with_registers(count, in_front), MERGES[0]);
+        assert!(
+            message.contains("takes tokens by their place in the list"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn a_scale_and_a_head_width_that_are_computed_from_shapes_are_read() {
+    let (model, tower) = plain();
+    let model = patched(&model, |patch| {
+        for operand in [&tower.site.query, &tower.site.key] {
+            let mut at = operand.value;
+            while at != operand.root {
+                let id = model.producer_of(at).expect("a producer");
+                let node = model.node(id);
+                let first = node.input(0).expect("an operand");
+                match node.op_type.as_str() {
+                    // x.view(batch, -1, heads, x.shape[2] // heads)
+                    "Reshape" => {
+                        let total = patch.size_of(operand.root, 2);
+                        let total = patch.size_value(total);
+                        let total = patch.reshape(total, &[1]);
+                        let heads = patch.i64s(&[tower.heads]);
+                        let width = patch.op("Div", &[total, heads]);
+                        let rows = patch.i64s(&[0, -1]);
+                        let shape = patch.concat(&[rows, heads, width], 0);
+                        patch.rewire(id, 1, shape);
+                    }
+                    // √(1 / √width), as a tracer writes the scale that PyTorch's own attention takes
+                    "Mul" => {
+                        let shape = patch.op("Shape", &[first]);
+                        let width = patch.slice(shape, Size::Known(-1), Size::Known(i64::MAX), 0);
+                        let width = patch.cast(width, DataType::Float);
+                        let root = patch.op("Sqrt", &[width]);
+                        let one = patch.constant(Tensor::f32_scalar("", 1.0));
+                        let scale = patch.op("Div", &[one, root]);
+                        let scale = patch.op("Sqrt", &[scale]);
+                        patch.rewire(id, 1, scale);
+                    }
+                    _ => {}
+                }
+                at = first;
+            }
+        }
+    });
+    let base = alone(model);
+    let found = tower_of(&base);
+    assert_eq!((found.heads, found.head_dim), (tower.heads, tower.head_dim));
+    assert!((found.site.scale() - tower.site.scale()).abs() < 1e-6);
+    passes(&base, MERGES[0]);
+}
+
+#[test]
+fn a_number_of_tokens_that_an_optimiser_wrote_into_the_projector_is_no_obstacle() {
+    let (model, tower) = plain();
+    // What onnxsim makes of a linear layer: a list of rows, and back to images of 81 tokens.
+    let model = patched(&model, |patch| {
+        let width = tower.heads * tower.head_dim;
+        let rows = patch.reshape(tower.entry, &[-1, width]);
+        let images = patch.reshape(rows, &[-1, 81, width]);
+        patch.rewire_all(tower.entry, images);
+    });
+    let base = alone(model);
+    for merge in MERGES {
+        passes(&base, merge);
+    }
+    // All patches and CLS are one more than the number.
+    passes(&base, "{dominant: 82, contextual: 0, cls: keep}");
 }

@@ -364,8 +364,16 @@ pub(super) fn operand(model: &Model, value: ValueId) -> Operand {
             _ => break,
         }
     }
+    let width = result.heads.and_then(|(heads, width)| match width {
+        known if known > 0 => Some(known),
+        // Computed from the shape of the data: what a projection gives, shared out.
+        _ if heads > 0 => {
+            let total = projection_width(model, result.root)?;
+            (total % heads == 0).then_some(total / heads)
+        }
+        _ => None,
+    });
     for (factor, divide) in pending {
-        let width = result.heads.map(|h| h.1).filter(|w| *w > 0);
         match scalar::evaluate(model, factor, width) {
             Some(f) if divide => result.scale /= f,
             Some(f) => result.scale *= f,

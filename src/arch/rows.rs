@@ -269,6 +269,7 @@ impl VisionTower {
                 .or_else(|| projection_width(model, merged)),
             shuffle: None,
             grid: None,
+            cut: None,
             video: false,
             frames: None,
             rows: Some(PatchRows {

@@ -358,6 +358,7 @@ impl Vlm {
         for part in &mut self.parts {
             let (what, found) = match &part.role {
                 Role::Vision(t) => ("a vision encoder of this model", t.feature_width),
+                Role::Encoder(e) => ("a vision encoder of this model", e.feature_width),
                 Role::Embedding(e) => ("a token embedding of this model", e.width),
                 Role::Decoder(_) | Role::Whole(_) | Role::Unknown(_) => continue,
             };

@@ -7,13 +7,14 @@
 use std::collections::HashSet;
 
 use super::attention::{Site, refused, sites};
+use super::list::{added_rows, cut_node, grid_node, to_the_end};
 use super::pixels::{no_pixels, pixels_of, takes_clips};
 use super::residual::articulations;
 use super::rows::{PatchRows, patch_inputs};
 use super::shuffle::{self, Shuffle};
 use super::{NoMatch, hidden_network, too_old};
 use crate::ir::cone::{ancestors, descendants};
-use crate::ir::{DataType, Dim, Model, Node, NodeId, ValueId, consts};
+use crate::ir::{DataType, Dim, Model, NodeId, ValueId, consts};
 
 /// A recognised vision tower and projector.
 #[derive(Clone, Debug)]
@@ -55,6 +56,9 @@ pub struct VisionTower {
     /// The first node behind `entry` that treats its tokens as a grid (pooling,
     /// convolution), by name: fewer tokens make no grid.
     pub grid: Option<String>,
+    /// The first node behind `entry` that takes tokens by their place (a tower with register
+    /// tokens leaves them out so), by name: fewer tokens have other places.
+    pub cut: Option<String>,
     /// Whether it takes clips: frames are folded into the batch and merged one by one.
     pub video: bool,
     /// Frames of a clip, where the file fixes their number.
@@ -167,7 +171,10 @@ impl VisionTower {
         let at = after_norm(model, &line, end);
         let hidden = line[at];
         let (mut entry, dropped) = after_cls(model, &line[at..]);
+        let added = added_rows(model, &line, &reached);
         let cls = dropped || prepends_token(model, &line, &reached);
+        // Of several rows beside the patches' it is not known where they are.
+        let odd = added.len() > 1 || added.iter().any(|(_, r)| r.is_some_and(|n| n != 1));
         if !site.scale().is_finite() {
             return fail(format!(
                 "the attention scale of {} is not a constant",
@@ -194,8 +201,9 @@ impl VisionTower {
         };
         let stated = model.value(features).ty.as_ref().and_then(|t| t.shape());
         let rows = stated.filter(|s| s.len() == 3).and_then(|s| s[1].known());
-        let counted = position_rows(model, &line, &reached)
-            .or_else(|| conv_patches(model, pixels, hidden).map(|n| n + i64::from(cls)));
+        let counted = position_rows(model, &line, &reached, &added)
+            .or_else(|| conv_patches(model, pixels, hidden).map(|n| n + i64::from(cls)))
+            .filter(|_| !odd);
         let stated_width = row_width(model, hidden);
         let width = stated_width.unwrap_or(heads * head_dim);
         let shuffle = counted.and_then(|tokens| {
@@ -211,6 +219,12 @@ impl VisionTower {
             // What a clip gives may be the tokens of all its frames.
             None if video => counted.or(rows.map(|n| n + i64::from(dropped))),
             None => rows.map(|n| n + i64::from(dropped)).or(counted),
+        };
+        let cut = cut_node(model, entry, &needed);
+        // Then what comes out says nothing of what there is.
+        let (cls, tokens) = match &cut {
+            Some(_) => (false, rows),
+            None => (cls, tokens),
         };
         let size = model.value(pixels).ty.as_ref().and_then(|t| t.shape());
         let frames = size.filter(|_| video).and_then(|s| s[1].known());
@@ -234,7 +248,8 @@ impl VisionTower {
                 .and_then(Dim::known)
                 .or_else(|| projection_width(model, features)),
             shuffle,
-            grid: grid_node(model, entry, &needed),
+            grid: grid_node(model, entry, &needed, rows.filter(|n| *n != width)),
+            cut,
             video,
             frames,
             rows: None,
@@ -319,42 +334,6 @@ impl Blocks {
             end,
         })
     }
-}
-
-/// The first node between `entry` and the features that splits or reorders the
-/// token axis.
-fn grid_node(model: &Model, entry: ValueId, needed: &HashSet<ValueId>) -> Option<String> {
-    let behind = descendants(model, &[entry], true);
-    let on_the_way = |v: &ValueId| *v != entry && behind.contains(v) && needed.contains(v);
-    let rearranges = |node: &Node| match node.op_type.as_str() {
-        "Conv" | "AveragePool" | "MaxPool" | "DepthToSpace" | "SpaceToDepth" | "Resize" => true,
-        "Transpose" => node.attr_ints("perm").is_some_and(|p| p.len() >= 4),
-        "Reshape" => {
-            let shape = node.input(1);
-            let known = shape.and_then(|s| consts::ints(model, s)).map(|d| d.len());
-            let built = shape
-                .and_then(|s| model.producer_node(s))
-                .filter(|n| n.is("Concat"));
-            known
-                .or(built.map(|n| n.inputs.len()))
-                .is_some_and(|rank| rank >= 4)
-        }
-        _ => false,
-    };
-    let found: Vec<NodeId> = model
-        .graph()
-        .nodes
-        .iter()
-        .copied()
-        .filter(|n| {
-            let node = model.node(*n);
-            node.outputs.iter().flatten().any(on_the_way) && rearranges(node)
-        })
-        .collect();
-    // What is done with the grid says more than how it is laid out.
-    let moves = |n: &NodeId| matches!(model.node(*n).op_type.as_str(), "Transpose" | "Reshape");
-    let named = found.iter().find(|n| !moves(n)).or(found.first());
-    named.map(|n| model.describe(*n))
 }
 
 /// Width of the rows of a value, where the file says it or a learned vector that
@@ -490,10 +469,15 @@ fn after_cls(model: &Model, line: &[ValueId]) -> (ValueId, bool) {
             "Cast" | "Identity" => {}
             "Slice" => {
                 let (starts, axes) = (constant(1), constant(3));
-                if starts.as_deref() == Some(&[1]) && axes.as_deref() == Some(&[1]) {
-                    return (value, true);
+                if !to_the_end(model, node) {
+                    break;
                 }
-                break;
+                match (starts.as_deref(), axes.as_deref()) {
+                    (Some([1]), Some([1])) => return (value, true),
+                    // Everything, as tracers write an index of ':'.
+                    (Some([0]), _) => {}
+                    _ => break,
+                }
             }
             "Gather" if node.attr_int("axis") == Some(1) => {
                 let indices = constant(1).unwrap_or_default();
@@ -523,9 +507,15 @@ fn prepends_token(model: &Model, line: &[ValueId], reached: &HashSet<ValueId>) -
     })
 }
 
-/// Rows of the position table that is added to the tokens.
-fn position_rows(model: &Model, line: &[ValueId], reached: &HashSet<ValueId>) -> Option<i64> {
-    line.iter().find_map(|&v| {
+/// Rows of the position table that is added to the tokens, and of what is `added` to them behind
+/// it (one row, where nothing else is said).
+fn position_rows(
+    model: &Model,
+    line: &[ValueId],
+    reached: &HashSet<ValueId>,
+    added: &[(usize, Option<i64>)],
+) -> Option<i64> {
+    line.iter().enumerate().find_map(|(at, &v)| {
         let node = model.producer_node(v).filter(|n| n.is("Add"))?;
         let (a, b) = (node.input(0)?, node.input(1)?);
         let table = match (reached.contains(&a), reached.contains(&b)) {
@@ -533,7 +523,9 @@ fn position_rows(model: &Model, line: &[ValueId], reached: &HashSet<ValueId>) ->
             (false, true) => a,
             _ => return None,
         };
-        rows(model, table)
+        let behind = added.iter().filter(|(joined, _)| *joined > at);
+        let behind: i64 = behind.map(|(_, rows)| rows.unwrap_or(1)).sum();
+        Some(rows(model, table)? + behind)
     })
 }
 

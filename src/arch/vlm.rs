@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::path::PathBuf;
 
 use super::unfold::{Source, unfold};
-use super::{ArchError, Decoder, Embedding, Kind, NoMatch, VisionTower, WholeModel};
+use super::{ArchError, Decoder, Embedding, Encoder, Kind, NoMatch, VisionTower, WholeModel};
 use crate::ir::{IrError, Model};
 
 /// What a model file is.
@@ -12,6 +12,8 @@ use crate::ir::{IrError, Model};
 pub enum Role {
     /// Vision tower and projector.
     Vision(Box<VisionTower>),
+    /// Vision encoder whose tower is not known.
+    Encoder(Box<Encoder>),
     /// Token embedding.
     Embedding(Box<Embedding>),
     /// Decoder.
@@ -32,7 +34,7 @@ impl Role {
     pub fn kind(&self) -> Kind {
         match self {
             Self::Vision(t) if t.video => Kind::Video,
-            Self::Vision(_) => Kind::Vision,
+            Self::Vision(_) | Self::Encoder(_) => Kind::Vision,
             Self::Embedding(_) => Kind::Embedding,
             Self::Decoder(_) => Kind::Decoder,
             Self::Whole(_) => Kind::Whole,
@@ -61,6 +63,12 @@ impl Role {
             Ok(embedding) => return Self::Embedding(Box::new(embedding)),
             Err(why) => why,
         };
+        // A whole model that is not understood is no encoder either.
+        if whole.is_none()
+            && let Some(encoder) = Encoder::recognise(model, &vision)
+        {
+            return Self::Encoder(Box::new(encoder));
+        }
         Self::Unknown(whole.map_or_else(|| vec![vision, decoder, embedding], |why| vec![why]))
     }
 }
@@ -126,7 +134,22 @@ impl Vlm {
                 })
             })
             .collect();
-        Self { parts }
+        let mut vlm = Self { parts };
+        vlm.set_encoders_aside();
+        vlm
+    }
+
+    /// Beside a tower that is known, what merely gives features is no encoder of this model.
+    fn set_encoders_aside(&mut self) {
+        let known = |p: &Part| matches!(p.role, Role::Vision(_) | Role::Whole(_));
+        if !self.parts.iter().any(known) {
+            return;
+        }
+        for part in &mut self.parts {
+            if let Role::Encoder(encoder) = &part.role {
+                part.role = Role::Unknown(vec![encoder.why.clone()]);
+            }
+        }
     }
 
     /// The files, put together from their parts. A file that nothing changed is
@@ -165,6 +188,23 @@ impl Vlm {
         images.chain(all().filter(|(_, t)| t.video))
     }
 
+    /// Files that give features, with their positions and that of the features among their
+    /// outputs, whether their tower is known or not.
+    pub fn features(&self) -> impl Iterator<Item = (usize, usize)> {
+        let towers = self.towers();
+        let known = towers.filter_map(|(index, tower)| Some((index, tower.features_index?)));
+        known.chain(self.encoders().map(|(index, e)| (index, e.features_index)))
+    }
+
+    /// Encoders of no known structure with their files' positions.
+    pub fn encoders(&self) -> impl Iterator<Item = (usize, &Encoder)> {
+        let all = self.parts.iter().enumerate();
+        all.filter_map(|(i, p)| match &p.role {
+            Role::Encoder(e) => Some((i, e.as_ref())),
+            _ => None,
+        })
+    }
+
     /// Decoders with their files' positions.
     pub fn decoders(&self) -> impl Iterator<Item = (usize, &Decoder)> {
         self.parts
@@ -193,12 +233,17 @@ impl Vlm {
     pub fn missing(&self, what: &str, pick: fn(&NoMatch) -> bool) -> ArchError {
         let mut problems = Vec::new();
         for part in &self.parts {
-            if let Role::Unknown(reasons) = &part.role {
-                for reason in reasons.iter().filter(|r| pick(r)) {
-                    problems.push(format!("{}: {reason}", part.label()));
-                }
-            } else {
+            let reasons = match &part.role {
+                Role::Unknown(reasons) => reasons.as_slice(),
+                Role::Encoder(encoder) => std::slice::from_ref(&encoder.why),
+                _ => &[],
+            };
+            let mut reasons = reasons.iter().filter(|r| pick(r)).peekable();
+            if !matches!(part.role, Role::Unknown(_)) && reasons.peek().is_none() {
                 problems.push(format!("{}: it is the {}", part.label(), part.role.name()));
+            }
+            for reason in reasons {
+                problems.push(format!("{}: {reason}", part.label()));
             }
         }
         ArchError::Unsupported {

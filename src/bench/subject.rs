@@ -397,7 +397,7 @@ impl Subject {
         let name = whole.session().model().to_owned();
         let port = whole.session().inputs().iter();
         let mut port = port.filter(|p| p.dtype.is_some_and(DType::is_float) && p.dims.len() >= 4);
-        let port = port.find(|p| !p.name.starts_with("past_key_values."));
+        let port = port.find(|p| crate::ir::cache_name(&p.name, "past").is_none());
         let Some(port) = port else {
             return Err(BenchError::Input(format!("{name}: no input of pixels")));
         };

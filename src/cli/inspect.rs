@@ -168,6 +168,11 @@ fn describe(part: &Part) -> Value {
     }
     let found = match &part.role {
         Role::Vision(t) => tower(model, t),
+        Role::Encoder(e) => json!({
+            "input": "images",
+            "feature_width": e.feature_width,
+            "not_recognised": [e.why.to_string()],
+        }),
         Role::Embedding(e) => json!({
             "width": e.width,
             "dtype": e.dtype.to_string(),
@@ -326,6 +331,15 @@ fn print(parts: &[Part]) {
         }
         match &part.role {
             Role::Vision(t) => print_tower(model, t),
+            Role::Encoder(e) => {
+                anstream::println!("  features   {} wide", optional(e.feature_width));
+                anstream::println!(
+                    "  {}no{} {}; visual_prune alone works on it",
+                    style::BAD,
+                    style::RESET,
+                    e.why
+                );
+            }
             Role::Embedding(e) => {
                 anstream::println!("  width      {}, {}", optional(e.width), e.dtype);
                 if let Some(scatter) = &e.scatter {

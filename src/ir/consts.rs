@@ -2,7 +2,7 @@
 //! them on.
 
 use super::model::{AttrValue, Model};
-use super::{Tensor, ValueId};
+use super::{DataType, Tensor, ValueId};
 
 /// The constant a value holds, seen through `Identity` and `Cast`-free chains.
 pub fn constant(model: &Model, value: ValueId) -> Option<Tensor> {
@@ -31,9 +31,35 @@ pub fn constant(model: &Model, value: ValueId) -> Option<Tensor> {
     None
 }
 
-/// Integers a value holds, if it is a constant of an integer type.
+/// Integers a value holds, if it is a constant of an integer type, or what an exporter that folds
+/// nothing makes of several: other axes, another integer type, one after the other.
 pub fn ints(model: &Model, value: ValueId) -> Option<Vec<i64>> {
-    constant(model, value)?.to_i64s(model.external()).ok()
+    unfolded(model, value, 8)
+}
+
+fn unfolded(model: &Model, value: ValueId, depth: usize) -> Option<Vec<i64>> {
+    if let Some(tensor) = constant(model, value) {
+        return tensor.to_i64s(model.external()).ok();
+    }
+    let depth = depth.checked_sub(1)?;
+    let node = model.producer_node(value)?;
+    let part = |value: ValueId| unfolded(model, value, depth);
+    let to = |code: i64| {
+        let dtype = i32::try_from(code).map(DataType::from_code);
+        matches!(dtype, Ok(DataType::Int32 | DataType::Int64))
+    };
+    match node.op_type.as_str() {
+        "Unsqueeze" | "Squeeze" => part(node.input(0)?),
+        "Cast" if node.attr_int("to").is_some_and(to) => part(node.input(0)?),
+        "Concat" if node.attr_int("axis") == Some(0) => {
+            let mut all = Vec::new();
+            for input in &node.inputs {
+                all.extend(part((*input)?)?);
+            }
+            Some(all)
+        }
+        _ => None,
+    }
 }
 
 /// The integer a value holds, if it is a constant of one element.

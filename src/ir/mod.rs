@@ -9,6 +9,7 @@ pub mod consts;
 
 mod apply;
 mod branches;
+mod cache;
 mod copy;
 mod dtype;
 mod error;
@@ -28,6 +29,7 @@ mod types;
 mod verify;
 
 pub use branches::{Branch, join, split};
+pub use cache::cache_name;
 pub use cone::Substitution;
 pub use dtype::DataType;
 pub use error::IrError;

@@ -12,6 +12,14 @@ fn fixed_length(model: &Model, ids: ValueId) -> Option<i64> {
 
 /// Checks that there is a tower.
 pub(super) fn requires_tower(vlm: &Vlm) -> Result<(), String> {
+    if let Some((index, encoder)) = vlm.encoders().next() {
+        return Err(format!(
+            "{}: its tower is of no structure that is known ({}), so tokens cannot be merged or left out in it; \
+             visual_prune alone works on such models",
+            vlm.parts[index].label(),
+            encoder.why.found
+        ));
+    }
     match vlm.towers().next() {
         Some(_) => Ok(()),
         None => {
@@ -43,6 +51,13 @@ pub(super) fn fits(vlm: &Vlm, index: usize, tower: &VisionTower) -> Result<i64, 
             "behind the tower, {node} treats the tokens as a grid (pooling, convolution, \
              resizing), which fewer tokens do not fill; merging in front of it is not supported. \
              visual_prune alone works on such models"
+        ));
+    }
+    if let Some(node) = &tower.cut {
+        return Err(format!(
+            "behind the tower, {node} takes tokens by their place in the list (register tokens are left out \
+             so), and fewer tokens have other places; merging in front of it is not supported. visual_prune \
+             alone works on such models"
         ));
     }
     let ids = vlm.decoders().find(|(i, _)| *i == index);

@@ -431,6 +431,7 @@ fn inputs(
             all.insert(whole.tower.pixels, pixels(whole.tower.pixels));
         }
         Role::Vision(tower) => drop(all.insert(tower.pixels, pixels(tower.pixels))),
+        Role::Encoder(encoder) => drop(all.insert(encoder.pixels, pixels(encoder.pixels))),
         Role::Embedding(embedding) => drop(all.insert(embedding.ids, vec![batch, length])),
         Role::Unknown(_) => {}
     }

@@ -114,7 +114,7 @@ pub(super) fn requires(pass: &'static str, vlm: &Vlm, context: &Context) -> Resu
                 ));
             }
             Marker::Channel => {
-                let encoder = vlm.towers().any(|(_, t)| t.features_index.is_some());
+                let encoder = vlm.features().next().is_some();
                 let missing = match (encoder, vlm.embeddings().next()) {
                     (false, _) => "vision encoder",
                     (_, None) => "token embedding",

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use ndarray::{Array2, Axis, concatenate, s};
 
 use self::fixed::Fixed;
-use self::interface::{Ends, Slot, fillable, keys, slot};
+use self::interface::{Ends, Slot, fillable, is_past, keys, slot};
 use super::error::{Result, RuntimeError};
 use super::grid::{self, Block, GridPositions};
 use super::session::{Port, Session};
@@ -216,8 +216,8 @@ impl Decoder {
         let ends = Ends::of(&session)?;
         let mut slots = Vec::new();
         for port in session.inputs() {
-            if let Some(rest) = port.name.strip_prefix("past_key_values.") {
-                slots.push(slot(&session, port, rest, heads)?);
+            if is_past(&port.name) {
+                slots.push(slot(&session, port, heads)?);
             }
         }
         fillable(&session, &ends)?;
@@ -256,7 +256,7 @@ impl Decoder {
                 ));
             }
         }
-        let past = |port: &&Port| port.name.starts_with("past_key_values.");
+        let past = |port: &&Port| is_past(&port.name);
         if let Some(port) = prompt.inputs().iter().find(past) {
             return Err(wrong(
                 "no cache inputs in the graph that runs first".into(),
@@ -420,7 +420,7 @@ impl Decoder {
                 }
                 MASK => integers(port, mask.clone())?,
                 POSITIONS => match &input.positions {
-                    Some(positions) => Value::new(positions.clone())?,
+                    Some(positions) => narrowed(port, positions)?,
                     None => {
                         if let Some(visual) = &input.visual {
                             check(VISUAL, visual.dim())?;
@@ -516,6 +516,16 @@ pub(super) fn integers(port: &Port, values: Array2<i64>) -> Result<Value> {
         _ => values.into(),
     };
     Value::new(tensor)
+}
+
+/// Positions of any rank, in the type of the input.
+fn narrowed(port: &Port, positions: &Tensor) -> Result<Value> {
+    if port.dtype != Some(DType::I32) || positions.dtype() != DType::I64 {
+        return Value::new(positions.clone());
+    }
+    let narrow = |v: i64| i32::try_from(v).unwrap_or(i32::MAX);
+    let all: Vec<i32> = positions.i64s()?.iter().map(|v| narrow(*v)).collect();
+    Value::new(Tensor::new(positions.shape().to_vec(), all)?)
 }
 
 pub(super) fn ports(ports: &[Port]) -> String {

@@ -22,6 +22,13 @@ pub enum ValidateError {
 }
 
 impl ValidateError {
+    /// A vision encoder for images of any size: nothing says what to ask it.
+    pub(super) fn open_size(file: &str) -> Self {
+        Self::Model(format!(
+            "{file}: the image size is not fixed in the file; expected pixels [n, 3, height, width]"
+        ))
+    }
+
     /// What the runtime says of the rewritten model, where the same was asked of the base.
     pub(super) fn of_rewritten(error: impl Into<Self>) -> Self {
         match error.into() {

@@ -2,6 +2,8 @@
 
 use ndarray::{Array2, Array3, Axis};
 
+use super::limits::Limits;
+use super::plain::PlainPair;
 use super::precision::{lower, precision, quantised, ties, tolerance};
 use super::reference::{Choice, Fewer, ORDER, Ranking, ReferenceVision, State, StepIn, order_of};
 use super::report::Report;
@@ -103,6 +105,7 @@ pub fn check(
                 Pair {
                     vision: None,
                     rows: None,
+                    plain: None,
                     embed: None,
                     decoder: None,
                     ..
@@ -125,7 +128,7 @@ pub fn check(
                     }
                     scenario.decode = 0;
                 }
-                if let Some(why) = pair.beyond(&scenario) {
+                if let Some(why) = pair.limits.beyond(&scenario) {
                     let check = format!("{}{}", pair.label, scenario.name);
                     report.add(check, true, format!("left out: {why}"));
                     continue;
@@ -157,6 +160,8 @@ struct Pair {
     vision: Option<(ReferenceVision, VisionEncoder, Frame)>,
     /// The same for an encoder that takes rows of patches.
     rows: Option<RowPair>,
+    /// The same for an encoder whose tower is not known.
+    plain: Option<PlainPair>,
     embed: Option<(Embedder, Embedder)>,
     decoder: Option<(decoders::Reference, RunDecoder)>,
     /// Plain width of embeddings.
@@ -170,10 +175,8 @@ struct Pair {
     dtype: DataType,
     quantised: bool,
     salient: bool,
-    /// Whether rows may be padded on the left.
-    padding: bool,
-    /// Why a cache cannot be followed by several new tokens, if so.
-    single_steps: Option<String>,
+    /// What the unmodified files do not run.
+    limits: Limits,
     /// Rows of its position ids, if these have rank 3.
     position_rows: Option<usize>,
     /// Whether the decoder attends to features that a merge discarded and left in their places.
@@ -212,6 +215,7 @@ impl Pair {
             label: String::new(),
             vision: None,
             rows: None,
+            plain: None,
             embed: None,
             decoder: None,
             width: 0,
@@ -223,8 +227,7 @@ impl Pair {
             dtype: DataType::Float,
             quantised: false,
             salient: prune.is_some_and(|p| p.text == TextQueries::Salient),
-            padding: true,
-            single_steps: None,
+            limits: Limits::default(),
             position_rows: None,
             attended: false,
             kept: decoders::kept_names(pruning, placed),
@@ -257,9 +260,7 @@ impl Pair {
                     let run = probe::open_rewritten(&probed, &name, session)?;
                     let run = VisionEncoder::new(run).map_err(ValidateError::of_rewritten)?;
                     let Some(frame) = Frame::of(&old.model, tower) else {
-                        return Err(ValidateError::Model(format!(
-                            "{name}: the image size is not fixed in the file; expected pixels [n, 3, height, width]"
-                        )));
+                        return Err(ValidateError::open_size(&name));
                     };
                     pair.dtype = lower(pair.dtype, precision(&old.model));
                     pair.vision = Some((reference, run, frame));
@@ -267,7 +268,13 @@ impl Pair {
                         pair.width = width as usize;
                     }
                 }
+                Role::Encoder(encoder) => {
+                    let open = PlainPair::open(&old.model, &new.model, encoder, &name, session)?;
+                    pair.dtype = lower(pair.dtype, precision(&old.model));
+                    pair.plain = Some(open);
+                }
                 Role::Embedding(embedding) => {
+                    pair.limits.note_batch(&old.model, embedding.ids, &name);
                     if let Some(scatter) = &embedding.scatter {
                         pair.placeholder = Some(embed::placeholder(scatter, &name)?);
                         let stated = fixed(&old.model, scatter.features, 1);
@@ -280,7 +287,8 @@ impl Pair {
                     pair.embed = Some((reference, run));
                 }
                 Role::Decoder(decoder) => {
-                    pair.padding &= decoder.takes_padding();
+                    pair.limits.note_batch(&old.model, decoder.embeds, &name);
+                    pair.limits.note_mask(decoder);
                     pair.attended |= placed && !decoder.hides_columns();
                     pair.takes_rows(decoder, &name)?;
                     pair.width = decoder.width.map_or(pair.width, |w| w as usize);
@@ -294,7 +302,7 @@ impl Pair {
         if let Some(files) = files {
             let (mut reference, run) =
                 decoders::open(base, rewritten, files, pruning, placed, session)?;
-            pair.single_steps = reference.continues()?;
+            pair.limits.single_steps = reference.continues()?;
             pair.decoder = Some((reference, run));
         }
         Ok(pair)
@@ -337,24 +345,6 @@ impl Pair {
             .map(|(i, &tokens)| scenario::grid(tokens, i))
             .collect();
         Ok(places.advance(&layout.visual, &layout.mask, &grids)?)
-    }
-
-    /// Why the unmodified decoder cannot run a scenario, if it cannot.
-    fn beyond(&self, scenario: &Scenario) -> Option<String> {
-        if scenario.padded() && !self.padding {
-            return Some(
-                "the decoder's attention takes the length of each row but no mask \
-                 (GroupQueryAttention), so rows of a batch cannot be padded on the left"
-                    .into(),
-            );
-        }
-        let why = self
-            .single_steps
-            .as_ref()
-            .filter(|_| scenario.turns.len() > 1)?;
-        Some(format!(
-            "the unmodified decoder does not take several new tokens on top of a cache ({why})"
-        ))
     }
 
     /// Plain embeddings `[b, L, D]`, and those that the rewritten decoder reads,
@@ -427,36 +417,46 @@ impl Pair {
                     discarded.push(seen.gone.clone());
                     seen_rows.push(seen);
                 }
-            } else if let (true, Some((reference, run, frame))) = (images > 0, &mut self.vision) {
-                let pixels = frame.pixels(images, &mut rng);
-                let [_, h, w] = frame.size;
-                let mask = run.takes_mask().then(|| rng.masks(images, h, w));
-                let (found, outputs) = match run.run_with_outputs(pixels.clone(), mask.as_ref()) {
-                    Ok(found) => found,
-                    Err(error) => {
-                        reference.features(pixels, mask.as_ref(), None)?;
-                        return Err(ValidateError::Rewritten(error));
-                    }
-                };
-                let scores = match (outputs.get(SCORE), outputs.get(ORDER)) {
-                    (Ok(scores), _) => rows_of(scores)?,
-                    (_, Ok(order)) => order_of(&order.to_tensor()?.i64s()?, order.shape()[0]),
-                    _ => Vec::new(),
-                };
-                let ranking = Ranking {
-                    scores: &scores,
-                    tolerance: ties(self.dtype, self.quantised),
-                };
-                let expected = reference.features(pixels, mask.as_ref(), Some(ranking))?;
-                tally.near_ties += expected.near_ties;
-                let each = expected.features.iter().zip(&expected.gone);
-                for ((want, gone), found) in each.zip(found) {
-                    let marks = self.channel.then_some(gone.as_slice());
-                    tally.features(want, &found, marks)?;
-                    plain.push(Tensor::from(want.clone()));
+            } else if let Some(encoder) = &mut self.plain {
+                for (want, found) in encoder.see(images, &mut rng, self.channel, tally)? {
+                    discarded.push(vec![false; want.nrows()]);
+                    plain.push(Tensor::from(want));
                     marked.push(found);
                 }
-                discarded = expected.gone;
+            } else if let (true, Some((reference, run, frame))) = (images > 0, &mut self.vision) {
+                let at_once = frame.at_once(images);
+                for _ in 0..images / at_once {
+                    let pixels = frame.pixels(at_once, &mut rng);
+                    let [_, h, w] = frame.size;
+                    let mask = run.takes_mask().then(|| rng.masks(at_once, h, w));
+                    let (found, outputs) = match run.run_with_outputs(pixels.clone(), mask.as_ref())
+                    {
+                        Ok(found) => found,
+                        Err(error) => {
+                            reference.features(pixels, mask.as_ref(), None)?;
+                            return Err(ValidateError::Rewritten(error));
+                        }
+                    };
+                    let scores = match (outputs.get(SCORE), outputs.get(ORDER)) {
+                        (Ok(scores), _) => rows_of(scores)?,
+                        (_, Ok(order)) => order_of(&order.to_tensor()?.i64s()?, order.shape()[0]),
+                        _ => Vec::new(),
+                    };
+                    let ranking = Ranking {
+                        scores: &scores,
+                        tolerance: ties(self.dtype, self.quantised),
+                    };
+                    let expected = reference.features(pixels, mask.as_ref(), Some(ranking))?;
+                    tally.near_ties += expected.near_ties;
+                    let each = expected.features.iter().zip(&expected.gone);
+                    for ((want, gone), found) in each.zip(found) {
+                        let marks = self.channel.then_some(gone.as_slice());
+                        tally.features(want, &found, marks)?;
+                        plain.push(Tensor::from(want.clone()));
+                        marked.push(found);
+                    }
+                    discarded.extend(expected.gone);
+                }
             } else {
                 for _ in 0..images {
                     let f = Array2::from_shape_fn((self.features, self.width), |_| rng.normal());

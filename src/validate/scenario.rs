@@ -4,7 +4,7 @@
 use ndarray::{Array2, Array3, Array4, Array5, s};
 
 use crate::arch::VisionTower;
-use crate::ir::{Dim, Model};
+use crate::ir::{Dim, Model, ValueId};
 use crate::random::SplitMix64;
 use crate::runtime::Tensor;
 
@@ -138,20 +138,41 @@ pub struct Frame {
     pub frames: Option<usize>,
     /// Channels, height, width.
     pub size: [usize; 3],
+    /// Whether the file takes one at a time.
+    pub alone: bool,
 }
 
 impl Frame {
     /// The size that a tower's file fixes; `None` if it fixes none. Clips of any number of
     /// frames have three.
     pub fn of(model: &Model, tower: &VisionTower) -> Option<Self> {
-        let shape = model.value(tower.pixels).ty.as_ref()?.shape()?;
+        Self::of_pixels(model, tower.pixels, tower.video)
+    }
+
+    /// The size that the file fixes of an input of pixels; `video`: of clips.
+    pub fn of_pixels(model: &Model, pixels: ValueId, video: bool) -> Option<Self> {
+        let shape = model.value(pixels).ty.as_ref()?.shape()?;
         let known = |n: &Dim| n.known().and_then(|n| usize::try_from(n).ok());
-        let [channels, height, width] = tower.pixel_size(model);
+        let [.., channels, height, width] = shape else {
+            return None;
+        };
+        // Of clips the first axis counts clips; crops of an image are laid out as images.
+        let counts = if video {
+            0
+        } else {
+            shape.len().checked_sub(4)?
+        };
         Some(Self {
             // Crops of an image are no frames.
-            frames: tower.video.then(|| known(&shape[1]).unwrap_or(3)),
-            size: [channels.unwrap_or(3), height?, width?],
+            frames: video.then(|| known(&shape[1]).unwrap_or(3)),
+            size: [known(channels).unwrap_or(3), known(height)?, known(width)?],
+            alone: known(&shape[counts]) == Some(1),
         })
+    }
+
+    /// How many are given to the encoder in each run, of `n` in all.
+    pub fn at_once(self, n: usize) -> usize {
+        if self.alone { n.min(1) } else { n }
     }
 
     /// Pixels of `n` images or clips.

@@ -62,7 +62,7 @@ pub(super) fn check(
             Role::Vision(tower) => (Some(tower.as_ref()), None),
             Role::Decoder(decoder) => (None, Some(decoder.as_ref())),
             Role::Whole(whole) => (Some(&whole.tower), Some(&whole.decoder)),
-            Role::Embedding(_) | Role::Unknown(_) => continue,
+            Role::Embedding(_) | Role::Encoder(_) | Role::Unknown(_) => continue,
         };
         let whole = match &old.role {
             Role::Whole(whole) => Some(super::whole::feed(
@@ -235,7 +235,8 @@ fn rows_feed(
     Ok(Some(feed))
 }
 
-/// Pixels of two images; nothing if their size is not fixed.
+/// Pixels of two images, or of one where the file takes no more; nothing if their size is not
+/// fixed.
 fn tower_feed(
     model: &Model,
     tower: &VisionTower,
@@ -246,16 +247,18 @@ fn tower_feed(
         return Ok(None);
     };
     let [_, h, w] = frame.size;
+    let images = frame.at_once(2);
     let rank = ty.and_then(|t| t.shape()).map_or(4, <[_]>::len);
-    let pixels = lay_out_pixels(frame.pixels(2, rng), rank)?;
+    let pixels = lay_out_pixels(frame.pixels(images, rng), rank)?;
     let stated = ty.and_then(ValueType::dtype).unwrap_or(DataType::Float);
     let pixels = pixels.cast_float(dtype(stated))?;
     let mut feed = vec![(model.name(tower.pixels).to_owned(), pixels)];
     // A mask of padded pixels, where the model takes one.
     let others = model.graph().inputs.iter().copied();
-    for other in others.filter(|v| *v != tower.pixels) {
+    let given = |v: &ValueId| *v != tower.pixels && model.value(*v).initializer.is_none();
+    for other in others.filter(given) {
         let kind = model.value(other).ty.as_ref().and_then(ValueType::dtype);
-        let mask = rng.masks(2, h, w).mapv(i64::from);
+        let mask = rng.masks(images, h, w).mapv(i64::from);
         let mask = match kind {
             Some(DataType::Bool) => Tensor::from(mask.mapv(|m| m != 0)),
             _ => Tensor::from(mask),
@@ -371,9 +374,13 @@ fn decoder_feed(
     placed: bool,
     rng: &mut Seeded,
 ) -> Result<Vec<(String, Tensor)>, ValidateError> {
-    // A batch, padded if the model takes padding.
+    // A batch, padded if the model takes padding; one row where it takes no more.
     let all = standard(8, 1);
-    let fits = |s: &&Scenario| s.turns[0].rows.len() == 2 && s.padded() == decoder.takes_padding();
+    let one = super::numeric::fixed(base, decoder.embeds, 0) == Some(1);
+    let fits = |s: &&Scenario| match s.turns[0].rows.len() {
+        1 => one,
+        rows => !one && rows == 2 && s.padded() == decoder.takes_padding(),
+    };
     let Some(scenario) = all.iter().find(fits) else {
         return Err(ValidateError::Model("no scenario fits the decoder".into()));
     };
@@ -382,9 +389,22 @@ fn decoder_feed(
     let mut feed = Vec::new();
     for &input in &model.graph().inputs {
         let value = model.value(input);
+        // A weight that is an input too, as older exporters list them.
+        if value.initializer.is_some() {
+            continue;
+        }
         let shape = value.ty.as_ref().and_then(|t| t.shape()).unwrap_or(&[]);
         let known = |axis: usize| shape.get(axis).and_then(Dim::known).map(|n| n as usize);
         let name = value.name.as_str();
+        let stated = value.ty.as_ref().and_then(ValueType::dtype);
+        let integers = |values: &Array2<i64>| -> Tensor {
+            match stated {
+                Some(DataType::Int32) => values.mapv(|v| v as i32).into(),
+                Some(DataType::Bool) => values.mapv(|v| v != 0).into(),
+                Some(DataType::Float) => values.mapv(|v| v as f32).into(),
+                _ => values.clone().into(),
+            }
+        };
         let tensor = if name == base.name(decoder.embeds) {
             let width = known(2).unwrap_or(1);
             let marked = decoder.width.is_some_and(|w| w as usize + 1 == width);
@@ -400,11 +420,11 @@ fn decoder_feed(
             ))
             .cast_float(dtype(decoder.dtype))?
         } else if Some(name) == decoder.attention_mask.map(|v| base.name(v)) {
-            Tensor::from(layout.mask.clone())
+            integers(&layout.mask)
         } else if Some(name) == decoder.position_ids.map(|v| base.name(v)) {
             let before = |r: usize, i: usize| layout.mask.row(r).iter().take(i).sum::<i64>();
             match decoder.position_rows {
-                None => Array2::from_shape_fn((b, l), |(r, i)| before(r, i)).into(),
+                None => integers(&Array2::from_shape_fn((b, l), |(r, i)| before(r, i))),
                 // Rows that differ, so that one does not pass for another.
                 Some(rows) => ndarray::Array3::from_shape_fn((rows, b, l), |(p, r, i)| {
                     before(r, i) / (p as i64 + 1)

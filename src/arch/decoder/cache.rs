@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::ir::{Model, ValueId};
+use crate::ir::{Model, ValueId, cache_name};
 
 /// Key and value tensors of each layer, whatever order the interface has.
 pub(in crate::arch) struct Caches {
@@ -39,24 +39,5 @@ impl Caches {
     /// Whether an output is part of a cache.
     pub(super) fn holds(name: &str) -> bool {
         cache_name(name, "present").is_some()
-    }
-}
-
-/// (layer, is key) of a cache name such as `present.3.key`,
-/// `past_key_values.3.value` or `past_key_3`.
-fn cache_name(name: &str, what: &str) -> Option<(usize, bool)> {
-    let rest = name.strip_prefix(what)?;
-    let digits: String = rest
-        .chars()
-        .skip_while(|c| !c.is_ascii_digit())
-        .take_while(char::is_ascii_digit)
-        .collect();
-    let layer = digits.parse().ok()?;
-    // `past_key_values` holds both words: the layer's own word comes last.
-    let own = rest.replace("key_values", "");
-    match (own.contains("key"), own.contains("value")) {
-        (true, false) => Some((layer, true)),
-        (false, true) => Some((layer, false)),
-        _ => None,
     }
 }

@@ -367,7 +367,17 @@ fn linear_depth(model: &Model, node: &Node) -> Option<i64> {
             .producer_node(value)
             .filter(|n| n.is("DequantizeLinear"));
         let source = dequantized.and_then(|n| n.input(0)).unwrap_or(value);
-        consts::dims(model, source).filter(|d| d.len() == 2)
+        // An exporter that folds nothing turns PyTorch's weights at run time.
+        let turned = model
+            .producer_node(source)
+            .filter(|n| n.is("Transpose") && n.attr_ints("perm") == Some(&[1, 0]));
+        let dims = match turned {
+            Some(node) => {
+                consts::dims(model, node.input(0)?).map(|d| d.into_iter().rev().collect())
+            }
+            None => consts::dims(model, source),
+        };
+        dims.filter(|d: &Vec<i64>| d.len() == 2)
     };
     match node.op_type.as_str() {
         "MatMul" | "MatMulInteger" | "FusedMatMul" => weight().map(|d| d[0]),

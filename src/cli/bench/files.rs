@@ -307,7 +307,9 @@ impl Interface {
             let ty = model.value(*value).ty.as_ref().and_then(ValueType::dtype);
             ty.is_some_and(|t| t.is_float()) && model.value(*value).initializer.is_none()
         };
-        let past = |value: &crate::ir::ValueId| model.name(*value).starts_with("past_key_values.");
+        let past = |value: &crate::ir::ValueId| {
+            crate::ir::cache_name(model.name(*value), "past").is_some()
+        };
         let inputs = || graph.inputs.iter().copied();
         let caches: Vec<_> = inputs().filter(past).collect();
         let first = caches.first().map(|v| dims(model, *v)).unwrap_or_default();

@@ -351,10 +351,7 @@ impl VisualPrune {
         let placed = context.placed(vlm);
         // The merge has marked what it placed.
         if vlm.decoders().any(channel) && !placed {
-            for (index, tower) in vlm.towers() {
-                let Some(output) = tower.features_index else {
-                    continue;
-                };
+            for (index, output) in vlm.features() {
                 let mut patch = crate::ir::Patch::new(&vlm.parts[index].model, pass);
                 patch.scope("marker");
                 marker::append_channel(&mut patch, output, 1.0);

@@ -1,5 +1,7 @@
 //! Which input and output of a decoder is what.
 
+use crate::ir::cache_name;
+
 use super::super::error::{Result, RuntimeError};
 use super::super::session::{Port, Session};
 use super::super::tensor::DType;
@@ -75,7 +77,7 @@ pub(super) fn fillable(session: &Session, ends: &Ends) -> Result<()> {
         let known = name == ends.embeds
             || [IDS, MASK, POSITIONS, VISUAL, SALIENT, USE_CACHE].contains(&name)
             || KEEP_LOGITS.contains(&name)
-            || name.starts_with("past_key_values.");
+            || is_past(name);
         if !known {
             return Err(RuntimeError::Interface {
                 model: session.model().to_string(),
@@ -89,19 +91,34 @@ pub(super) fn fillable(session: &Session, ends: &Ends) -> Result<()> {
     Ok(())
 }
 
+/// Whether an input is part of the cache.
+pub(super) fn is_past(name: &str) -> bool {
+    name.starts_with("past_key_values.") || cache_name(name, "past").is_some()
+}
+
+/// Name of the output that fills a past input: `present.3.key` for `past_key_values.3.key`,
+/// and whatever else names the key or value of the same layer (`present_key_3`).
+fn present_of(session: &Session, past: &str) -> String {
+    let usual = past.strip_prefix("past_key_values.");
+    let usual = usual.map(|rest| format!("present.{rest}"));
+    if let Some(usual) = usual.as_ref().filter(|n| session.output(n).is_some()) {
+        return usual.clone();
+    }
+    let place = cache_name(past, "past");
+    let same = |port: &&Port| place.is_some() && cache_name(&port.name, "present") == place;
+    let named = session.outputs().iter().find(same);
+    let named = named.map(|port| port.name.clone()).or(usual);
+    named.unwrap_or_else(|| past.replacen("past", "present", 1))
+}
+
 /// The pair of a past input and its present output.
-pub(super) fn slot(
-    session: &Session,
-    port: &Port,
-    rest: &str,
-    heads: Option<CacheHeads>,
-) -> Result<Slot> {
+pub(super) fn slot(session: &Session, port: &Port, heads: Option<CacheHeads>) -> Result<Slot> {
     let wrong = |expected: String, found: String| RuntimeError::Interface {
         model: session.model().to_string(),
         expected,
         found,
     };
-    let present = format!("present.{rest}");
+    let present = present_of(session, &port.name);
     if session.output(&present).is_none() {
         return Err(wrong(
             format!("an output `{present}` for the input `{}`", port.name),
@@ -140,12 +157,18 @@ pub(super) fn slot(
 /// Which slots hold keys, in the order of the layers that their names state. Interfaces list keys and values in
 /// turns, or all keys before all values.
 pub(super) fn keys(slots: &[Slot]) -> Vec<usize> {
-    let layer =
-        |name: &str| -> Option<usize> { name.rsplit('.').find_map(|part| part.parse().ok()) };
+    let layer = |name: &str| -> Option<usize> {
+        let stated = cache_name(name, "past").map(|(layer, _)| layer);
+        stated.or_else(|| name.rsplit('.').find_map(|part| part.parse().ok()))
+    };
+    let is_key = |name: &str| match cache_name(name, "past") {
+        Some((_, key)) => key,
+        None => name.ends_with("key"),
+    };
     let mut keys: Vec<(Option<usize>, usize)> = slots
         .iter()
         .enumerate()
-        .filter(|(_, slot)| slot.past.ends_with("key"))
+        .filter(|(_, slot)| is_key(&slot.past))
         .map(|(at, slot)| (layer(&slot.past), at))
         .collect();
     keys.sort();

@@ -1,6 +1,6 @@
 //! The decoder in stages, each the unmodified graph entered at a drop point.
 
-use ndarray::{Array2, Array3, ArrayView1, Axis, s};
+use ndarray::{Array2, Array3, ArrayD, ArrayView1, Axis, s};
 
 use super::super::oracle::{self, Text};
 use super::super::{ValidateError, probe};
@@ -565,6 +565,17 @@ impl ReferenceDecoder {
         all.ok_or_else(|| ValidateError::Model("a batch without rows".into()))
     }
 
+    /// Numbers, of the type of the input `name`.
+    fn integers(&self, name: &str, values: ArrayD<i64>) -> Result<Value, ValidateError> {
+        let tensor: Tensor = match self.stages[0].session.input(name).and_then(|p| p.dtype) {
+            Some(DType::I32) => values.mapv(|i| i32::try_from(i).unwrap_or(i32::MAX)).into(),
+            Some(DType::Bool) => values.mapv(|i| i != 0).into(),
+            Some(DType::F32) => values.mapv(|i| i as f32).into(),
+            _ => values.into(),
+        };
+        Ok(Value::new(tensor)?)
+    }
+
     /// Runs one stage. Layers of other stages are fed caches of this stage's
     /// length, so that whatever the exporter reads lengths from agrees; what
     /// they compute is not used.
@@ -590,24 +601,19 @@ impl ReferenceDecoder {
             feed.push((name, value));
         }
         if let (Some(name), Some(ids)) = (&self.names.ids, fed.ids) {
-            let narrow = self.stages[0].session.input(name).and_then(|p| p.dtype);
-            let ids: Tensor = match narrow {
-                Some(DType::I32) => ids.map(|i| i32::try_from(*i).unwrap_or(i32::MAX)).into(),
-                _ => ids.clone().into(),
-            };
-            feed.push((name, Value::new(ids)?));
+            feed.push((name, self.integers(name, ids.clone().into_dyn())?));
         }
         feed.extend(self.given.iter().map(|(n, v)| (n.as_str(), v.clone())));
         if let Some(name) = &self.names.mask {
-            feed.push((name, Value::new(Tensor::from(fed.mask.clone()))?));
+            feed.push((name, self.integers(name, fed.mask.clone().into_dyn())?));
         }
         if let Some(name) = &self.names.positions {
             // One row is what an input of rank 2 takes.
-            let positions: Tensor = match self.decoder.position_rows {
-                Some(_) => fed.positions.clone().into(),
-                None => fed.positions.index_axis(Axis(0), 0).to_owned().into(),
+            let positions = match self.decoder.position_rows {
+                Some(_) => fed.positions.clone().into_dyn(),
+                None => fed.positions.index_axis(Axis(0), 0).to_owned().into_dyn(),
             };
-            feed.push((name, Value::new(positions)?));
+            feed.push((name, self.integers(name, positions)?));
         }
         if let Some(turn) = fed.turn {
             feed.extend(turn.feed(self.dtype)?);

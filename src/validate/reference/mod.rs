@@ -13,6 +13,7 @@
 mod decoder;
 mod operands;
 mod projection;
+mod projector;
 mod rows;
 mod schedule;
 mod selection;

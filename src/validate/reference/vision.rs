@@ -5,10 +5,11 @@ use ndarray::{Array2, Array3, Axis, s};
 use super::super::oracle::{self, MergeInput, MergeParams, Merged};
 use super::super::{ValidateError, probe};
 use super::projection::Probes;
+use super::projector::Projector;
 use super::selection::{Choosing, Fewer};
 use super::ties::{Ranking, reordered};
 use crate::arch::VisionTower;
-use crate::ir::{DataType, Dim, Model, ValueId, ValueType, extract};
+use crate::ir::{Dim, Model, ValueId, ValueType, extract};
 use crate::passes::{Count, Placement, Selector, TokenMerge};
 use crate::runtime::{Port, Session, SessionOptions, Tensor, Value, lay_out_pixels, pixel_mask};
 
@@ -34,9 +35,9 @@ pub struct ReferenceVision {
     /// Where the attention is looked at: not where the features decide, which are then what the
     /// graph gives when nothing else is asked of it.
     probes: Option<Probes>,
-    merge: Option<(MergeParams, Session)>,
+    merge: Option<(MergeParams, Projector)>,
     /// A choice among tokens, and the projector where that works on what is left.
-    choosing: Option<(Choosing, Session)>,
+    choosing: Option<(Choosing, Projector)>,
     /// Features of an image, where merged ones go to their places among as many.
     slots: Option<usize>,
     /// Patches of each token that a shuffle makes, by the base graph's own
@@ -75,18 +76,7 @@ impl ReferenceVision {
             }
         };
         let session = probe::open(&probed, "reference vision encoder", options)?;
-        let projector = || -> Result<Session, ValidateError> {
-            let unknown = |rank| vec![Dim::Unknown; rank];
-            let entry = ValueType::tensor(tower.dtype, unknown(3));
-            let projected = projected(model, tower);
-            let dtype = model.value(projected).ty.as_ref().and_then(|t| t.dtype());
-            let features = ValueType::Tensor {
-                dtype: dtype.unwrap_or(DataType::Float),
-                shape: (!tower.video).then(|| unknown(3)),
-            };
-            let part = extract(model, &[(tower.entry, entry)], &[(projected, features)])?;
-            probe::open(&part, "reference projector", options)
-        };
+        let projector = || Projector::open(model, tower, projected(model, tower), options);
         let choosing = match fewer {
             Some(Fewer::Keep(kept)) => Some((Choosing::new(kept, tower)?, projector()?)),
             _ => None,
@@ -160,9 +150,8 @@ impl ReferenceVision {
                 Some(rows) => {
                     let entry = out.get(&self.names.entry)?;
                     let tokens = rank3(entry)?.select(Axis(1), &rows);
-                    let tokens = Tensor::from(tokens).cast_float(entry.dtype())?;
-                    let projected = projector.run(&[(&self.names.entry, &Value::new(tokens)?)])?;
-                    (per_image(projected.first()?, batch)?, 0)
+                    let projected = projector.run(tokens, entry.dtype())?;
+                    (per_image(&projected, batch)?, 0)
                 }
                 None => {
                     let each = per_image(out.get(&self.names.features)?, images)?;
@@ -245,9 +234,8 @@ impl ReferenceVision {
         let views: Vec<_> = tokens.iter().map(|t| t.view()).collect();
         let tokens = ndarray::concatenate(Axis(0), &views);
         let tokens = tokens.map_err(|e| ValidateError::Model(e.to_string()))?;
-        let merged_rows = Tensor::from(tokens).cast_float(out.get(&self.names.hidden)?.dtype())?;
-        let projected = projector.run(&[(&self.names.entry, &Value::new(merged_rows)?)])?;
-        let projected = projected.first()?;
+        let projected = projector.run(tokens, out.get(&self.names.hidden)?.dtype())?;
+        let projected = &projected;
         let (features, gone) = match self.slots {
             None => {
                 let features = per_image(projected, batch)?;
