@@ -221,12 +221,16 @@ fn caches_of_other_names_and_weights_among_the_inputs_are_validated() {
         if !matches!(role, Role::Decoder(_)) {
             return;
         }
-        // past_key_values.3.key → past_key_3
+        // past_key_values.3.key → past_key_3, past_key_values.4.key → past.4.k
         let rename = |name: &mut String| {
             for (old, new) in [("past_key_values.", "past"), ("present.", "present")] {
                 let parts = name.strip_prefix(old).and_then(|rest| rest.split_once('.'));
                 if let Some((layer, part)) = parts {
-                    *name = format!("{new}_{part}_{layer}");
+                    let odd = layer.ends_with(['1', '3', '5', '7', '9']);
+                    *name = match odd {
+                        true => format!("{new}_{part}_{layer}"),
+                        false => format!("{new}.{layer}.{}", &part[..1]),
+                    };
                     return;
                 }
             }

@@ -245,10 +245,17 @@ impl Plan<'_, '_> {
                 node.is_some_and(|n| n.inputs.iter().flatten().any(|i| reached.contains(i)))
             });
             if read {
+                let cache = match shape.is_some_and(|s| s.len() == 4) {
+                    true => {
+                        " (caches are told by their names: past_key_values.N.key and present.N.key, \
+                         past_key_N, past.N.k)"
+                    }
+                    false => "",
+                };
                 return Err(format!(
                     "layers behind a drop point read the input '{}', whose relation to the sequence is not \
                      known; export the decoder with inputs_embeds, attention_mask, position_ids and \
-                     past_key_values only",
+                     past_key_values only{cache}",
                     value.name
                 ));
             }
