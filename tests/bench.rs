@@ -126,6 +126,11 @@ fn caches_are_the_schedules_profiles_add_up_and_the_document_is_what_its_schema_
                 "{part}: {time}"
             );
             assert!(number(&time["speedup"]) > 0.0);
+            let rounds = time["rounds_ms"].as_array().expect("rounds");
+            let rounds: Vec<f64> = rounds.iter().map(number).collect();
+            assert_eq!(rounds.len(), 2);
+            assert_eq!(rounds[0].min(rounds[1]), least, "{part}");
+            assert_eq!(rounds[0].max(rounds[1]), most, "{part}");
         }
         let parts: f64 = ["vision", "embed", "prefill"]
             .map(|p| number(&model[p]["min_ms"]))
@@ -363,6 +368,22 @@ fn models_that_do_not_belong_together_are_refused() {
         &[base, &out, "--svg", "no-such-folder/x.svg"],
         &["no folder no-such-folder"],
     );
+    // Said before anything is measured.
+    let (folder, file) = (place.at(""), place.at("both"));
+    fails(
+        &[base, &out, "--markdown", &folder],
+        &["is a directory; expected the name of a file"],
+    );
+    fails(
+        &[base, &out, "--markdown", &file, "--svg", &file],
+        &["both name"],
+    );
+    #[cfg(target_os = "linux")]
+    fails(
+        &[base, &out, "--svg", "/proc/x.svg"],
+        &["no file can be written to /proc"],
+    );
+    fails(&[base, &out, "--threads", "999999"], &["--threads", "1024"]);
     fails(&[base, &out, "--runs", "0"], &["--runs"]);
     fails(&[base, &out, "--variant", "q4"], &["q4"]);
 }
