@@ -267,6 +267,14 @@ fn what_a_model_has_not_is_said_and_the_rest_is_measured() {
     assert!(number(&model["vision"]["median_ms"]) > 0.0);
     assert_eq!(why(&model["prefill"]), "the model has no decoder");
     assert_eq!(why(&model["embed"]), "the model has no token embedding");
+    // Embeddings alone: of text, as there is nothing to put images into.
+    let document = bench(&[text(&onnx.join("embed_tokens.onnx"))], &[]);
+    let model = &document["models"][0];
+    assert_eq!(
+        (&model["visual_tokens"], &model["prompt_tokens"]),
+        (&json!(0), &json!(32))
+    );
+    assert!(number(&model["embed"]["median_ms"]) > 0.0);
     // A decoder alone, told where its visual tokens are when it was rewritten.
     let decoder = onnx.join("decoder_model_merged.onnx");
     let fixed = "version: 1

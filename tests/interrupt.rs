@@ -1,4 +1,4 @@
-//! Ctrl-C in the middle of a rewrite: nothing half-written is left behind.
+//! Ends that come from outside: Ctrl-C in the middle of a rewrite, output that nobody takes.
 
 #![cfg(unix)]
 
@@ -99,4 +99,35 @@ fn a_signal_that_is_to_be_ignored_is() {
         assert!(status.success(), "{status}");
         assert!(Path::new(&out).is_dir());
     }
+}
+
+#[test]
+fn what_cannot_be_printed_is_no_panic() {
+    let file = part("ts-sdpa-gqa", "decoder_model_merged");
+    let command = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_duet"));
+        command.args(["inspect", text(&file)]);
+        command
+    };
+    if cfg!(target_os = "linux") {
+        let full = std::fs::File::options().write(true).open("/dev/full");
+        let ran = command().stdout(full.expect("/dev/full")).output();
+        let ran = ran.expect("the binary starts");
+        let said = String::from_utf8_lossy(&ran.stderr).into_owned();
+        assert_eq!(ran.status.code(), Some(2), "{said}");
+        assert!(
+            said.starts_with("error: writing to stdout: No space"),
+            "{said}"
+        );
+    }
+    let mut child = command()
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
+    // The reader goes before anything is said.
+    drop(child.stdout.take());
+    let ran = child.wait_with_output().expect("an end");
+    assert!(ran.status.success(), "{:?}", ran.status);
+    assert_eq!(String::from_utf8_lossy(&ran.stderr), "");
 }

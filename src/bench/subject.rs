@@ -238,9 +238,10 @@ impl Subject {
         let (width, marker) = self.width();
         let again = self.again;
         let wanted = &self.job.inputs;
-        let made: Vec<Tensor> = match self.eye {
-            Some(_) => Vec::new(),
-            None => (0..wanted.images)
+        // Embeddings alone have no width that features could have.
+        let made: Vec<Tensor> = match (&self.eye, &self.decoder) {
+            (Some(_), _) | (None, None) => Vec::new(),
+            (None, Some(_)) => (0..wanted.images)
                 .map(|_| inputs::features(&mut self.random, wanted.features, width, marker))
                 .collect::<Result<_>>()?,
         };

@@ -155,6 +155,7 @@ enum Outcome {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     interrupt::watch();
+    interrupt::watch_output();
     let global = &cli.global;
     let outcome = match &cli.command {
         Command::Inspect(arguments) => inspect::run(arguments, global),
