@@ -392,6 +392,12 @@ fn models_that_do_not_belong_together_are_refused() {
         &["no file can be written to /proc"],
     );
     fails(&[base, &out, "--threads", "999999"], &["--threads", "1024"]);
+    fails(&[base, &out, "--images", "1000000"], &["is too large"]);
+    let many = ["--images", "1000000", "--visual-tokens", "1000000"];
+    fails(
+        &[&[decoder.as_str()][..], &many].concat(),
+        &["is too large"],
+    );
     fails(&[base, &out, "--runs", "0"], &["--runs"]);
     fails(&[base, &out, "--variant", "q4"], &["q4"]);
 }
