@@ -126,6 +126,11 @@ fn caches_are_the_schedules_profiles_add_up_and_the_document_is_what_its_schema_
                 "{part}: {time}"
             );
             assert!(number(&time["speedup"]) > 0.0);
+            let rounds = time["rounds_ms"].as_array().expect("rounds");
+            let rounds: Vec<f64> = rounds.iter().map(number).collect();
+            assert_eq!(rounds.len(), 2);
+            assert_eq!(rounds[0].min(rounds[1]), least, "{part}");
+            assert_eq!(rounds[0].max(rounds[1]), most, "{part}");
         }
         let parts: f64 = ["vision", "embed", "prefill"]
             .map(|p| number(&model[p]["min_ms"]))
@@ -262,6 +267,14 @@ fn what_a_model_has_not_is_said_and_the_rest_is_measured() {
     assert!(number(&model["vision"]["median_ms"]) > 0.0);
     assert_eq!(why(&model["prefill"]), "the model has no decoder");
     assert_eq!(why(&model["embed"]), "the model has no token embedding");
+    // Embeddings alone: of text, as there is nothing to put images into.
+    let document = bench(&[text(&onnx.join("embed_tokens.onnx"))], &[]);
+    let model = &document["models"][0];
+    assert_eq!(
+        (&model["visual_tokens"], &model["prompt_tokens"]),
+        (&json!(0), &json!(32))
+    );
+    assert!(number(&model["embed"]["median_ms"]) > 0.0);
     // A decoder alone, told where its visual tokens are when it was rewritten.
     let decoder = onnx.join("decoder_model_merged.onnx");
     let fixed = "version: 1
@@ -362,6 +375,28 @@ fn models_that_do_not_belong_together_are_refused() {
     fails(
         &[base, &out, "--svg", "no-such-folder/x.svg"],
         &["no folder no-such-folder"],
+    );
+    // Said before anything is measured.
+    let (folder, file) = (place.at(""), place.at("both"));
+    fails(
+        &[base, &out, "--markdown", &folder],
+        &["is a directory; expected the name of a file"],
+    );
+    fails(
+        &[base, &out, "--markdown", &file, "--svg", &file],
+        &["both name"],
+    );
+    #[cfg(target_os = "linux")]
+    fails(
+        &[base, &out, "--svg", "/proc/x.svg"],
+        &["no file can be written to /proc"],
+    );
+    fails(&[base, &out, "--threads", "999999"], &["--threads", "1024"]);
+    fails(&[base, &out, "--images", "1000000"], &["is too large"]);
+    let many = ["--images", "1000000", "--visual-tokens", "1000000"];
+    fails(
+        &[&[decoder.as_str()][..], &many].concat(),
+        &["is too large"],
     );
     fails(&[base, &out, "--runs", "0"], &["--runs"]);
     fails(&[base, &out, "--variant", "q4"], &["q4"]);

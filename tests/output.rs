@@ -314,6 +314,19 @@ fn a_target_inside_the_source_is_refused() {
     out(&place, &place.path("model-192")).unwrap();
 }
 
+#[test]
+fn data_inside_a_model_that_is_written_anew_is_refused() {
+    let place = Place::new();
+    let mut outputs = place.outputs();
+    outputs.data.insert("onnx/decoder.onnx".into());
+    let new = place.path("new");
+    place.fails("Directory", "lies in this model file", || {
+        write_out(&place.model(), &outputs, &new, DataMode::Copy)
+    });
+    // Beside it the old file stays where it is.
+    write_beside(&place.model(), &outputs, "new").unwrap();
+}
+
 #[cfg(unix)]
 #[test]
 fn what_cannot_be_carried_over_is_refused_by_name() {

@@ -41,6 +41,37 @@ const ALL: [&str; 7] = [
 ];
 
 #[test]
+fn configurations_that_cannot_be_read_are_not_carried_over_as_they_are() {
+    let place = Place::new(commands::BOTH);
+    for name in commands::PARTS {
+        place.put(
+            &commands::part("ts-sdpa-gqa", name),
+            &format!("model/onnx/{name}.onnx"),
+        );
+    }
+    let (recipe, out) = (place.at("recipe.yaml"), place.at("out"));
+    let fails = |part: &str| {
+        let ran = duet(&[
+            "rewrite",
+            &place.at("model"),
+            "--recipe",
+            &recipe,
+            "--out",
+            &out,
+        ]);
+        assert_eq!(ran.code, 2, "{}", ran.stderr);
+        assert!(ran.stderr.contains(part), "{}", ran.stderr);
+        assert!(!place.path("out").exists());
+    };
+    // As an editor saves it in UTF-16.
+    place.write("model/processor_config.json", b"\xff\xfe{\0}\0");
+    fails("processor_config.json as text in UTF-8");
+    std::fs::remove_file(place.path("model/processor_config.json")).expect("removed");
+    std::fs::create_dir(place.path("model/config.json")).expect("made");
+    fails("config.json: expected a file");
+}
+
+#[test]
 fn every_precision_is_rewritten_and_any_mixture_runs() {
     let place = several(BOTH);
     place.rewritten(&[]);

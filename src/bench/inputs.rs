@@ -12,14 +12,19 @@ const MOST_ELEMENTS: usize = 1 << 30;
 /// Tokens of a prompt at most.
 const MOST_TOKENS: usize = 1 << 24;
 
-/// Numbers of mean 0 and variance 1, evenly spread, for a tensor of this shape.
-pub(super) fn noise(random: &mut SplitMix64, shape: &[usize]) -> Result<Vec<f32>> {
+/// Elements of a tensor of this shape, or of as many images as its first dimension says together.
+pub(super) fn volume(shape: &[usize]) -> Result<usize> {
     let volume = shape.iter().try_fold(1usize, |n, dim| n.checked_mul(*dim));
-    let count = volume.filter(|n| *n <= MOST_ELEMENTS).ok_or_else(|| {
+    volume.filter(|n| *n <= MOST_ELEMENTS).ok_or_else(|| {
         BenchError::Input(format!(
             "a tensor {shape:?} is too large to be measured with; expected at most {MOST_ELEMENTS} elements"
         ))
-    })?;
+    })
+}
+
+/// Numbers of mean 0 and variance 1, evenly spread, for a tensor of this shape.
+pub(super) fn noise(random: &mut SplitMix64, shape: &[usize]) -> Result<Vec<f32>> {
+    let count = volume(shape)?;
     let half = 3f64.sqrt();
     Ok((0..count)
         .map(|_| {
@@ -235,6 +240,7 @@ mod tests {
         for shape in [&[1 << 31][..], &[1 << 40, 1 << 40, 2]] {
             let error = noise(&mut random, shape).unwrap_err().to_string();
             assert!(error.contains("too large"), "{error}");
+            assert_eq!(volume(shape).unwrap_err().to_string(), error);
         }
         assert_eq!(
             places([1, 2], 3).unwrap(),

@@ -54,7 +54,7 @@ impl<T> Reading<T> {
 }
 
 /// A duration over the rounds.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Time {
     /// Median of the rounds, milliseconds.
     pub median_ms: f64,
@@ -64,15 +64,19 @@ pub struct Time {
     pub max_ms: f64,
     /// The base's time as a multiple of this, median of the rounds' ratios; none where the base has none.
     pub speedup: Option<f64>,
+    /// Of each round, in order.
+    pub rounds_ms: Vec<f64>,
 }
 
 /// What a schedule would ideally take.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Ideal {
     /// Median of the rounds, milliseconds.
     pub median_ms: f64,
     /// Ideal time divided by measured time, median of the rounds' ratios.
     pub share: f64,
+    /// Of each round, in order.
+    pub rounds_ms: Vec<f64>,
 }
 
 /// Keys and values behind the prompt.
@@ -140,6 +144,10 @@ pub struct LengthReport {
     pub prefill_ms: f64,
     /// A decode step on its cache.
     pub decode_step_ms: Option<f64>,
+    /// The decoder over it, in each round.
+    pub prefill_rounds_ms: Vec<f64>,
+    /// A decode step on its cache, in each round; empty where there is none.
+    pub decode_step_rounds_ms: Vec<f64>,
 }
 
 /// The unmodified model's head on some rows.
@@ -149,6 +157,8 @@ pub struct HeadReport {
     pub rows: usize,
     /// Median.
     pub median_ms: f64,
+    /// Of each round, in order.
+    pub rounds_ms: Vec<f64>,
 }
 
 /// How it was measured.
@@ -239,6 +249,10 @@ fn ratio(above: &[f64], below: &[f64]) -> f64 {
     median(&each)
 }
 
+fn milliseconds(seconds: &[f64]) -> Vec<f64> {
+    seconds.iter().map(|s| s * 1e3).collect()
+}
+
 /// Of seconds in rounds, beside the base's.
 fn time(own: &[f64], base: Option<&Vec<f64>>) -> Time {
     Time {
@@ -246,6 +260,7 @@ fn time(own: &[f64], base: Option<&Vec<f64>>) -> Time {
         min_ms: own.iter().copied().fold(f64::INFINITY, f64::min) * 1e3,
         max_ms: own.iter().copied().fold(f64::NEG_INFINITY, f64::max) * 1e3,
         speedup: base.map(|base| ratio(base, own)),
+        rounds_ms: milliseconds(own),
     }
 }
 
@@ -287,6 +302,7 @@ fn ideal(own: Option<&Vec<f64>>, ideal: &[f64]) -> Option<Ideal> {
     share.is_finite().then(|| Ideal {
         median_ms: median(ideal) * 1e3,
         share,
+        rounds_ms: milliseconds(ideal),
     })
 }
 
@@ -311,12 +327,18 @@ impl Report {
                 tokens: *tokens,
                 prefill_ms: median(&prefill) * 1e3,
                 decode_step_ms: Some(median(&steps) * 1e3).filter(|ms| ms.is_finite()),
+                prefill_rounds_ms: milliseconds(&prefill),
+                decode_step_rounds_ms: milliseconds(&steps)
+                    .into_iter()
+                    .filter(|ms| ms.is_finite())
+                    .collect(),
             }
         });
         let lengths: Vec<LengthReport> = lengths.collect();
         let heads = measured.heads.iter().map(|(rows, times)| HeadReport {
             rows: *rows,
             median_ms: median(times) * 1e3,
+            rounds_ms: milliseconds(times),
         });
         let heads: Vec<HeadReport> = heads.collect();
         Self {

@@ -238,9 +238,13 @@ impl Subject {
         let (width, marker) = self.width();
         let again = self.again;
         let wanted = &self.job.inputs;
-        let made: Vec<Tensor> = match self.eye {
-            Some(_) => Vec::new(),
-            None => (0..wanted.images)
+        if self.eye.is_none() && self.decoder.is_some() {
+            inputs::volume(&[wanted.images, wanted.features, width])?;
+        }
+        // Embeddings alone have no width that features could have.
+        let made: Vec<Tensor> = match (&self.eye, &self.decoder) {
+            (Some(_), _) | (None, None) => Vec::new(),
+            (None, Some(_)) => (0..wanted.images)
                 .map(|_| inputs::features(&mut self.random, wanted.features, width, marker))
                 .collect::<Result<_>>()?,
         };
@@ -488,6 +492,8 @@ impl Eye {
         }
         if let Some(port) = float(4).or(float(5)) {
             let size = inputs::pixel_size(port, wanted.image_size, &name)?;
+            let [channels, height, width] = size;
+            inputs::volume(&[wanted.images, channels, height, width])?;
             let images = (0..wanted.images).map(|_| inputs::image(random, size));
             let images = images.collect::<Result<Vec<_>>>()?;
             return Ok(Self::Images(VisionEncoder::new(session)?, images));
@@ -501,6 +507,7 @@ impl Eye {
             )));
         };
         let [rows, columns] = inputs::patch_grid(fixed, values, wanted.merge, wanted.image_size)?;
+        inputs::volume(&[wanted.images, rows, columns, values])?;
         let images = (0..wanted.images).map(|_| {
             let data = inputs::noise(random, &[rows, columns, values])?;
             let values = Array2::from_shape_vec((rows * columns, values), data);

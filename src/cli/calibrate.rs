@@ -12,6 +12,7 @@ use super::{Engine, Global, load, rewrite, style};
 use crate::eval::halving::{Reached, Standing, rounds, search};
 use crate::eval::table::Bootstrap;
 use crate::eval::{Answer, Contestant, DataSet, tabulate};
+use crate::onnx::unfinished::Unfinished;
 use crate::onnx::{DataMode, write_out};
 use crate::passes::{BudgetShape, MakeUp, Recipe, Space, make_ups};
 use crate::random::SplitMix64;
@@ -176,8 +177,9 @@ impl Trial<'_> {
         let left = self.left(&self.known[candidate], clusters);
         if !left.is_empty() {
             // Written for this round alone: rewritten models may be large, and rewriting is not what takes time.
-            let place =
-                tempfile::tempdir().context("a temporary directory for a rewritten model")?;
+            let made = Unfinished::made(tempfile::tempdir);
+            let (place, _unfinished) =
+                made.context("a temporary directory for a rewritten model")?;
             let out = place.path().join("model");
             write(self.model, &self.make_ups[candidate].recipe, &out)?;
             let more = self.more(&out, &self.known[candidate], clusters)?;

@@ -14,6 +14,7 @@ use super::rewrite::outputs;
 use super::{Engine, Global, Outcome, load, run::millis, style};
 use crate::eval::table::Bootstrap;
 use crate::eval::{Contestant, DataSet, render, tabulate};
+use crate::onnx::unfinished::Unfinished;
 use crate::onnx::{DataMode, write_out};
 use crate::passes::rewrite;
 use crate::runtime::{
@@ -55,7 +56,8 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
     if engine.threads == 0 {
         engine.threads = 2;
     }
-    let work = tempfile::tempdir().context("a temporary directory for the demonstration")?;
+    let made = Unfinished::made(tempfile::tempdir);
+    let (work, _unfinished) = made.context("a temporary directory for the demonstration")?;
     let (base, test) = (work.path().join("llava"), work.path().join("test"));
     for (from, to) in [(&MODEL, &base), (&TEST, &test)] {
         std::fs::create_dir(to)?;

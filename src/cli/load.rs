@@ -387,11 +387,24 @@ fn stem(path: &Path) -> String {
         .map_or(String::new(), |s| s.to_string_lossy().into_owned())
 }
 
+/// The text of a configuration; none if there is no such file. One that cannot be read is not one that is missing:
+/// it would be carried over as if nothing in it had to change.
+pub(super) fn text_of(path: &Path) -> anyhow::Result<Option<String>> {
+    match path.metadata() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Ok(found) if !found.is_file() => bail!("{}: expected a file", path.display()),
+        _ => {}
+    }
+    let text = std::fs::read_to_string(path);
+    let text = text.with_context(|| format!("reading {} as text in UTF-8", path.display()))?;
+    Ok(Some(text))
+}
+
 /// The image token of a whole model is told by its graph; a configuration that
 /// says another was made for another model.
 fn check_image_token(dir: &ModelDir, vlm: &Vlm) -> anyhow::Result<()> {
     let path = dir.root.join("config.json");
-    let Ok(text) = std::fs::read_to_string(&path) else {
+    let Some(text) = text_of(&path)? else {
         return Ok(());
     };
     let config: serde_json::Value =

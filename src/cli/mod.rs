@@ -13,6 +13,7 @@ mod eval;
 mod explain;
 mod family;
 mod inspect;
+mod interrupt;
 mod load;
 mod plan;
 mod rewrite;
@@ -99,11 +100,16 @@ enum Command {
 #[derive(Debug, Args, Clone)]
 struct Engine {
     /// Threads inside an operator (0: one for each core)
-    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[arg(long, default_value = "0", value_name = "N", value_parser = thread_count())]
     threads: usize,
     /// Execution providers, best first (cpu, cuda, tensorrt, openvino, …)
     #[arg(long = "provider", value_name = "NAME")]
     providers: Vec<String>,
+}
+
+/// A number of threads; thousands only wait for each other.
+fn thread_count() -> clap::builder::RangedU64ValueParser<usize> {
+    clap::builder::RangedU64ValueParser::new().range(0..=1024)
 }
 
 impl Engine {
@@ -148,6 +154,8 @@ enum Outcome {
 /// Runs the command line and returns the exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    interrupt::watch();
+    interrupt::watch_output();
     let global = &cli.global;
     let outcome = match &cli.command {
         Command::Inspect(arguments) => inspect::run(arguments, global),

@@ -256,9 +256,9 @@ pub(super) fn configs(
         let known = known.find(|(file, _)| file == Path::new(name));
         let text = match &known {
             Some((_, earlier)) => String::from_utf8_lossy(earlier).into_owned(),
-            None => match std::fs::read_to_string(&path) {
-                Ok(text) => text,
-                Err(_) => return Ok(()),
+            None => match load::text_of(&path)? {
+                Some(text) => text,
+                None => return Ok(()),
             },
         };
         let new = patched(&text).map_err(|problem| anyhow!("{}: {problem}", path.display()))?;

@@ -98,6 +98,11 @@ impl DataType {
         Some(count.checked_mul(u64::from(bits))?.div_ceil(8))
     }
 
+    /// Whether elements of this type have a size: not strings, nor types that are not known.
+    pub fn is_sized(self) -> bool {
+        self.byte_len(1).is_some()
+    }
+
     /// Whether this is a floating-point type that features and scores may have.
     pub fn is_float(self) -> bool {
         matches!(

@@ -241,7 +241,9 @@ impl Check<'_> {
                 }
             }
             TensorData::External(reference) => {
-                if count.is_none() {
+                // More bytes than can be counted are no length that fits.
+                let impossible = dtype.is_sized() && expected.is_none();
+                if count.is_none() || impossible {
                     self.report(
                         8,
                         at(),

@@ -13,6 +13,7 @@ mod genai;
 mod output;
 mod processor;
 mod read;
+pub mod unfinished;
 mod wire;
 mod write;
 

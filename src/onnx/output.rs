@@ -9,6 +9,7 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use super::copy::copy_file;
+use super::unfinished::{self, Unfinished};
 use super::{Layout, ModelDir, OnnxError, Serialized};
 
 /// How external data files reach a new directory.
@@ -82,6 +83,16 @@ pub fn write_out(
             "it lies inside the model directory; name a directory outside it".into(),
         ));
     }
+    // What is read there is the old file, and the new one is written over its name.
+    let mut files = outputs.models.iter().map(|(file, _)| file);
+    if let Some(file) = files.find(|file| outputs.data.contains(*file)) {
+        return Err(OnnxError::Directory {
+            path: source.root.join(file),
+            problem: "external data lies in this model file, which is written anew, so the data would not be where \
+                      it is looked for; give the data a file of its own, or write beside the old files (--beside)"
+                .into(),
+        });
+    }
     let mut carried = BTreeSet::new();
     match source.layout {
         Layout::SingleFile => carried.extend(outputs.data.iter().cloned()),
@@ -100,13 +111,21 @@ pub fn write_out(
     builder.prefix(".duet-");
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-    let temp = builder.tempdir_in(parent).map_err(OnnxError::io(parent))?;
+    let made = Unfinished::made(|| builder.tempdir_in(parent));
+    let (temp, _unfinished) = made.map_err(OnnxError::io(parent))?;
     let place = |relative: &Path| -> Result<PathBuf, OnnxError> {
-        let path = temp.path().join(relative);
-        if let Some(dir) = path.parent() {
-            fs::create_dir_all(dir).map_err(OnnxError::io(dir))?;
+        // The temporary directory itself is not made again where an interruption has removed it.
+        let mut dir = temp.path().to_owned();
+        for part in relative.parent().into_iter().flat_map(Path::components) {
+            dir.push(part);
+            match fs::create_dir(&dir) {
+                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                    return Err(OnnxError::io(dir)(error));
+                }
+                _ => {}
+            }
         }
-        Ok(path)
+        Ok(temp.path().join(relative))
     };
     for relative in &carried {
         let (from, to) = (source.root.join(relative), place(relative)?);
@@ -128,6 +147,7 @@ pub fn write_out(
         let path = place(relative)?;
         fs::write(&path, contents).map_err(OnnxError::io(&path))?;
     }
+    let _undisturbed = unfinished::undisturbed();
     rename_new(temp.path(), target)?;
     // It has its final name now: nothing to clean up.
     let _ = temp.keep();
@@ -230,22 +250,26 @@ pub fn write_beside(
         builder.prefix(".duet-");
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        builder.tempfile_in(dir).map_err(OnnxError::io(path))
+        Unfinished::made(|| builder.tempfile_in(dir)).map_err(OnnxError::io(path))
     };
-    let mut staged = Vec::new();
+    let (mut staged, mut unfinished) = (Vec::new(), Vec::new());
     for (relative, model) in &outputs.models {
         let path = target(relative);
-        let file = fresh(&path)?;
+        let (file, known) = fresh(&path)?;
+        unfinished.push(known);
         model.write_to(&path, file.as_file())?;
         staged.push((file, path));
     }
     for (relative, contents) in &outputs.configs {
         let path = target(relative);
-        let file = fresh(&path)?;
+        let (file, known) = fresh(&path)?;
+        unfinished.push(known);
         fs::write(file.path(), contents).map_err(OnnxError::io(&path))?;
         staged.push((file, path));
     }
     let mut written: Vec<PathBuf> = Vec::new();
+    // All of them or none.
+    let _undisturbed = unfinished::undisturbed();
     for (file, path) in staged {
         if let Err(error) = file.persist_noclobber(&path) {
             for done in &written {

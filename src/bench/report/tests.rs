@@ -117,10 +117,12 @@ pub(in crate::bench) fn report() -> Report {
         min_ms: 250.0,
         max_ms: 500.0,
         speedup: Some(3.6),
+        rounds_ms: vec![250.0, 300.0, 500.0],
     });
     report.models[1].ideal_prefill = Reading::Known(Ideal {
         median_ms: 280.0,
         share: 1.0,
+        rounds_ms: vec![280.0; 3],
     });
     report
 }
@@ -133,13 +135,13 @@ fn ratios_are_medians_of_the_rounds_and_ideals_those_of_the_same_round() {
         panic!("two models");
     };
     let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-9, "{a} {b}");
-    let time = *base.prefill.known().unwrap();
+    let time = base.prefill.known().unwrap();
     near(time.median_ms, 1800.0);
     near(time.min_ms, 900.0);
     near(time.max_ms, 3600.0);
     near(time.speedup.unwrap(), 1.0);
     // 2 · 180 + 20 = 380 ideally in the first round, twice that in the second.
-    let ideal = *cut.ideal_prefill.known().unwrap();
+    let ideal = cut.ideal_prefill.known().unwrap();
     near(ideal.median_ms, 760.0);
     near(ideal.share, 1.0 / 1.1);
     near(

@@ -3,7 +3,7 @@
 mod files;
 mod worker;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
@@ -14,6 +14,7 @@ use super::plan::image_size;
 use super::{Engine, Global, Outcome, print_json, style};
 use crate::bench::report::{About, Circumstances};
 use crate::bench::{Performer, Report, Settings, ideal, profile, render, rounds};
+use crate::onnx::unfinished::Unfinished;
 use crate::runtime::{Runtime, providers};
 
 pub(super) use worker::serve;
@@ -68,7 +69,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
     /// Threads inside an operator (0: one for each core)
-    #[arg(long, default_value_t = 2, value_name = "N")]
+    #[arg(long, default_value = "2", value_name = "N", value_parser = super::thread_count())]
     threads: usize,
     /// Execution providers, best first (cpu, cuda, tensorrt, openvino, …)
     #[arg(long = "provider", value_name = "NAME")]
@@ -84,16 +85,7 @@ fn count(least: u64) -> clap::builder::RangedU64ValueParser<usize> {
 const LENGTHS: usize = 5;
 
 pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outcome> {
-    for file in [&arguments.markdown, &arguments.svg].into_iter().flatten() {
-        let folder = file.parent().filter(|p| !p.as_os_str().is_empty());
-        if let Some(folder) = folder.filter(|f| !f.is_dir()) {
-            anyhow::bail!(
-                "{}: there is no folder {}",
-                file.display(),
-                folder.display()
-            );
-        }
-    }
+    writable(arguments)?;
     let mut paths = vec![arguments.base.clone()];
     paths.extend(arguments.rewritten.iter().cloned());
     let named = named(&paths, &arguments.variant)?;
@@ -170,6 +162,11 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
         seed: arguments.seed,
     };
     let report = Report::new(&about, &measured, circumstances, profiles);
+    if arguments.json {
+        print_json(&serde_json::to_value(&report)?)?;
+    } else {
+        print(&report);
+    }
     for (file, text) in [
         (&arguments.markdown, render::markdown(&report)),
         (&arguments.svg, render::svg(&report)),
@@ -180,12 +177,34 @@ pub(super) fn run(arguments: &Arguments, global: &Global) -> anyhow::Result<Outc
             global.detail(format!("wrote {}", file.display()));
         }
     }
-    if arguments.json {
-        print_json(&serde_json::to_value(&report)?)?;
-    } else {
-        print(&report);
-    }
     Ok(Outcome::Done)
+}
+
+/// Makes sure that the files that are asked for can be written, before minutes are spent.
+fn writable(arguments: &Arguments) -> anyhow::Result<()> {
+    let files = [&arguments.markdown, &arguments.svg];
+    if let [Some(table), Some(chart)] = files
+        && table == chart
+    {
+        anyhow::bail!(
+            "--markdown and --svg both name {}; give each a file of its own",
+            table.display()
+        );
+    }
+    for file in files.into_iter().flatten() {
+        let folder = file.parent().filter(|p| !p.as_os_str().is_empty());
+        let folder = folder.unwrap_or(Path::new("."));
+        let name = file.display();
+        if !folder.is_dir() {
+            anyhow::bail!("{name}: there is no folder {}", folder.display());
+        }
+        if file.is_dir() {
+            anyhow::bail!("{name} is a directory; expected the name of a file");
+        }
+        tempfile::tempfile_in(folder)
+            .with_context(|| format!("{name}: no file can be written to {}", folder.display()))?;
+    }
+    Ok(())
 }
 
 /// Profiles of all models, one after the other, compared with the base's.
@@ -193,7 +212,8 @@ fn profiles(
     models: &mut [&mut dyn Performer],
     global: &Global,
 ) -> anyhow::Result<Vec<profile::Profile>> {
-    let folder = tempfile::tempdir().context("a temporary directory for profiles")?;
+    let made = Unfinished::made(tempfile::tempdir);
+    let (folder, _unfinished) = made.context("a temporary directory for profiles")?;
     let mut found: Vec<profile::Profile> = Vec::new();
     for (at, model) in models.iter_mut().enumerate() {
         global.say(format!("{}: profile", model.name()));

@@ -453,6 +453,10 @@ fn invariant_8_external_lengths_fit_the_dimensions() {
     breaks(8, at, "impossible number", |m| {
         set_external(m, vec![-1], Some(4))
     });
+    // Elements can be counted, their bits cannot.
+    breaks(8, at, "impossible number", |m| {
+        set_external(m, vec![1 << 40, 1 << 20], Some(16))
+    });
     let mut unsaid = model();
     set_external(&mut unsaid, vec![2, 2], None);
     assert_eq!(violations(&unsaid), []);
