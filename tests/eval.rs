@@ -388,12 +388,7 @@ fn answers_of_another_program_are_compared_question_by_question() {
 fn variants_of_a_directory_are_compared() {
     let place = place();
     place.configs("both");
-    for part in commands::PARTS {
-        place.put(
-            &commands::part("ts-sdpa-gqa", part),
-            &format!("both/onnx/{part}.onnx"),
-        );
-    }
+    place.graphs("ts-sdpa-gqa", "both");
     let ran = place.rewrite("both", &["--beside", "duet"]);
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     let (both, set) = (place.at("both"), place.at("set"));

@@ -145,8 +145,8 @@ struct Checked {
 
 fn validate(base: &Path, new: &Path) -> Result<Checked, String> {
     // Two forms are tested at a time, and threads that wait for work keep the cores busy.
-    let threads = ["--threads", "1"];
-    let output = duet(&[&["validate", "--json", text(base), text(new)], &threads[..]].concat());
+    let (base, new) = (text(base), text(new));
+    let output = duet(&["validate", "--json", "--threads", "1", base, new]);
     let Ok(report) = serde_json::from_slice::<Value>(&output.stdout) else {
         return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
     };

@@ -9,6 +9,7 @@ use std::path::Path;
 use bytes::Bytes;
 use common::*;
 use duet_onnx::arch::Role;
+use duet_onnx::ir::consts::ints as ints_of;
 use duet_onnx::ir::{TensorData, text, verify};
 use duet_onnx::onnx::{read, read_bytes, serialize};
 use duet_onnx::proto::{ModelProto, TensorProto};
@@ -457,4 +458,29 @@ fn paths_that_cannot_be_read_are_named() {
     fs::write(&empty, b"").unwrap();
     let error = read(&empty).map(|_| ()).unwrap_err();
     assert_eq!(kind(&error), "Malformed", "{error}");
+}
+
+#[test]
+fn lists_put_together_of_lists_a_million_times_over_are_not_read() {
+    // Ten lists of ten lists, each a hundred times the one before: 10²⁰ numbers, none of which is there.
+    let mut nodes = Vec::new();
+    for level in 0..10 {
+        let before = if level == 0 {
+            "none".to_owned()
+        } else {
+            format!("list{}", level - 1)
+        };
+        let mut joined = node(
+            "Concat",
+            &[before.as_str(); 100],
+            &[&format!("list{level}")],
+        );
+        joined.attribute.push(int("axis", 0));
+        nodes.push(joined);
+    }
+    let end = [value("list9", INT64, &[0])];
+    let made = graph("lists", &[], &end, &[longs("none", &[])], &nodes);
+    let model = load(&model(made));
+    assert_eq!(ints_of(&model, find(&model, "list9")), None);
+    assert_eq!(ints_of(&model, find(&model, "none")), Some(vec![]));
 }

@@ -1,6 +1,7 @@
 //! Interfaces that exporters give beside the usual one, made from a fixture by editing its files: they are
 //! rewritten, and `duet validate` runs them.
 
+mod common;
 mod support;
 
 use bytes::Bytes;
@@ -14,12 +15,12 @@ use duet_onnx::proto::tensor_shape_proto::Dimension;
 use duet_onnx::proto::tensor_shape_proto::dimension::Value;
 use duet_onnx::proto::type_proto::Value as Type;
 use duet_onnx::proto::{
-    AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto,
-    attribute_proto::AttributeType,
+    AttributeProto, GraphProto, TensorProto, ValueInfoProto, attribute_proto::AttributeType,
 };
-use duet_onnx::validate::{Options, Report, check};
 
-use support::models::{fixture, options, recipe, recipe_text, rewritten, runtime};
+use common::{int, ints, longs, node};
+use support::models::{fixture, recipe, recipe_text, rewritten};
+use support::reports::{failures, validated};
 
 const MERGE: &str = "{dominant: 20, contextual: 4, cls: drop}";
 const PRUNE: &str = "{drops: [{after_layer: 3, keep: 0.5}, {after_layer: 5, keep: 0.0}]}";
@@ -46,16 +47,8 @@ fn valid(base: &Vlm) -> Vec<String> {
 }
 
 fn valid_with(base: &Vlm, text: &str) -> Vec<String> {
-    runtime();
-    let made = rewritten(base, text);
-    let options = Options {
-        session: options(),
-        seed: 5,
-    };
-    let report: Report =
-        check(base, &made, &recipe(text), &options, &mut |_| ()).unwrap_or_else(|e| panic!("{e}"));
-    let failed: Vec<_> = report.findings.iter().filter(|f| !f.passed).collect();
-    assert!(failed.is_empty(), "{failed:#?}");
+    let report = validated(base, &rewritten(base, text), text, 5);
+    assert!(report.passed(), "{:#?}\n{text}", failures(&report));
     let details = report.findings.iter().map(|f| &f.detail);
     let left_out: Vec<String> = details
         .filter(|d| d.starts_with("left out"))
@@ -71,35 +64,6 @@ fn valid_with(base: &Vlm, text: &str) -> Vec<String> {
             .any(|f| f.detail.contains("8 kept sets equal"))
     );
     left_out
-}
-
-fn node(op: &str, inputs: &[&str], output: &str) -> NodeProto {
-    NodeProto {
-        op_type: Some(op.into()),
-        name: Some(format!("made/{output}")),
-        input: inputs.iter().map(|&i| i.into()).collect(),
-        output: vec![output.into()],
-        ..NodeProto::default()
-    }
-}
-
-fn number(name: &str, value: i64) -> AttributeProto {
-    AttributeProto {
-        name: Some(name.into()),
-        r#type: Some(AttributeType::Int.into()),
-        i: Some(value),
-        ..AttributeProto::default()
-    }
-}
-
-fn list(name: &str, values: &[i64]) -> TensorProto {
-    TensorProto {
-        name: Some(name.into()),
-        data_type: Some(7),
-        dims: vec![values.len() as i64],
-        int64_data: values.to_vec(),
-        ..TensorProto::default()
-    }
 }
 
 fn dims(value: &mut ValueInfoProto) -> &mut Vec<Dimension> {
@@ -123,8 +87,8 @@ fn retype(graph: &mut GraphProto, name: &str, code: i32) {
             read.clone_from(&inner);
         }
     }
-    let mut cast = node("Cast", &[name], &inner);
-    cast.attribute.push(number("to", 7));
+    let mut cast = node("Cast", &[name], &[&inner]);
+    cast.attribute.push(int("to", 7));
     graph.node.insert(0, cast);
 }
 
@@ -162,27 +126,25 @@ fn a_decoder_without_a_mask_is_not_asked_about_padding() {
             return;
         }
         graph.input.retain(|i| i.name() != "attention_mask");
-        let constants = [list("zero", &[0]), list("one", &[1]), list("two", &[2])];
-        let three = list("three", &[3]);
-        graph
-            .initializer
-            .extend(constants.into_iter().chain([three]));
-        let mut ones = node("ConstantOfShape", &["made/shape"], "attention_mask");
+        let numbers = [("zero", 0), ("one", 1), ("two", 2), ("three", 3)];
+        let numbers = numbers.map(|(name, number)| longs(name, &[number]));
+        graph.initializer.extend(numbers);
+        let mut ones = node("ConstantOfShape", &["made/shape"], &["attention_mask"]);
         ones.attribute.push(AttributeProto {
             name: Some("value".into()),
             r#type: Some(AttributeType::Tensor.into()),
-            t: Some(list("value", &[1])),
+            t: Some(longs("value", &[1])),
             ..AttributeProto::default()
         });
-        let mut shape = node("Concat", &["made/batch", "made/length"], "made/shape");
-        shape.attribute.push(number("axis", 0));
+        let mut shape = node("Concat", &["made/batch", "made/length"], &["made/shape"]);
+        shape.attribute.push(int("axis", 0));
         let nodes = [
-            node("Shape", &["inputs_embeds"], "made/entry"),
-            node("Slice", &["made/entry", "zero", "one"], "made/batch"),
-            node("Slice", &["made/entry", "one", "two"], "made/new"),
-            node("Shape", &["past_key_values.0.key"], "made/cache"),
-            node("Slice", &["made/cache", "two", "three"], "made/past"),
-            node("Add", &["made/past", "made/new"], "made/length"),
+            node("Shape", &["inputs_embeds"], &["made/entry"]),
+            node("Slice", &["made/entry", "zero", "one"], &["made/batch"]),
+            node("Slice", &["made/entry", "one", "two"], &["made/new"]),
+            node("Shape", &["past_key_values.0.key"], &["made/cache"]),
+            node("Slice", &["made/cache", "two", "three"], &["made/past"]),
+            node("Add", &["made/past", "made/new"], &["made/length"]),
             shape,
             ones,
         ];
@@ -261,12 +223,12 @@ fn an_encoder_of_no_known_structure_is_pruned_behind_and_not_merged_in() {
             let out = one.output[0].clone();
             let (exp, sum) = (format!("{out}/exp"), format!("{out}/sum"));
             graph.node.extend([
-                node("Exp", &[&one.input[0]], &exp),
-                node("ReduceSum", &[&exp, "made/last"], &sum),
-                node("Div", &[&exp, &sum], &out),
+                node("Exp", &[&one.input[0]], &[&exp]),
+                node("ReduceSum", &[&exp, "made/last"], &[&sum]),
+                node("Div", &[&exp, &sum], &[&out]),
             ]);
         }
-        graph.initializer.push(list("made/last", &[-1]));
+        graph.initializer.push(longs("made/last", &[-1]));
     });
     let (_, encoder) = base.encoders().next().expect("an encoder");
     assert_eq!(encoder.feature_width, Some(32));
@@ -313,33 +275,27 @@ fn graphs_in_which_nothing_is_folded_are_read() {
                 n.op_type() == op && inputs.any(|(at, i)| slot.is_none_or(|s| s == at) && i == name)
             })
         };
-        let (mut before, mut added) = (Vec::new(), Vec::new());
+        let mut before = Vec::new();
         let mut weights = graph.initializer.clone();
         for weight in &mut weights {
             let name = weight.name().to_owned();
             let inner = format!("{name}/as-it-was");
             if weight.dims.len() == 2 && reads("MatMul", Some(1), &name) {
                 *weight = turned(weight);
-                let mut turn = node("Transpose", &[&inner], &name);
-                turn.attribute.push(AttributeProto {
-                    name: Some("perm".into()),
-                    r#type: Some(AttributeType::Ints.into()),
-                    ints: vec![1, 0],
-                    ..AttributeProto::default()
-                });
+                let mut turn = node("Transpose", &[&inner], &[&name]);
+                turn.attribute.push(ints("perm", &[1, 0]));
                 before.push(turn);
             } else if weight.dims == [1] && weight.data_type() == 7 && reads("Concat", None, &name)
             {
                 weight.dims.clear();
-                before.push(node("Unsqueeze", &[&inner, "made/first"], &name));
+                before.push(node("Unsqueeze", &[&inner, "made/first"], &[&name]));
             } else {
                 continue;
             }
             weight.name = Some(inner);
         }
-        added.push(list("made/first", &[0]));
+        weights.push(longs("made/first", &[0]));
         graph.initializer = weights;
-        graph.initializer.extend(added);
         graph.node.splice(0..0, before);
     });
     let (_, decoder) = base.decoders().next().expect("a decoder");

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use commands::{BOTH, PARTS, Place, part, text};
+use commands::{BOTH, Place, part, text};
 
 /// Files that are carried over, one by one, so that there is a middle.
 const FILES: usize = 4000;
@@ -56,12 +56,7 @@ fn interrupted(place: &Place) -> bool {
 #[test]
 fn what_is_half_written_is_removed_when_the_program_is_interrupted() {
     let place = Place::new(BOTH);
-    for name in PARTS {
-        place.put(
-            &part("ts-sdpa-gqa", name),
-            &format!("model/onnx/{name}.onnx"),
-        );
-    }
+    place.graphs("ts-sdpa-gqa", "model");
     for file in 0..FILES {
         place.write(&format!("model/extra/{file}.txt"), b"as it was");
     }
@@ -78,12 +73,7 @@ fn what_is_half_written_is_removed_when_the_program_is_interrupted() {
 #[test]
 fn a_signal_that_is_to_be_ignored_is() {
     let place = Place::new(BOTH);
-    for name in PARTS {
-        place.put(
-            &part("ts-sdpa-gqa", name),
-            &format!("model/onnx/{name}.onnx"),
-        );
-    }
+    place.graphs("ts-sdpa-gqa", "model");
     let script = "trap '' HUP; \"$@\" & wait_for=$!; while kill -HUP $wait_for 2>/dev/null; do :; done; wait $wait_for";
     let out = place.at("out");
     let status = Command::new("sh")

@@ -14,7 +14,7 @@ use duet_onnx::runtime::{Cache, StepInput, Tensor};
 use duet_onnx::validate::scenario::{Seeded, standard};
 use ndarray::Array2;
 
-use commands::{PARTS, Place, part};
+use commands::Place;
 use support::conversation::{apart, hold};
 use support::forms;
 use support::goldens::Goldens;
@@ -387,12 +387,7 @@ fn no_config_of_the_client_changes() {
         let more = "  - visual_prune: {drops: [{after_layer: 3, keep: 0.5}]}\n";
         let place = Place::new(&format!("{recipe}{}", if prunes { more } else { "" }));
         place.configs("model");
-        for name in PARTS {
-            place.put(
-                &part("ts-sdpa-gqa", name),
-                &format!("model/onnx/{name}.onnx"),
-            );
-        }
+        place.graphs("ts-sdpa-gqa", "model");
         let ran = place.rewritten(&[]);
         let layers = match prunes {
             true => "visual tokens by layer: 1: 81, 2–3: 36, 4–8: 18; average 30.38",

@@ -617,3 +617,74 @@ fn a_number_of_tokens_that_an_optimiser_wrote_into_the_projector_is_no_obstacle(
     // All patches and CLS are one more than the number.
     passes(&base, "{dominant: 82, contextual: 0, cls: keep}");
 }
+
+/// Tokens laid out channel by channel over a grid that a convolution could read, and put back.
+#[test]
+fn a_list_that_is_laid_out_as_channels_of_a_grid_is_refused() {
+    let (model, tower) = plain();
+    let model = patched(&model, |patch| {
+        let width = tower.heads * tower.head_dim;
+        let turned = patch.transpose(tower.entry, &[0, 2, 1]);
+        let rows = patch.i64s(&[-1, width]);
+        let columns = patch.i64s(&[9, 9]);
+        let shape = patch.concat(&[rows, columns], 0);
+        let grid = patch.op("Reshape", &[turned, shape]);
+        let channels = patch.reshape(grid, &[-1, width, 81]);
+        let tokens = patch.transpose(channels, &[0, 2, 1]);
+        patch.rewire_all(tower.entry, tokens);
+    });
+    let message = refusal(alone(model), MERGES[1]);
+    assert!(message.contains("as a grid"), "{message}");
+}
+
+/// A CLS token that is joined when the patches have their places already is counted all the same.
+#[test]
+fn a_token_joined_behind_the_table_of_places_is_counted() {
+    let (model, tower) = plain();
+    assert_eq!((tower.cls, tower.tokens), (true, Some(82)));
+    let joined = model
+        .graph()
+        .nodes
+        .iter()
+        .copied()
+        .find(|n| model.node(*n).is("Concat") && model.node(*n).attr_int("axis") == Some(1))
+        .expect("a CLS token");
+    let node = model.node(joined);
+    let [cls, patches] = [0, 1].map(|slot| node.input(slot).expect("an input"));
+    let all = node.output(0).expect("an output");
+    let add = model.value(all).uses[0].node;
+    let start = model.node(add).output(0).expect("an output");
+    let table = model.node(add).inputs.iter().flatten();
+    let table = table.copied().find(|v| *v != all).expect("a table");
+    // The places of all tokens in their order, read from an embedding.
+    let read = model.producer_node(table).filter(|n| n.is("Gather"));
+    let table = read.and_then(|n| n.input(0)).unwrap_or(table);
+    let model = patched(&model, |patch| {
+        let [first, rest] =
+            [(0, 1), (1, usize::MAX)].map(|(from, to)| rows_of(patch, table, from, to));
+        let cls = patch.op("Add", &[cls, first]);
+        let patches = patch.op("Add", &[patches, rest]);
+        let joined = patch.concat(&[cls, patches], 1);
+        patch.rewire_all(start, joined);
+    });
+    let base = alone(model);
+    assert_eq!(
+        (tower_of(&base).cls, tower_of(&base).tokens),
+        (true, Some(82))
+    );
+    passes(&base, MERGES[0]);
+}
+
+/// Rows of a constant `[1, rows, width]`.
+fn rows_of(patch: &mut Patch<'_>, table: ValueId, from: usize, to: usize) -> ValueId {
+    let model = patch.model();
+    let tensor = consts::constant(model, table).expect("a table");
+    let dims = consts::dims(model, table).expect("its shape");
+    let width = dims.last().copied().expect("a width");
+    let all = tensor.bytes(model.external()).expect("numbers");
+    let row = usize::try_from(width).expect("a width") * 4;
+    let to = to.min(all.len() / row);
+    let shape = vec![1, (to - from) as i64, width];
+    let part = all[from * row..to * row].to_vec();
+    patch.constant(Tensor::raw("", DataType::Float, shape, part))
+}

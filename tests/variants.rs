@@ -43,12 +43,7 @@ const ALL: [&str; 7] = [
 #[test]
 fn configurations_that_cannot_be_read_are_not_carried_over_as_they_are() {
     let place = Place::new(commands::BOTH);
-    for name in commands::PARTS {
-        place.put(
-            &commands::part("ts-sdpa-gqa", name),
-            &format!("model/onnx/{name}.onnx"),
-        );
-    }
+    place.graphs("ts-sdpa-gqa", "model");
     let (recipe, out) = (place.at("recipe.yaml"), place.at("out"));
     let fails = |part: &str| {
         let ran = duet(&[
@@ -236,9 +231,7 @@ fn a_pass_that_fails_on_one_precision_names_its_file() {
     let place =
         several("version: 1\npasses:\n  - visual_prune: {drops: [{after_layer: 9, keep: 0.5}]}\n");
     let deep = part("demo", "decoder_model_merged");
-    for name in PARTS {
-        place.put(&part("demo", name), &format!("model/onnx/{name}.onnx"));
-    }
+    place.graphs("demo", "model");
     assert!(deep.is_file());
     let ran = place.rewrite("model", &["--out", &place.at("out")]);
     assert_eq!(ran.code, 2);

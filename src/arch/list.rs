@@ -9,16 +9,33 @@ use crate::ir::{Model, Node, NodeId, ValueId, consts};
 /// From here on the end of a slice is that of any list of tokens.
 const OPEN: i64 = i32::MAX as i64;
 
-/// The first node between `entry` and the features that splits or reorders the
-/// token axis; `tokens`: how many there are, where that is no width.
-pub(super) fn grid_node(
-    model: &Model,
+/// What lies between a tower's tokens and the features.
+pub(super) struct Way<'a> {
     entry: ValueId,
-    needed: &HashSet<ValueId>,
-    tokens: Option<i64>,
-) -> Option<String> {
-    let behind = descendants(model, &[entry], true);
-    let on_the_way = |v: &ValueId| *v != entry && behind.contains(v) && needed.contains(v);
+    behind: HashSet<ValueId>,
+    needed: &'a HashSet<ValueId>,
+}
+
+impl<'a> Way<'a> {
+    /// From `entry` on; `needed`: what the features are made of.
+    pub(super) fn new(model: &Model, entry: ValueId, needed: &'a HashSet<ValueId>) -> Self {
+        Self {
+            entry,
+            behind: descendants(model, &[entry], true),
+            needed,
+        }
+    }
+
+    /// Whether a node lies on it.
+    fn leads(&self, node: &Node) -> bool {
+        let mut outputs = node.outputs.iter().flatten();
+        outputs.any(|v| *v != self.entry && self.behind.contains(v) && self.needed.contains(v))
+    }
+}
+
+/// The first node between a tower's tokens and the features that splits or reorders the
+/// token axis; `tokens`: how many there are, where that is no width.
+pub(super) fn grid_node(model: &Model, way: &Way, tokens: Option<i64>) -> Option<String> {
     let rearranges = |node: &Node| match node.op_type.as_str() {
         "Conv" | "AveragePool" | "MaxPool" | "DepthToSpace" | "SpaceToDepth" | "Resize" => true,
         "Transpose" => node.attr_ints("perm").is_some_and(|p| p.len() >= 4),
@@ -48,7 +65,7 @@ pub(super) fn grid_node(
         .copied()
         .filter(|n| {
             let node = model.node(*n);
-            node.outputs.iter().flatten().any(on_the_way) && rearranges(node)
+            way.leads(node) && rearranges(node)
         })
         .collect();
     // What is done with the grid says more than how it is laid out.
@@ -71,13 +88,11 @@ pub(super) fn to_the_end(model: &Model, node: &Node) -> bool {
     each.all(|(end, axis)| *end >= OPEN || size(axis).is_some_and(|n| *end >= n))
 }
 
-/// The first node between `entry` and the features that takes some of the tokens by their
+/// The first node between a tower's tokens and the features that takes some of the tokens by their
 /// place in the list.
-pub(super) fn cut_node(model: &Model, entry: ValueId, needed: &HashSet<ValueId>) -> Option<String> {
-    let behind = descendants(model, &[entry], true);
-    let on_the_way = |v: ValueId| v != entry && behind.contains(&v) && needed.contains(&v);
+pub(super) fn cut_node(model: &Model, way: &Way) -> Option<String> {
     let cuts = |node: &Node| {
-        let list = node.input(0).filter(|v| behind.contains(v));
+        let list = node.input(0).filter(|v| way.behind.contains(v));
         let rank = list.map(|v| consts::known_rank(model, v).unwrap_or(3));
         let axis = |axis: i64| axis == 1 || axis == -2;
         rank == Some(3)
@@ -96,7 +111,7 @@ pub(super) fn cut_node(model: &Model, entry: ValueId, needed: &HashSet<ValueId>)
     let mut nodes = model.graph().nodes.iter().copied();
     let found = nodes.find(|n| {
         let node = model.node(*n);
-        node.outputs.iter().flatten().any(|v| on_the_way(*v)) && cuts(node)
+        way.leads(node) && cuts(node)
     });
     found.map(|n| model.describe(n))
 }

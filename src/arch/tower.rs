@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 
 use super::attention::{Site, refused, sites};
-use super::list::{added_rows, cut_node, grid_node, to_the_end};
+use super::list::{Way, added_rows, cut_node, grid_node, to_the_end};
 use super::pixels::{no_pixels, pixels_of, takes_clips};
 use super::residual::articulations;
 use super::rows::{PatchRows, patch_inputs};
@@ -220,7 +220,8 @@ impl VisionTower {
             None if video => counted.or(rows.map(|n| n + i64::from(dropped))),
             None => rows.map(|n| n + i64::from(dropped)).or(counted),
         };
-        let cut = cut_node(model, entry, &needed);
+        let way = Way::new(model, entry, &needed);
+        let cut = cut_node(model, &way);
         // Then what comes out says nothing of what there is.
         let (cls, tokens) = match &cut {
             Some(_) => (false, rows),
@@ -248,7 +249,7 @@ impl VisionTower {
                 .and_then(Dim::known)
                 .or_else(|| projection_width(model, features)),
             shuffle,
-            grid: grid_node(model, entry, &needed, rows.filter(|n| *n != width)),
+            grid: grid_node(model, &way, rows.filter(|n| *n != width)),
             cut,
             video,
             frames,

@@ -34,16 +34,20 @@ pub fn constant(model: &Model, value: ValueId) -> Option<Tensor> {
 /// Integers a value holds, if it is a constant of an integer type, or what an exporter that folds
 /// nothing makes of several: other axes, another integer type, one after the other.
 pub fn ints(model: &Model, value: ValueId) -> Option<Vec<i64>> {
-    unfolded(model, value, 8)
+    unfolded(model, value, &mut { MOST_NODES })
 }
 
-fn unfolded(model: &Model, value: ValueId, depth: usize) -> Option<Vec<i64>> {
+/// Nodes that are looked at behind a value: a shape takes a few, and a graph made to be slow would have one read many
+/// times over.
+const MOST_NODES: usize = 64;
+
+fn unfolded(model: &Model, value: ValueId, left: &mut usize) -> Option<Vec<i64>> {
     if let Some(tensor) = constant(model, value) {
         return tensor.to_i64s(model.external()).ok();
     }
-    let depth = depth.checked_sub(1)?;
+    *left = left.checked_sub(1)?;
     let node = model.producer_node(value)?;
-    let part = |value: ValueId| unfolded(model, value, depth);
+    let mut part = |value: ValueId| unfolded(model, value, left);
     let to = |code: i64| {
         let dtype = i32::try_from(code).map(DataType::from_code);
         matches!(dtype, Ok(DataType::Int32 | DataType::Int64))

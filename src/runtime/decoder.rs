@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use ndarray::{Array2, Axis, concatenate, s};
 
 use self::fixed::Fixed;
-use self::interface::{Ends, Slot, fillable, is_past, keys, slot};
+pub(super) use self::interface::is_past;
+use self::interface::{Ends, Slot, fillable, keys, slot};
 use super::error::{Result, RuntimeError};
 use super::grid::{self, Block, GridPositions};
 use super::session::{Port, Session};
@@ -420,7 +421,7 @@ impl Decoder {
                 }
                 MASK => integers(port, mask.clone())?,
                 POSITIONS => match &input.positions {
-                    Some(positions) => narrowed(port, positions)?,
+                    Some(positions) => integers(port, positions.clone())?,
                     None => {
                         if let Some(visual) = &input.visual {
                             check(VISUAL, visual.dim())?;
@@ -505,27 +506,8 @@ pub(super) fn positions(mask: &Array2<i64>, new: usize) -> Array2<i64> {
 }
 
 /// Integers in the type that an input declares.
-pub(super) fn integers(port: &Port, values: Array2<i64>) -> Result<Value> {
-    let tensor = match port.dtype {
-        Some(DType::I32) => {
-            let narrow = |v: &i64| i32::try_from(*v).unwrap_or(i32::MAX);
-            values.map(narrow).into()
-        }
-        Some(DType::Bool) => values.map(|v| *v != 0).into(),
-        Some(DType::F32) => values.map(|v| *v as f32).into(),
-        _ => values.into(),
-    };
-    Value::new(tensor)
-}
-
-/// Positions of any rank, in the type of the input.
-fn narrowed(port: &Port, positions: &Tensor) -> Result<Value> {
-    if port.dtype != Some(DType::I32) || positions.dtype() != DType::I64 {
-        return Value::new(positions.clone());
-    }
-    let narrow = |v: i64| i32::try_from(v).unwrap_or(i32::MAX);
-    let all: Vec<i32> = positions.i64s()?.iter().map(|v| narrow(*v)).collect();
-    Value::new(Tensor::new(positions.shape().to_vec(), all)?)
+pub(super) fn integers(port: &Port, values: impl Into<Tensor>) -> Result<Value> {
+    Value::new(values.into().as_declared(port.dtype))
 }
 
 pub(super) fn ports(ports: &[Port]) -> String {

@@ -235,6 +235,27 @@ impl Tensor {
         })
     }
 
+    /// Integers (`int64`) in the type that an input of ids, masks or positions declares: `int32` (the largest for what
+    /// is too large), booleans, `float32`. Unchanged for any other, and what is no `int64`.
+    pub fn as_declared(self, dtype: Option<DType>) -> Self {
+        let TensorData::I64(all) = &self.data else {
+            return self;
+        };
+        let data = match dtype {
+            Some(DType::I32) => {
+                let narrow = |v: &i64| i32::try_from(*v).unwrap_or(i32::MAX);
+                TensorData::I32(all.iter().map(narrow).collect())
+            }
+            Some(DType::Bool) => TensorData::Bool(all.iter().map(|v| *v != 0).collect()),
+            Some(DType::F32) => TensorData::F32(all.iter().map(|v| *v as f32).collect()),
+            _ => return self,
+        };
+        Self {
+            shape: self.shape,
+            data,
+        }
+    }
+
     /// The same numbers in another floating-point type; unchanged if it is that type already.
     ///
     /// # Errors
@@ -327,6 +348,23 @@ mod tests {
         let error = Tensor::new([2, 3], vec![0f32; 5]).unwrap_err().to_string();
         assert!(error.contains("[2, 3]") && error.contains('5'), "{error}");
         assert!(Tensor::new([usize::MAX, 3], Vec::<f32>::new()).is_err());
+    }
+
+    #[test]
+    fn integers_take_the_type_that_is_declared() {
+        let ids = || Tensor::new([2], vec![1i64 << 40, 0]).unwrap();
+        let as_i32 = ids().as_declared(Some(DType::I32));
+        assert_eq!(as_i32, Tensor::new([2], vec![i32::MAX, 0]).unwrap());
+        let as_bool = ids().as_declared(Some(DType::Bool));
+        assert_eq!(as_bool, Tensor::new([2], vec![true, false]).unwrap());
+        let as_f32 = ids().as_declared(Some(DType::F32));
+        assert_eq!(
+            as_f32,
+            Tensor::new([2], vec![(1i64 << 40) as f32, 0.0]).unwrap()
+        );
+        assert_eq!(ids().as_declared(None), ids());
+        let real = Tensor::new([1], vec![0.5f32]).unwrap();
+        assert_eq!(real.clone().as_declared(Some(DType::I32)), real);
     }
 
     #[test]

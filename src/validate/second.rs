@@ -13,7 +13,7 @@ use crate::ir::cone::ancestors;
 use crate::ir::{DataType, Dim, Model, ValueId, ValueType, extract, verify};
 use crate::onnx::serialize;
 use crate::passes::{Pruning, Recipe, TokenMerge};
-use crate::runtime::{Session, Tensor, Value, lay_out_pixels};
+use crate::runtime::{DType, Session, Tensor, Value, lay_out_pixels};
 
 /// A value of an inserted sub-graph: its name, rank and element type.
 struct Port {
@@ -397,14 +397,13 @@ fn decoder_feed(
         let known = |axis: usize| shape.get(axis).and_then(Dim::known).map(|n| n as usize);
         let name = value.name.as_str();
         let stated = value.ty.as_ref().and_then(ValueType::dtype);
-        let integers = |values: &Array2<i64>| -> Tensor {
-            match stated {
-                Some(DataType::Int32) => values.mapv(|v| v as i32).into(),
-                Some(DataType::Bool) => values.mapv(|v| v != 0).into(),
-                Some(DataType::Float) => values.mapv(|v| v as f32).into(),
-                _ => values.clone().into(),
-            }
+        let declared = match stated {
+            Some(DataType::Int32) => Some(DType::I32),
+            Some(DataType::Bool) => Some(DType::Bool),
+            Some(DataType::Float) => Some(DType::F32),
+            _ => None,
         };
+        let integers = |values: Array2<i64>| Tensor::from(values).as_declared(declared);
         let tensor = if name == base.name(decoder.embeds) {
             let width = known(2).unwrap_or(1);
             let marked = decoder.width.is_some_and(|w| w as usize + 1 == width);
@@ -420,11 +419,11 @@ fn decoder_feed(
             ))
             .cast_float(dtype(decoder.dtype))?
         } else if Some(name) == decoder.attention_mask.map(|v| base.name(v)) {
-            integers(&layout.mask)
+            integers(layout.mask.clone())
         } else if Some(name) == decoder.position_ids.map(|v| base.name(v)) {
             let before = |r: usize, i: usize| layout.mask.row(r).iter().take(i).sum::<i64>();
             match decoder.position_rows {
-                None => integers(&Array2::from_shape_fn((b, l), |(r, i)| before(r, i))),
+                None => integers(Array2::from_shape_fn((b, l), |(r, i)| before(r, i))),
                 // Rows that differ, so that one does not pass for another.
                 Some(rows) => ndarray::Array3::from_shape_fn((rows, b, l), |(p, r, i)| {
                     before(r, i) / (p as i64 + 1)
@@ -445,12 +444,12 @@ fn decoder_feed(
     Ok(feed)
 }
 
-pub(super) fn dtype(dtype: DataType) -> crate::runtime::DType {
+pub(super) fn dtype(dtype: DataType) -> DType {
     match dtype {
-        DataType::Float16 => crate::runtime::DType::F16,
-        DataType::Bfloat16 => crate::runtime::DType::BF16,
-        DataType::Double => crate::runtime::DType::F64,
-        _ => crate::runtime::DType::F32,
+        DataType::Float16 => DType::F16,
+        DataType::Bfloat16 => DType::BF16,
+        DataType::Double => DType::F64,
+        _ => DType::F32,
     }
 }
 
@@ -564,7 +563,7 @@ fn compare(
                 .map(|(a, b)| f64::from((a - b).abs()))
                 .fold(0.0, f64::max);
             let same_shape = want.shape() == found.shape();
-            let limit = if want.dtype() == crate::runtime::DType::F32 {
+            let limit = if want.dtype() == DType::F32 {
                 1e-4
             } else {
                 2e-2

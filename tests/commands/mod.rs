@@ -152,6 +152,13 @@ impl Place {
         self.copy_files(&from.join("onnx"), &format!("{to}/onnx"));
     }
 
+    /// The graphs of a fixture, and nothing beside them, as a model directory.
+    pub(crate) fn graphs(&self, fixture: &str, to: &str) {
+        for name in PARTS {
+            self.put(&part(fixture, name), &format!("{to}/onnx/{name}.onnx"));
+        }
+    }
+
     /// The configs and tokenizer of the fixtures, into a folder.
     pub(crate) fn configs(&self, folder: &str) {
         self.copy_files(&source("models/llava/fixtures/ts-sdpa-gqa"), folder);
@@ -178,14 +185,7 @@ impl Place {
     #[track_caller]
     pub(crate) fn valid(&self) -> Vec<String> {
         runtime();
-        let ran = duet(&[
-            "validate",
-            &self.at("model"),
-            &self.at("out"),
-            "--json",
-            "--threads",
-            "1",
-        ]);
+        let ran = validate(&[&self.at("model"), &self.at("out"), "--json"]);
         assert_eq!(ran.code, 0, "{}\n{}", ran.stderr, ran.stdout);
         let report = ran.json();
         let findings = report["findings"].as_array().expect("findings");

@@ -92,7 +92,7 @@ pub(super) fn fillable(session: &Session, ends: &Ends) -> Result<()> {
 }
 
 /// Whether an input is part of the cache.
-pub(super) fn is_past(name: &str) -> bool {
+pub(in crate::runtime) fn is_past(name: &str) -> bool {
     name.starts_with("past_key_values.") || cache_name(name, "past").is_some()
 }
 

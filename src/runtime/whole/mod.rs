@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use ndarray::Array2;
 
 use super::decoder::{
-    IDS, LOGITS, MASK, POSITIONS, SALIENT, VISUAL, integers, last_rows, ports, positions,
+    IDS, LOGITS, MASK, POSITIONS, SALIENT, VISUAL, integers, is_past, last_rows, ports, positions,
 };
 use super::error::{Result, RuntimeError};
 use super::session::Session;
@@ -186,8 +186,4 @@ impl WholeModel {
             elapsed,
         })
     }
-}
-
-fn is_past(name: &str) -> bool {
-    name.starts_with("past_key_values.")
 }

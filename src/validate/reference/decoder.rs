@@ -1,6 +1,6 @@
 //! The decoder in stages, each the unmodified graph entered at a drop point.
 
-use ndarray::{Array2, Array3, ArrayD, ArrayView1, Axis, s};
+use ndarray::{Array2, Array3, ArrayView1, Axis, s};
 
 use super::super::oracle::{self, Text};
 use super::super::{ValidateError, probe};
@@ -565,15 +565,12 @@ impl ReferenceDecoder {
         all.ok_or_else(|| ValidateError::Model("a batch without rows".into()))
     }
 
-    /// Numbers, of the type of the input `name`.
-    fn integers(&self, name: &str, values: ArrayD<i64>) -> Result<Value, ValidateError> {
-        let tensor: Tensor = match self.stages[0].session.input(name).and_then(|p| p.dtype) {
-            Some(DType::I32) => values.mapv(|i| i32::try_from(i).unwrap_or(i32::MAX)).into(),
-            Some(DType::Bool) => values.mapv(|i| i != 0).into(),
-            Some(DType::F32) => values.mapv(|i| i as f32).into(),
-            _ => values.into(),
-        };
-        Ok(Value::new(tensor)?)
+    /// Integers, of the type of the input `name`.
+    fn integers(&self, name: &str, values: impl Into<Tensor>) -> Result<Value, ValidateError> {
+        let port = self.stages[0].session.input(name);
+        Ok(Value::new(
+            values.into().as_declared(port.and_then(|p| p.dtype)),
+        )?)
     }
 
     /// Runs one stage. Layers of other stages are fed caches of this stage's
@@ -601,17 +598,17 @@ impl ReferenceDecoder {
             feed.push((name, value));
         }
         if let (Some(name), Some(ids)) = (&self.names.ids, fed.ids) {
-            feed.push((name, self.integers(name, ids.clone().into_dyn())?));
+            feed.push((name, self.integers(name, ids.clone())?));
         }
         feed.extend(self.given.iter().map(|(n, v)| (n.as_str(), v.clone())));
         if let Some(name) = &self.names.mask {
-            feed.push((name, self.integers(name, fed.mask.clone().into_dyn())?));
+            feed.push((name, self.integers(name, fed.mask.clone())?));
         }
         if let Some(name) = &self.names.positions {
             // One row is what an input of rank 2 takes.
-            let positions = match self.decoder.position_rows {
-                Some(_) => fed.positions.clone().into_dyn(),
-                None => fed.positions.index_axis(Axis(0), 0).to_owned().into_dyn(),
+            let positions: Tensor = match self.decoder.position_rows {
+                Some(_) => fed.positions.clone().into(),
+                None => fed.positions.index_axis(Axis(0), 0).to_owned().into(),
             };
             feed.push((name, self.integers(name, positions)?));
         }

@@ -235,10 +235,9 @@ impl ReferenceVision {
         let tokens = ndarray::concatenate(Axis(0), &views);
         let tokens = tokens.map_err(|e| ValidateError::Model(e.to_string()))?;
         let projected = projector.run(tokens, out.get(&self.names.hidden)?.dtype())?;
-        let projected = &projected;
         let (features, gone) = match self.slots {
             None => {
-                let features = per_image(projected, batch)?;
+                let features = per_image(&projected, batch)?;
                 let gone = none_gone(&features);
                 (features, gone)
             }
@@ -246,7 +245,7 @@ impl ReferenceVision {
                 let frames = images / batch.max(1);
                 place(
                     &self.tower,
-                    per_image(projected, images)?,
+                    per_image(&projected, images)?,
                     &merged,
                     slots,
                     frames,
