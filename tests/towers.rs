@@ -618,23 +618,32 @@ fn a_number_of_tokens_that_an_optimiser_wrote_into_the_projector_is_no_obstacle(
     passes(&base, "{dominant: 82, contextual: 0, cls: keep}");
 }
 
-/// Tokens laid out channel by channel over a grid that a convolution could read, and put back.
+/// Tokens laid out channel by channel, as a convolution reads them, and put back: in a grid whose shape is put together
+/// of a size that only the run knows and a list, and in a row.
 #[test]
-fn a_list_that_is_laid_out_as_channels_of_a_grid_is_refused() {
-    let (model, tower) = plain();
-    let model = patched(&model, |patch| {
-        let width = tower.heads * tower.head_dim;
-        let turned = patch.transpose(tower.entry, &[0, 2, 1]);
-        let rows = patch.i64s(&[-1, width]);
-        let columns = patch.i64s(&[9, 9]);
-        let shape = patch.concat(&[rows, columns], 0);
-        let grid = patch.op("Reshape", &[turned, shape]);
-        let channels = patch.reshape(grid, &[-1, width, 81]);
-        let tokens = patch.transpose(channels, &[0, 2, 1]);
-        patch.rewire_all(tower.entry, tokens);
-    });
-    let message = refusal(alone(model), MERGES[1]);
-    assert!(message.contains("as a grid"), "{message}");
+fn a_list_that_is_laid_out_as_channels_is_refused() {
+    for grid in [true, false] {
+        let (model, tower) = plain();
+        let model = patched(&model, |patch| {
+            let width = tower.heads * tower.head_dim;
+            let turned = patch.transpose(tower.entry, &[0, 2, 1]);
+            let channels = if grid {
+                let images = patch.size_of(turned, 0);
+                let images = patch.size_value(images);
+                let images = patch.reshape(images, &[1]);
+                let rest = patch.i64s(&[width, 9, 9]);
+                let shape = patch.concat(&[images, rest], 0);
+                let grid = patch.op("Reshape", &[turned, shape]);
+                patch.reshape(grid, &[0, 0, -1])
+            } else {
+                patch.reshape(turned, &[-1, width, 81])
+            };
+            let tokens = patch.transpose(channels, &[0, 2, 1]);
+            patch.rewire_all(tower.entry, tokens);
+        });
+        let message = refusal(alone(model), MERGES[1]);
+        assert!(message.contains("as a grid"), "{message}");
+    }
 }
 
 /// A CLS token that is joined when the patches have their places already is counted all the same.

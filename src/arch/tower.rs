@@ -220,6 +220,7 @@ impl VisionTower {
             None if video => counted.or(rows.map(|n| n + i64::from(dropped))),
             None => rows.map(|n| n + i64::from(dropped)).or(counted),
         };
+        let listed = rows.or(tokens.map(|n| n - i64::from(dropped)));
         let way = Way::new(model, entry, &needed);
         let cut = cut_node(model, &way);
         // Then what comes out says nothing of what there is.
@@ -249,7 +250,7 @@ impl VisionTower {
                 .and_then(Dim::known)
                 .or_else(|| projection_width(model, features)),
             shuffle,
-            grid: grid_node(model, &way, rows.filter(|n| *n != width)),
+            grid: grid_node(model, &way, listed.filter(|n| *n != width)),
             cut,
             video,
             frames,
